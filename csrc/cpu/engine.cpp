@@ -1,0 +1,248 @@
+#include "engine.h"
+
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+#if !defined(_WIN32)
+#include <pthread.h>
+#endif
+
+#include "../norms.h"
+
+namespace fastclip::cpu {
+namespace {
+
+// ---- which instruction set ------------------------------------------------------------------------
+
+std::vector<const Kernels*> runnable() {
+  std::vector<const Kernels*> found;
+#if defined(FASTCLIP_X86)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("fma") && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+  if (avx512) found.push_back(&kernels_avx512());
+  if (avx2) found.push_back(&kernels_avx2());
+#endif
+  found.push_back(&kernels_default());
+  return found;
+}
+
+std::atomic<const Kernels*> chosen{nullptr};
+
+const Kernels& kernels() {
+  const Kernels* current = chosen.load(std::memory_order_acquire);
+  if (current == nullptr) {
+    current = runnable().front();
+    chosen.store(current, std::memory_order_release);
+  }
+  return *current;
+}
+
+// ---- threads --------------------------------------------------------------------------------------
+
+std::atomic<bool> forked{false};
+#if !defined(_WIN32)
+const int watch_forks = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+#endif
+
+// Below this many elements in all, waking a second thread costs more than it saves (a fork and join
+// took about 5 us, reading 32Ki floats from cache about 4 us).
+constexpr std::int64_t kSerialElements = 1 << 15;
+
+// Calls work(index, chunk) for every chunk. Short chunks are handed out in groups as large as one
+// full chunk. Which thread takes which group is left to chance; no result depends on it.
+template <class Work>
+void for_chunks(const std::vector<Chunk>& chunks, int threads, const Work& work) {
+  std::vector<std::int64_t> groups{0};
+  std::int64_t total = 0, in_group = 0;
+  for (std::size_t i = 0; i < chunks.size(); ++i) {
+    total += chunks[i].size;
+    in_group += chunks[i].size;
+    if (in_group >= kChunkElements || i + 1 == chunks.size()) {
+      groups.push_back(static_cast<std::int64_t>(i) + 1);
+      in_group = 0;
+    }
+  }
+  const std::int64_t count = static_cast<std::int64_t>(groups.size()) - 1;
+  [[maybe_unused]] const int workers = total < kSerialElements ? 1 : usable_threads(threads);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(workers) if (workers > 1)
+  for (std::int64_t g = 0; g < count; ++g)
+    for (std::int64_t i = groups[g]; i < groups[g + 1]; ++i) work(i, chunks[i]);
+}
+
+void* address(const TensorRef& tensor, const Chunk& chunk) {
+  return static_cast<char*>(tensor.data) + chunk.begin * element_bytes(tensor.dtype);
+}
+
+// ---- one chunk ------------------------------------------------------------------------------------
+
+struct ChunkStats {
+  double norm, max_abs, sum_abs;
+  std::int64_t zeros, nans, infs;
+};
+
+// At or above this a plain sum of squares can be trusted: what the squares that underflowed, or were
+// flushed to zero, could have added is below its own rounding. Squares of the other formats fit the
+// type they are summed in, and can't underflow.
+double least_trusted_sum(DType dtype) {
+  switch (dtype) {
+    // float64 in float64: at most 2^17 parts lose 2^-1022 each, 2^-1005 in all; 2^-55 of the sum.
+    case DType::f64: case DType::c128: return 0x1p-950;
+    // bfloat16 in float32: at most 2^16 elements lose 2^-126 each, 2^-110 in all; 2^-30 of the sum.
+    case DType::bf16: return 0x1p-80;
+    default: return 0.0;
+  }
+}
+static_assert(kChunkElements <= 1 << 16, "least_trusted_sum counts on it");
+
+double norm_2(const Kernels& k, DType dtype, const void* data, std::int64_t size, double max_abs) {
+  const double scale = unit_scale(max_abs);
+  return saturate(std::sqrt(k.sum_squares(dtype, data, size, scale)) / scale);
+}
+
+double norm_p(const Kernels& k, DType dtype, const void* data, std::int64_t size, double p, const Survey& seen) {
+  const double dominant = p > 0 ? seen.max_abs : seen.min_abs;
+  if (dominant == 0.0 || dominant == kInf) return dominant;
+  return saturate(dominant * std::pow(k.sum_powers(dtype, data, size, dominant, p), 1.0 / p));
+}
+
+double norm_of_survey(const Kernels& k, DType dtype, const void* data, std::int64_t size, double p, const Survey& seen) {
+  if (p == 0.0) return static_cast<double>(size - seen.zeros);
+  if (seen.nans > 0) return kNaN;
+  if (p == kInf) return seen.max_abs;
+  if (p == -kInf) return seen.min_abs;
+  if (p > 0 && seen.infs > 0) return kInf;
+  if (p == 1.0 && std::isfinite(seen.sum_abs)) return seen.sum_abs;
+  if (p == 2.0) return seen.max_abs == 0.0 ? 0.0 : norm_2(k, dtype, data, size, seen.max_abs);
+  return norm_p(k, dtype, data, size, p, seen);
+}
+
+ChunkStats stats_of(const Kernels& k, DType dtype, const void* data, std::int64_t size, double p, bool extras) {
+  if (p == 2.0 && !extras) {
+    const double sum = k.sum_squares(dtype, data, size, 1.0);
+    if (sum >= least_trusted_sum(dtype) && sum <= DBL_MAX) return {std::sqrt(sum), 0.0, 0.0, 0, 0, 0};
+  }
+  // The second look, while the chunk is in cache: tells NaN, Inf, overflow and underflow apart.
+  const Survey seen = k.survey(dtype, data, size);
+  const double norm = norm_of_survey(k, dtype, data, size, p, seen);
+  return {norm, seen.max_abs, seen.sum_abs, seen.zeros, seen.nans, seen.infs};
+}
+
+}  // namespace
+
+std::vector<std::string> capabilities() {
+  std::vector<std::string> names;
+  for (const Kernels* k : runnable()) names.emplace_back(k->name);
+  return names;
+}
+
+bool use_capability(const std::string& name) {
+  for (const Kernels* k : runnable())
+    if (name == k->name) {
+      chosen.store(k, std::memory_order_release);
+      return true;
+    }
+  return false;
+}
+
+std::string capability() { return kernels().name; }
+
+int usable_threads(int requested) {
+#if defined(_OPENMP)
+  return forked || requested < 1 ? 1 : requested;
+#else
+  (void)requested;
+  return 1;
+#endif
+}
+
+void read(const Tensors& tensors, double norm_type, bool extras, double* rows, int threads) {
+  const std::vector<Chunk> chunks = chunks_of(tensors);
+  std::vector<ChunkStats> partials(chunks.size());
+  const Kernels& k = kernels();
+  for_chunks(chunks, threads, [&](std::int64_t i, const Chunk& chunk) {
+    const TensorRef& tensor = tensors[chunk.tensor];
+    // one slot per chunk, joined below in index order: the same gradients give the same bits
+    partials[i] = stats_of(k, tensor.dtype, address(tensor, chunk), chunk.size, norm_type, extras);
+  });
+
+  const std::int64_t count = static_cast<std::int64_t>(tensors.size());
+  std::vector<double> norms;
+  std::size_t next = 0;
+  for (std::int64_t t = 0; t < count; ++t) {
+    norms.clear();
+    ChunkStats sum{empty_norm(norm_type), 0.0, 0.0, 0, 0, 0};
+    for (; next < chunks.size() && chunks[next].tensor == t; ++next) {
+      const ChunkStats& part = partials[next];
+      norms.push_back(part.norm);
+      sum.sum_abs += part.sum_abs;
+      sum.zeros += part.zeros;
+      sum.nans += part.nans;
+      sum.infs += part.infs;
+      if (part.max_abs > sum.max_abs) sum.max_abs = part.max_abs;
+    }
+    if (norms.size() == 1) sum.norm = norms[0];
+    if (norms.size() > 1) sum.norm = norm_of_norms(norms.data(), static_cast<std::int64_t>(norms.size()), norm_type);
+    rows[kNorm * count + t] = sum.norm;
+    rows[kNans * count + t] = static_cast<double>(sum.nans);
+    rows[kInfs * count + t] = static_cast<double>(sum.infs);
+    if (!extras) continue;
+    rows[kMaxAbs * count + t] = sum.nans ? kNaN : sum.max_abs;
+    rows[kSumAbs * count + t] = sum.nans ? kNaN : sum.sum_abs;
+    rows[kZeros * count + t] = static_cast<double>(sum.zeros);
+  }
+}
+
+void finish(const double* rows, std::int64_t count, double norm_type, double max_norm, double eps, double* totals) {
+  double nans = 0.0, infs = 0.0;
+  for (std::int64_t t = 0; t < count; ++t) {
+    nans += rows[kNans * count + t];
+    infs += rows[kInfs * count + t];
+  }
+  const double total_norm = count ? norm_of_norms(rows + kNorm * count, count, norm_type) : 0.0;
+  totals[kTotalNorm] = total_norm;
+  totals[kClipCoef] = clip_coef(total_norm, max_norm, eps);
+  totals[kTotalNans] = nans;
+  totals[kTotalInfs] = infs;
+}
+
+void scale(const Tensors& tensors, const double* factors, int threads) {
+  const Kernels& k = kernels();
+  for_chunks(chunks_of(tensors), threads, [&](std::int64_t, const Chunk& chunk) {
+    const TensorRef& tensor = tensors[chunk.tensor];
+    if (factors[chunk.tensor] != 1.0) k.scale(tensor.dtype, address(tensor, chunk), chunk.size, factors[chunk.tensor]);
+  });
+}
+
+void scale(const Tensors& tensors, double factor, int threads) {
+  const std::vector<double> factors(tensors.size(), factor);
+  scale(tensors, factors.data(), threads);
+}
+
+void clamp(const Tensors& tensors, double bound, std::vector<char>& written, int threads) {
+  const Kernels& k = kernels();
+  const std::vector<Chunk> chunks = chunks_of(tensors);
+  std::vector<char> chunk_written(chunks.size());
+  for_chunks(chunks, threads, [&](std::int64_t i, const Chunk& chunk) {
+    const TensorRef& tensor = tensors[chunk.tensor];
+    chunk_written[i] = k.clamp(tensor.dtype, address(tensor, chunk), chunk.size, bound);
+  });
+  written.assign(tensors.size(), 0);
+  for (std::size_t i = 0; i < chunks.size(); ++i) written[chunks[i].tensor] |= chunk_written[i];
+}
+
+void zero_nonfinite(const Tensors& tensors, int threads) {
+  const Kernels& k = kernels();
+  for_chunks(chunks_of(tensors), threads, [&](std::int64_t, const Chunk& chunk) {
+    const TensorRef& tensor = tensors[chunk.tensor];
+    k.zero_nonfinite(tensor.dtype, address(tensor, chunk), chunk.size);
+  });
+}
+
+}  // namespace fastclip::cpu

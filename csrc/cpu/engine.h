@@ -1,0 +1,42 @@
+// The CPU engine: runs the kernels over a tensor table, in parallel, and joins what they return.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "../tensor_table.h"
+#include "kernels.h"
+
+namespace fastclip::cpu {
+
+// Columns are tensors, rows are these fields. The same order stands in fastclip/types.py.
+enum Field { kNorm, kNans, kInfs, kMaxAbs, kSumAbs, kZeros, kFields };
+inline constexpr int kAlwaysFields = kMaxAbs;  // norm, nans, infs; the others on request
+
+enum Total { kTotalNorm, kClipCoef, kTotalNans, kTotalInfs, kTotals };
+
+// Names of the instruction sets this machine runs, best first. "default" is always there.
+std::vector<std::string> capabilities();
+// Chooses one of them for all later calls; false if this machine doesn't have it.
+bool use_capability(const std::string& name);
+std::string capability();
+
+// How many threads a call may really use: one in a forked child, where OpenMP would wait for
+// threads that did not survive the fork, and one without OpenMP.
+int usable_threads(int requested);
+
+// rows: out, [kAlwaysFields or kFields][tensors.size()] float64.
+void read(const Tensors& tensors, double norm_type, bool extras, double* rows, int threads);
+
+// rows: in, [>= kAlwaysFields][count]. totals: out, [kTotals].
+void finish(const double* rows, std::int64_t count, double norm_type, double max_norm, double eps, double* totals);
+
+// factors: one per tensor; a tensor whose factor is 1 is not touched.
+void scale(const Tensors& tensors, const double* factors, int threads);
+void scale(const Tensors& tensors, double factor, int threads);
+
+// written: out, one flag per tensor.
+void clamp(const Tensors& tensors, double bound, std::vector<char>& written, int threads);
+void zero_nonfinite(const Tensors& tensors, int threads);
+
+}  // namespace fastclip::cpu

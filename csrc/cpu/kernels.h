@@ -1,0 +1,40 @@
+// What each instruction set offers the CPU engine. One table of functions per set; nothing else is
+// shared between their translation units, so that no AVX code can end up in the default variant.
+#pragma once
+
+#include <cstdint>
+
+#include "../tensor_table.h"
+
+namespace fastclip::cpu {
+
+// Everything about a chunk that isn't a sum of squares.
+struct Survey {
+  double max_abs;     // NaN left out; 0 for a chunk of zeros
+  double min_abs;     // NaN left out; Inf if there is nothing else
+  double sum_abs;     // NaN if there is one; may overflow for float64
+  std::int64_t zeros;
+  std::int64_t nans;  // a complex number with a NaN part is a NaN
+  std::int64_t infs;
+};
+
+struct Kernels {
+  const char* name;
+  // Sum of (|x| * scale)^2; not finite if an element isn't, or if the sum overflowed.
+  double (*sum_squares)(DType, const void* data, std::int64_t size, double scale);
+  // Sum of (|x| / unit)^power; power finite, not 0.
+  double (*sum_powers)(DType, const void* data, std::int64_t size, double unit, double power);
+  Survey (*survey)(DType, const void* data, std::int64_t size);
+  void (*scale)(DType, void* data, std::int64_t size, double factor);
+  // |x| > bound becomes sign(x) * bound, NaN stays; returns whether anything was written.
+  bool (*clamp)(DType, void* data, std::int64_t size, double bound);
+  void (*zero_nonfinite)(DType, void* data, std::int64_t size);
+};
+
+const Kernels& kernels_default();
+#if defined(FASTCLIP_X86)
+const Kernels& kernels_avx2();
+const Kernels& kernels_avx512();
+#endif
+
+}  // namespace fastclip::cpu

@@ -1,0 +1,39 @@
+"""The native core, or the reason why there is none. Imported after torch, so that both share one OpenMP."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+HERE = Path(__file__).parent
+
+
+def _why_missing(error: ImportError) -> str:
+    if any(HERE.glob("_C.*")) and "No module named" not in str(error):
+        return f"the extension in {HERE} could not be loaded: {error}"
+    record = HERE / "_build.json"
+    if record.exists():
+        facts = json.loads(record.read_text())
+        if not facts["extension"]:
+            return f"{facts['why']}; install a C++ compiler and reinstall fastclip"
+    if (HERE.parent / "csrc").is_dir():
+        return (
+            f"fastclip was imported from the source folder {HERE.parent}, where the extension is not built; "
+            "run `pip install -e .` there, or start Python from another folder to use an installed fastclip"
+        )
+    return f"the extension is missing from {HERE}: {error}"
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    try:
+        from fastclip import _C
+    except ImportError as error:
+        return None, _why_missing(error)
+    _C.bind(torch.Tensor, torch.nn.Parameter)
+    return _C, ""
+
+
+C, why_missing = _load()

@@ -1,0 +1,153 @@
+"""The choice of backend: for each gradient the first in ``BACKENDS`` that serves it.
+
+``FASTCLIP_BACKEND=name`` forces one; a forced one that can't run raises and says why.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastclip._native import C, why_missing
+from fastclip.backends import cpu, reference
+from fastclip.tensors import Grads, TensorOrTensors, check_not_inference, check_writable, grads_or_parameters
+from fastclip.types import Backend, BackendUnavailableError, UnsupportedGradientError
+
+BACKENDS: tuple[Backend, ...] = (cpu, reference)  # best first; the reference serves what the others don't
+
+forced: str | None = os.environ.get("FASTCLIP_BACKEND") or None
+
+if why_missing and forced != reference.name:
+    warnings.warn(f"fastclip runs on its slower reference backend: {why_missing}", RuntimeWarning, stacklevel=3)
+
+if C is not None and (_capability := os.environ.get("FASTCLIP_CPU_CAPABILITY")) and not C.cpu_use_capability(_capability):
+    raise BackendUnavailableError(
+        f"FASTCLIP_CPU_CAPABILITY={_capability}: this machine has {', '.join(C.cpu_capabilities())}"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The share of a list that one backend works on; ``positions`` None means all of it."""
+
+    backend: Backend
+    table: Any
+    positions: list[int] | None
+
+    def to_list(self, index: int) -> int:
+        """Position in the whole list of the table's input ``index``."""
+        return index if self.positions is None else self.positions[index]
+
+
+def candidates() -> tuple[Backend, ...]:
+    """The backends that can run here, best first; exactly the forced one where one is forced."""
+    if forced is None:
+        return tuple(backend for backend in BACKENDS if not backend.unavailable())
+    for backend in BACKENDS:
+        if backend.name == forced:
+            if reason := backend.unavailable():
+                raise BackendUnavailableError(f"FASTCLIP_BACKEND={forced} can't run here: {reason}")
+            return (backend,)
+    known = ", ".join(backend.name for backend in BACKENDS)
+    raise BackendUnavailableError(f"FASTCLIP_BACKEND={forced}: no such backend; known are {known}")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Who works on which of the gradients; every write goes through here, after its checks."""
+
+    grads: Grads
+    parts: list[Part]
+
+    @property
+    def wide(self) -> bool:
+        """Whether a gradient is float64 or complex128."""
+        return any(part.table.wide for part in self.parts)
+
+    def check_writable(self) -> None:
+        """Raises ``UnsupportedGradientError`` if a gradient can be read but not written."""
+        for part in self.parts:
+            if part.table.readonly:
+                check_writable(self.grads, {part.to_list(i): why for i, why in part.table.readonly.items()})
+
+    def scale_(self, factor: float | Tensor) -> None:
+        """Multiplies every gradient in place by a number, a 0-d tensor, or one factor per tensor."""
+        check_not_inference(self.grads)
+        for part in self.parts:
+            own = factor
+            if isinstance(factor, Tensor) and factor.dim() == 1 and part.positions is not None:
+                own = factor[part.positions]
+            part.backend.scale_(part.table, own)
+
+    def clamp_(self, bound: float) -> None:
+        check_not_inference(self.grads)
+        for part in self.parts:
+            part.backend.clamp_(part.table, bound)
+
+    def zero_nonfinite_(self) -> None:
+        check_not_inference(self.grads)
+        for part in self.parts:
+            part.backend.zero_nonfinite_(part.table)
+
+
+def plan(grads: Grads) -> Plan:
+    """Shares ``grads`` out among the backends.
+
+    Raises:
+        UnsupportedGradientError: no backend serves one of them; names it, and each backend's reason.
+    """
+    parts: list[Part] = []
+    rest, positions = grads.tensors, None
+    reasons: dict[int, list[str]] = {}
+    for backend in candidates():
+        table = backend.table_of(rest)
+        refused = table.refused
+        if not refused:
+            parts.append(Part(backend, table, positions))
+            return Plan(grads, parts)
+        whole = positions if positions is not None else list(range(len(rest)))
+        if len(table):
+            parts.append(Part(backend, table, [whole[i] for i in table.positions]))
+        for i, reason in refused.items():
+            reasons.setdefault(whole[i], []).append(f"{backend.name}: {reason}")
+        positions = [whole[i] for i in refused]
+        rest = [rest[i] for i in refused]
+    worst = min(reasons, key=lambda i: (i not in (positions or []), i))
+    raise UnsupportedGradientError(
+        f"no backend can serve the gradient of {grads.describe(worst)}; " + "; ".join(reasons[worst])
+    )
+
+
+def explain(params: torch.nn.Module | TensorOrTensors | None = None) -> str:
+    """Says for each backend whether it runs here and, given parameters or gradients, what it would serve.
+
+    Args:
+        params: a module, parameters, or gradients; None asks about the machine alone.
+
+    Returns:
+        One line per backend, best first.
+    """
+    grads = grads_or_parameters(params).tensors if params is not None else []
+    lines = []
+    for backend in BACKENDS:
+        reason = backend.unavailable()
+        if reason:
+            lines.append(f"{backend.name}: not available: {reason}")
+            continue
+        line = f"{backend.name}: available"
+        if forced is not None:
+            line += ", forced by FASTCLIP_BACKEND" if backend.name == forced else f", but FASTCLIP_BACKEND={forced}"
+        if grads:
+            table = backend.table_of(grads)
+            line += f"; serves {len(table)} of {len(grads)} gradients"
+            counts: dict[str, int] = {}
+            for why in table.refused.values():
+                counts[why] = counts.get(why, 0) + 1
+            line += "".join(f"; {count} not: {why}" for why, count in counts.items())
+        lines.append(line)
+    return "\n".join(lines)

@@ -1,0 +1,162 @@
+"""The reference backend: the contract in plain torch, in float64.
+
+It is the definition of every number, the oracle of the tests, and the route for every device without
+kernels and every gradient that isn't plain dense memory. It never synchronises, so it also runs on meta
+and fake tensors. Where a device has no float64 (MPS), float32 scaled by the maximum.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fastclip import tensors
+from fastclip.types import CLIP_COEF, TOTAL_INFS, TOTAL_NANS, TOTAL_NORM, Request, wide_dtype
+
+name = "reference"
+
+PIECE = 1 << 22  # elements widened at a time: 32 MiB of float64
+
+
+@dataclass
+class ReferenceTable:
+    """``grads`` holds dense values, ``sources`` the gradients they belong to."""
+
+    grads: list[Tensor] = field(default_factory=list)
+    sources: list[Tensor] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    refused: dict[int, str] = field(default_factory=dict)
+    readonly: dict[int, str] = field(default_factory=dict)
+    wide: bool = False
+
+    def __len__(self) -> int:
+        return len(self.grads)
+
+
+def unavailable() -> str:
+    return ""
+
+
+def table_of(grads: list[Tensor]) -> ReferenceTable:
+    table = ReferenceTable()
+    for position, grad in enumerate(grads):
+        reason = tensors.unserved(grad)
+        if reason:
+            table.refused[position] = reason
+            continue
+        values = tensors.dense(grad.detach())
+        if reason := tensors.read_only(values):
+            table.readonly[position] = reason
+        table.grads.append(values)
+        table.sources.append(grad)
+        table.positions.append(position)
+        table.wide |= grad.dtype in (torch.float64, torch.complex128)
+    return table
+
+
+def read(table: ReferenceTable, request: Request, rows: Tensor) -> None:
+    for column, grad in enumerate(table.grads):
+        pieces = [_stats_of(piece, request) for piece in _pieces(grad)]
+        if not pieces:
+            pieces = [_stats_of(grad.flatten(), request)]
+        parts = torch.stack(pieces)
+        # counts and sum_abs add up; the norm joins as a norm of norms, max_abs as a maximum
+        joined = parts.sum(dim=0)
+        joined[0] = norm_of_norms(parts[:, 0], request.norm_type)
+        if request.extras:
+            joined[3] = parts[:, 3].amax()
+        rows[:, column] = joined
+
+
+def finish(rows: Tensor, request: Request, totals: Tensor) -> None:
+    total_norm = norm_of_norms(rows[0], request.norm_type) if rows.shape[1] else rows.new_zeros(())
+    clip_coef = torch.ones_like(total_norm)
+    if request.max_norm != math.inf:
+        clipped = request.max_norm / (total_norm + request.eps)
+        clip_coef = torch.where(total_norm <= request.max_norm, clip_coef, clipped)
+    totals[TOTAL_NORM] = total_norm
+    totals[CLIP_COEF] = clip_coef
+    totals[TOTAL_NANS] = rows[1].sum()
+    totals[TOTAL_INFS] = rows[2].sum()
+
+
+def scale_(table: ReferenceTable, factor: float | Tensor) -> None:
+    for column, (grad, source) in enumerate(zip(table.grads, table.sources, strict=True)):
+        own = factor[column] if isinstance(factor, Tensor) and factor.dim() == 1 else factor
+        if isinstance(own, float) and own == 1.0:
+            continue
+        for piece in _pieces(grad):
+            factor_here = own.to(piece.device) if isinstance(own, Tensor) else own
+            piece.copy_(_widened(piece) * factor_here)
+        tensors.write_back(source, grad)
+
+
+def clamp_(table: ReferenceTable, bound: float) -> None:
+    for grad, source in zip(table.grads, table.sources, strict=True):
+        grad.clamp_(min=-bound, max=bound)
+        tensors.write_back(source, grad)
+
+
+def zero_nonfinite_(table: ReferenceTable) -> None:
+    for grad, source in zip(table.grads, table.sources, strict=True):
+        grad.masked_fill_(torch.isfinite(grad).logical_not(), 0)
+        tensors.write_back(source, grad)
+
+
+def norm_of_norms(norms: Tensor, p: float) -> Tensor:
+    """p-norm of a 1-d list of norms or magnitudes, scaled by its dominant entry; NaN wins.
+
+    Nothing at all has the norm that leaves any join unchanged: 0, or Inf for negative p. A finite input
+    never gives Inf: past the largest number of its dtype the result stays there.
+    """
+    if norms.numel() == 0:
+        return norms.new_full((), math.inf if p < 0 else 0.0)
+    if p == 0:
+        return norms.sum()
+    if p == math.inf:
+        return norms.amax()
+    if p == -math.inf:
+        return norms.amin()
+    dominant = norms.amax() if p > 0 else norms.amin()
+    ordinary = torch.isfinite(dominant) & (dominant > 0)
+    unit = torch.where(ordinary, dominant, 1.0)
+    norm = unit * (norms / unit).pow(p).sum().pow(1.0 / p)
+    largest = torch.finfo(norms.dtype).max
+    return torch.where(ordinary, norm.clamp(max=largest), dominant)
+
+
+def _pieces(grad: Tensor) -> Iterator[Tensor]:
+    """Views of ``grad`` along its first dimension, about PIECE elements each."""
+    if grad.numel() == 0:
+        return
+    if grad.dim() == 0:
+        yield grad
+        return
+    rows = max(1, PIECE * grad.shape[0] // grad.numel())
+    yield from grad.split(rows)
+
+
+def _widened(piece: Tensor) -> Tensor:
+    real = wide_dtype(piece.device)
+    if piece.is_complex():
+        return piece.to(torch.complex128 if real == torch.float64 else torch.complex64)
+    return piece.to(real)
+
+
+def _stats_of(piece: Tensor, request: Request) -> Tensor:
+    """The first ``request.fields`` of FIELDS, 1-d."""
+    widened = _widened(piece)
+    nan = torch.isnan(widened)
+    inf = torch.isinf(widened) & ~nan
+    # hypot(Inf, NaN) is Inf, but a number with a NaN part is a NaN
+    magnitudes = torch.where(nan, math.nan, widened.abs()).flatten()
+    counted = (magnitudes != 0).to(magnitudes.dtype) if request.norm_type == 0 else magnitudes
+    fields = [norm_of_norms(counted, request.norm_type), nan.sum(), inf.sum()]
+    if request.extras:
+        largest = magnitudes.amax() if magnitudes.numel() else magnitudes.new_zeros(())
+        fields += [largest, magnitudes.sum(), (magnitudes == 0).sum()]
+    return torch.stack([value.to(magnitudes.dtype) for value in fields])

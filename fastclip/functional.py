@@ -1,0 +1,230 @@
+"""torch's clipping functions, by the same names, over one read of the gradients."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from fastclip import clipping
+from fastclip.stats import GradStats
+from fastclip.tensors import TensorOrTensors, grads_among, grads_of, grads_or_parameters
+from fastclip.types import NONFINITE, Request
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _no_grad(function: Callable[P, R]) -> Callable[P, R]:
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.no_grad():
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+def number(name: str, value: float | Tensor, least: float = 0.0) -> float:
+    """``value`` as a float; raises where a bound makes no sense."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)) and not hasattr(value, "__float__"):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise TypeError(f"{name}: expected a number or a tensor with one element, got shape {tuple(value.shape)}")
+    number = float(value)
+    if not number >= least:
+        raise ValueError(f"{name} must be at least {least:g}, got {number}")
+    return number
+
+
+def norm_type_number(value: float | str) -> float:
+    """``value`` as a float; ``"inf"`` is one."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"norm_type: expected a number or 'inf', got {value!r}") from None
+    if math.isnan(number):
+        raise ValueError("norm_type must not be NaN")
+    return number
+
+
+def nonfinite_rule(value: str, error_if_nonfinite: bool = False) -> str:
+    """``value`` if it is one of NONFINITE; "raise" where torch's own flag asks for it."""
+    if value not in NONFINITE:
+        raise ValueError(f"nonfinite must be one of {', '.join(NONFINITE)}; got {value!r}")
+    if error_if_nonfinite and value not in ("propagate", "raise"):
+        raise ValueError(f"error_if_nonfinite=True contradicts nonfinite={value!r}")
+    return "raise" if error_if_nonfinite else value
+
+
+@_no_grad
+def clip_grad_norm_(
+    parameters: TensorOrTensors,
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+    *,
+    eps: float = 1e-6,
+    nonfinite: str = "propagate",
+) -> Tensor:
+    """Scales all gradients in place so that their joint norm is at most ``max_norm``.
+
+    Equivalent to ``torch.nn.utils.clip_grad_norm_``, in one read of the gradients and, only when the norm
+    exceeds ``max_norm``, one write: at or below it the gradients stay bitwise untouched. The norm is right at
+    every magnitude: finite gradients never overflow it, and 16-bit ones do not round it.
+
+    Args:
+        parameters: a tensor or an iterable of tensors (generators too); those without a ``.grad`` are ignored,
+            a gradient listed twice counts and is scaled once. Any shapes, layouts and mix of float, complex
+            and 16-bit dtypes, on any mix of devices.
+        max_norm: bound of the norm, >= 0, a number or a one-element tensor; ``inf`` only reads.
+        norm_type: p of the p-norm: any number, ``'inf'``, ``-inf``; 0 counts the elements that aren't 0.
+        error_if_nonfinite: the same as ``nonfinite="raise"``.
+        foreach: accepted for compatibility; every backend works on all tensors at once.
+        eps: added to the norm in the denominator of the coefficient ``max_norm / (total_norm + eps)``.
+        nonfinite: what NaN or Inf elements do. ``"propagate"``: exactly what they do in torch (NaN makes every
+            gradient NaN, Inf makes the finite ones 0). ``"skip"``: gradients stay untouched, the norm is
+            returned. ``"zero"``: they become 0, the rest is clipped by the norm of what is left, which is
+            returned. ``"raise"``: raises before anything is written.
+
+    Writes: each ``p.grad``, only if the norm exceeds ``max_norm`` (or for ``"zero"``, if there is something to zero).
+
+    Returns:
+        The total norm before clipping, 0-d float32 (float64 if a gradient is float64 or complex128), on the
+        first gradient's device; no host sync off the CPU, except with ``"raise"``. 0 if there is no gradient.
+
+    Raises:
+        NonFiniteGradientError: with ``"raise"``; a ``RuntimeError`` that names tensor, index and value.
+        UnsupportedGradientError: a ``TypeError``; a gradient that can't be read or written; nothing was written.
+        ValueError: a negative or NaN ``max_norm`` or ``eps``, an unknown ``nonfinite``.
+
+    Source: Pascanu et al. 2013, arXiv:1211.5063; torch.nn.utils.
+
+    Example:
+        >>> import torch, fastclip
+        >>> p = torch.nn.Parameter(torch.zeros(2))
+        >>> p.grad = torch.tensor([3.0, 4.0])
+        >>> fastclip.clip_grad_norm_([p], max_norm=1.0)
+        tensor(5.)
+        >>> p.grad
+        tensor([0.6000, 0.8000])
+    """
+    request = Request(norm_type_number(norm_type), number("max_norm", max_norm), number("eps", eps))
+    nonfinite = nonfinite_rule(nonfinite, error_if_nonfinite)
+    if torch.compiler.is_compiling():
+        return compiled.clip_grad_norm_(parameters, request, nonfinite)
+    return clipping.clip_(grads_of(parameters), request, nonfinite).total_norm
+
+
+@_no_grad
+def clip_grad_value_(parameters: TensorOrTensors, clip_value: float, foreach: bool | None = None) -> None:
+    """Clamps every gradient element into ``[-clip_value, clip_value]`` in place; NaN stays NaN.
+
+    Equivalent to ``torch.nn.utils.clip_grad_value_``; memory where nothing exceeds the bound is not written.
+
+    Args:
+        parameters: as in :func:`clip_grad_norm_`; real dtypes only.
+        clip_value: bound, >= 0, a number or a one-element tensor.
+        foreach: accepted for compatibility.
+
+    Writes: each ``p.grad`` that holds an element beyond the bound.
+
+    Raises:
+        RuntimeError: a complex gradient, which has no order (as in torch); nothing was written.
+        UnsupportedGradientError: a ``TypeError``; a gradient that can't be written; nothing was written.
+        ValueError: a negative or NaN ``clip_value``.
+    """
+    bound = number("clip_value", clip_value)
+    if torch.compiler.is_compiling():
+        compiled.clip_grad_value_(parameters, bound)
+        return
+    clipping.clamp_(grads_of(parameters), bound)
+
+
+@_no_grad
+def get_total_norm(
+    tensors: TensorOrTensors,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    """The p-norm of all ``tensors`` as one vector; reads every element once and writes nothing.
+
+    Equivalent to ``torch.nn.utils.get_total_norm``, right at every magnitude and not rounded to 16 bits.
+
+    Args:
+        tensors: a tensor or an iterable of tensors, usually gradients; None entries are ignored, a tensor
+            listed twice counts once.
+        norm_type: p of the p-norm, as in :func:`clip_grad_norm_`.
+        error_if_nonfinite: raise ``NonFiniteGradientError`` if an element is NaN or Inf.
+        foreach: accepted for compatibility.
+
+    Returns:
+        0-d float32 (float64 if a tensor is float64 or complex128), on the first tensor's device.
+    """
+    request = Request(norm_type_number(norm_type))
+    if torch.compiler.is_compiling():
+        return compiled.get_total_norm(tensors, request, error_if_nonfinite)
+    return clipping.total_norm(grads_among(tensors), request, error_if_nonfinite)
+
+
+@_no_grad
+def clip_grads_with_norm_(
+    parameters: TensorOrTensors, max_norm: float, total_norm: Tensor | float, foreach: bool | None = None
+) -> None:
+    """Scales all gradients in place by ``max_norm / (total_norm + 1e-6)`` where ``total_norm > max_norm``.
+
+    Equivalent to ``torch.nn.utils.clip_grads_with_norm_``; at or below the bound nothing is written.
+
+    Args:
+        parameters: as in :func:`clip_grad_norm_`.
+        max_norm: bound of the norm, >= 0; ``inf`` writes nothing.
+        total_norm: the norm to clip by, a number or a one-element tensor on any device. NaN makes every
+            gradient NaN and Inf makes every finite gradient 0, as in torch.
+        foreach: accepted for compatibility.
+
+    Writes: each ``p.grad``, if ``total_norm`` exceeds ``max_norm``.
+    """
+    request = Request(max_norm=number("max_norm", max_norm))
+    if isinstance(total_norm, Tensor) and total_norm.numel() != 1:
+        raise TypeError(f"total_norm: expected one element, got shape {tuple(total_norm.shape)}")
+    if torch.compiler.is_compiling():
+        compiled.clip_grads_with_norm_(parameters, request, total_norm)
+        return
+    clipping.scale_by_norm_(grads_of(parameters), request, total_norm)
+
+
+@_no_grad
+def grad_stats(
+    params_or_grads: torch.nn.Module | TensorOrTensors | Iterable[tuple[str, Tensor]],
+    names: Iterable[str] | None = None,
+    *,
+    norm_type: float = 2.0,
+    extras: bool = True,
+) -> GradStats:
+    """Per-tensor and total norms, NaN and Inf counts of all gradients, in one read and without a sync.
+
+    Args:
+        params_or_grads: a module (its parameter names are kept), parameters, gradients, or (name, tensor)
+            pairs. A list is taken for parameters when one of them has a ``.grad`` or is a leaf that requires one.
+        names: one per tensor given.
+        norm_type: p of the p-norm, as in :func:`clip_grad_norm_`.
+        extras: also find the largest magnitude and count zeros, which takes more work per element.
+
+    Returns:
+        :class:`GradStats`; ``print()`` it, or ask it for its ``worst()`` tensors.
+
+    Example:
+        >>> import torch, fastclip
+        >>> stats = fastclip.grad_stats([torch.tensor([3.0, 4.0]), torch.tensor([float("nan"), 1.0])], ["w", "b"])
+        >>> stats.worst(1)[0].name
+        'b'
+    """
+    request = Request(norm_type_number(norm_type), extras=extras)
+    if torch.compiler.is_compiling():
+        return compiled.grad_stats(params_or_grads, names, request)
+    return clipping.grad_stats(grads_or_parameters(params_or_grads, names), request)

@@ -1,0 +1,240 @@
+"""The one read of the gradients and what it says of them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastclip.backends import Part, Plan, reference
+from fastclip.tensors import first_nonfinite
+from fastclip.types import (
+    INFS,
+    MAX_ABS,
+    NANS,
+    NORM,
+    TOTAL_INFS,
+    TOTAL_NANS,
+    TOTAL_NORM,
+    TOTALS,
+    ZEROS,
+    NonFiniteGradientError,
+    Request,
+    wide_dtype,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One read of a list of gradients.
+
+    Attributes:
+        plan: what was read, and by whom.
+        rows: ``[request.fields, n]``, per tensor, on the first gradient's device in its widest dtype.
+        totals: ``[len(TOTALS)]``, of all tensors, same device and dtype.
+    """
+
+    plan: Plan
+    rows: Tensor
+    totals: Tensor
+
+    @property
+    def on_host(self) -> bool:
+        """Whether looking at ``totals`` waits for nothing: they are in plain CPU memory."""
+        return type(self.totals) is Tensor and self.totals.device.type == "cpu"
+
+    @property
+    def norm_dtype(self) -> torch.dtype:
+        """Dtype of the norms that callers get: float32, or float64 if a gradient is that wide."""
+        return torch.float64 if self.plan.wide else torch.float32
+
+    @property
+    def total_norm(self) -> Tensor:
+        return self.totals[TOTAL_NORM].to(self.norm_dtype)
+
+    @property
+    def found_inf(self) -> Tensor:
+        """0-d float32, 1.0 if any gradient is not finite."""
+        return ((self.totals[TOTAL_NANS] + self.totals[TOTAL_INFS]) > 0).to(torch.float32)
+
+    def check_finite(self) -> None:
+        """Raises ``NonFiniteGradientError`` naming the first bad element. Synchronises."""
+        bad = ((self.rows[NANS] + self.rows[INFS]) > 0).nonzero()
+        if not len(bad):
+            return
+        grads, first = self.plan.grads, int(bad[0])
+        index, value = first_nonfinite(grads.tensors[first])
+        kind = "NaN" if value != value else "Inf"
+        where = f"index {index}" if index else "its only element"
+        raise NonFiniteGradientError(
+            f"the gradient of {grads.describe(first)} holds {kind} at {where} "
+            f"({len(bad)} of {len(grads.tensors)} gradients are not finite); nothing was written",
+            grads.label(first),
+            index,
+            value,
+        )
+
+
+def read(plan: Plan, request: Request) -> Reading:
+    """Reads every gradient element once, without waiting for the device."""
+    if len(plan.parts) == 1 and plan.parts[0].positions is None:
+        rows = _read_part(plan.parts[0], request)
+        finish = plan.parts[0].backend.finish
+    else:
+        read_rows = [(part, part.positions or [], _read_part(part, request)) for part in plan.parts]
+        home = next(own for _, positions, own in read_rows if positions[0] == 0)
+        rows = home.new_empty((request.fields, len(plan.grads.tensors)))
+        for _, positions, own in read_rows:
+            rows[:, positions] = own.to(rows)
+        finish = reference.finish
+    totals = rows.new_empty(len(TOTALS))
+    finish(rows, request, totals)
+    return Reading(plan, rows, totals)
+
+
+def _read_part(part: Part, request: Request) -> Tensor:
+    like = part.table.grads[0] if len(part.table) else torch.empty(0)
+    rows = like.new_empty((request.fields, len(part.table)), dtype=wide_dtype(like.device))
+    part.backend.read(part.table, request, rows)
+    return rows
+
+
+class Worst(NamedTuple):
+    """One line of :meth:`GradStats.worst`, in Python numbers."""
+
+    name: str
+    norm: float
+    max_abs: float | None
+    nans: int
+    infs: int
+
+
+@dataclass(frozen=True)
+class GradStats:
+    """Facts about one step's gradients: tensors on the gradients' device, nothing waited for.
+
+    ``to_dict()``, ``worst()`` and ``print()`` copy them to the host, once per call.
+
+    Attributes:
+        total_norm: 0-d, float32 (float64 if a gradient is): p-norm of all gradients as one vector.
+        tensor_norms: ``[n]``, same dtype: p-norm of each gradient.
+        found_inf: 0-d float32, 1.0 if any element is NaN or Inf.
+        nans, infs: ``[n]`` int64, number of such elements in each gradient.
+        tensor_max_abs: ``[n]``, largest magnitude of each gradient, NaN if it holds one; None without extras.
+        zeros: ``[n]`` int64, number of elements equal to 0; None without extras.
+        sizes: elements in each gradient.
+        names: the caller's names, or ``parameters[i]`` / ``grads[i]``.
+        norm_type: the p of the norms.
+    """
+
+    total_norm: Tensor
+    tensor_norms: Tensor
+    found_inf: Tensor
+    nans: Tensor
+    infs: Tensor
+    tensor_max_abs: Tensor | None
+    zeros: Tensor | None
+    sizes: list[int]
+    names: list[str]
+    norm_type: float
+
+    @property
+    def max_abs(self) -> Tensor | None:
+        """0-d, largest magnitude of all gradients, NaN if there is one; None without extras."""
+        if self.tensor_max_abs is None or not self.names:
+            return self.tensor_max_abs if self.tensor_max_abs is None else self.total_norm.new_zeros(())
+        return self.tensor_max_abs.amax()
+
+    def _host(self) -> dict[str, list[float]]:
+        """Every per-tensor row and the total, as Python numbers, in one copy."""
+        rows = [self.tensor_norms, self.nans, self.infs]
+        if self.tensor_max_abs is not None and self.zeros is not None:
+            rows += [self.tensor_max_abs, self.zeros]
+        columns = torch.stack([row.to(wide_dtype(row.device)) for row in rows])
+        total = self.total_norm.to(columns.dtype).expand(len(rows), 1)
+        table = torch.cat([columns, total], dim=1).tolist()
+        host = dict(zip(("norms", "nans", "infs", "max_abs", "zeros"), (row[:-1] for row in table), strict=False))
+        return {**host, "total_norm": [table[0][-1]]}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as Python numbers. Synchronises once.
+
+        Returns:
+            ``total_norm``, ``found_inf``, ``nans``, ``infs`` (sums), ``max_abs`` and ``zeros`` with extras, and
+            ``tensors``: name -> the same of each gradient, with its ``size``.
+        """
+        host = self._host()
+        extras = "max_abs" in host
+        per_tensor = {}
+        for i, name in enumerate(self.names):
+            facts: dict[str, Any] = {"norm": host["norms"][i], "size": self.sizes[i]}
+            facts |= {key: int(host[key][i]) for key in ("nans", "infs")}
+            if extras:
+                facts |= {"max_abs": host["max_abs"][i], "zeros": int(host["zeros"][i])}
+            per_tensor[name] = facts
+        nans, infs = int(sum(host["nans"])), int(sum(host["infs"]))
+        total: dict[str, Any] = {
+            "total_norm": host["total_norm"][0],
+            "norm_type": self.norm_type,
+            "found_inf": nans + infs > 0,
+            "nans": nans,
+            "infs": infs,
+        }
+        if extras:
+            largest = math.nan if nans else max(host["max_abs"], default=0.0)
+            total |= {"max_abs": largest, "zeros": int(sum(host["zeros"]))}
+        return {**total, "tensors": per_tensor}
+
+    def worst(self, k: int = 5) -> list[Worst]:
+        """The ``k`` gradients to look at first: those with NaN, then with Inf, then by norm. Synchronises once."""
+        return self._worst(self._host(), k)
+
+    def _worst(self, host: dict[str, list[float]], k: int) -> list[Worst]:
+        largest = host.get("max_abs")
+        lines = [
+            Worst(name, norm, None if largest is None else largest[i], int(host["nans"][i]), int(host["infs"][i]))
+            for i, (name, norm) in enumerate(zip(self.names, host["norms"], strict=True))
+        ]
+        lines.sort(key=lambda w: (w.nans > 0, w.infs > 0, -math.inf if w.norm != w.norm else w.norm), reverse=True)
+        return lines[:k]
+
+    def __str__(self) -> str:
+        host = self._host()
+        nans, infs = int(sum(host["nans"])), int(sum(host["infs"]))
+        state = f"{nans} NaN, {infs} Inf" if nans + infs else "all finite"
+        lines = [
+            f"{len(self.names)} gradients, {sum(self.sizes):,} elements: "
+            f"total {self.norm_type:g}-norm {host['total_norm'][0]:.6g}, {state}"
+        ]
+        worst = self._worst(host, 5)
+        width = max((len(w.name) for w in worst), default=0)
+        for w in worst:
+            line = f"  {w.name:<{width}}  norm {w.norm:<12.6g}"
+            if w.max_abs is not None:
+                line += f"  max|g| {w.max_abs:<12.6g}"
+            if w.nans or w.infs:
+                line += f"  {w.nans} NaN, {w.infs} Inf"
+            lines.append(line.rstrip())
+        if len(self.names) > len(worst):
+            lines.append(f"  ... and {len(self.names) - len(worst)} more")
+        return "\n".join(lines)
+
+
+def stats_of(reading: Reading, request: Request) -> GradStats:
+    """What callers see of a reading."""
+    rows, dtype, extras, grads = reading.rows, reading.norm_dtype, request.extras, reading.plan.grads
+    return GradStats(
+        total_norm=reading.total_norm,
+        tensor_norms=rows[NORM].to(dtype),
+        found_inf=reading.found_inf,
+        nans=rows[NANS].to(torch.int64),
+        infs=rows[INFS].to(torch.int64),
+        tensor_max_abs=rows[MAX_ABS].to(dtype) if extras else None,
+        zeros=rows[ZEROS].to(torch.int64) if extras else None,
+        sizes=[grad.numel() for grad in grads.tensors],
+        names=[grads.label(i) for i in range(len(grads.tensors))],
+        norm_type=request.norm_type,
+    )

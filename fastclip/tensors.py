@@ -1,0 +1,220 @@
+"""Parameters -> gradients. The only file that touches ``p.grad``, sparse layouts and subclasses."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from types import GeneratorType
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from fastclip._native import C
+from fastclip.types import UnsupportedGradientError
+
+TensorOrTensors: TypeAlias = Tensor | Iterable[Tensor]
+
+FLOAT8 = tuple(
+    dtype
+    for name in ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz")
+    if (dtype := getattr(torch, name, None)) is not None
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Grads:
+    """Every gradient once, however often its parameter was listed.
+
+    Attributes:
+        tensors: the gradients, any device, dtype and layout.
+        positions: where they stood in the caller's list; None means at 0, 1, 2, ...
+        names: the caller's names for his list, or None.
+        noun: how the caller's list is called in messages.
+    """
+
+    tensors: list[Tensor]
+    positions: list[int] | None
+    names: Sequence[str] | None = None
+    noun: str = "parameters"
+
+    def label(self, index: int) -> str:
+        """The name of gradient ``index`` in words that the caller knows."""
+        position = index if self.positions is None else self.positions[index]
+        return self.names[position] if self.names is not None else f"{self.noun}[{position}]"
+
+    def describe(self, index: int) -> str:
+        grad = self.tensors[index]
+        kind = f", {grad.layout}" if grad.layout != torch.strided else ""
+        return f"{self.label(index)} ({grad.dtype}, shape {tuple(grad.shape)}, {grad.device}{kind})"
+
+
+def _listed(tensors: TensorOrTensors, noun: str) -> list[Tensor]:
+    if isinstance(tensors, Tensor):
+        return [tensors]
+    if isinstance(tensors, torch.nn.Module):
+        raise TypeError(f"{noun}: got a {type(tensors).__name__} module; pass module.parameters()")
+    if isinstance(tensors, (str, bytes)) or not isinstance(tensors, Iterable):
+        raise TypeError(f"{noun}: expected a tensor or an iterable of tensors, got {type(tensors).__name__}")
+    listed = list(tensors)
+    if not listed and isinstance(tensors, GeneratorType):
+        warnings.warn(
+            f"`{noun}` is an empty generator, no gradient clipping will occur: was it used up before?", stacklevel=4
+        )
+    return listed
+
+
+def _gather(listed: list[Tensor], take_grad: bool) -> tuple[list[Tensor], list[int] | None]:
+    """What ``_C.gather`` does, for machines without it."""
+    grads: list[Tensor] = []
+    positions: list[int] = []
+    seen: set[int] = set()
+    for position, tensor in enumerate(listed):
+        if tensor is None and not take_grad:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"item {position} is a {type(tensor).__name__}, not a torch.Tensor")
+        grad = tensor.grad if take_grad else tensor
+        if grad is not None and id(grad) not in seen:
+            seen.add(id(grad))
+            grads.append(grad)
+            positions.append(position)
+    return grads, positions
+
+
+def _gathered(listed: list[Tensor], take_grad: bool, noun: str) -> tuple[list[Tensor], list[int] | None]:
+    try:
+        return C.gather(listed, take_grad) if C is not None else _gather(listed, take_grad)
+    except TypeError as error:
+        raise TypeError(f"{noun}: {error}") from None
+
+
+def grads_of(parameters: TensorOrTensors) -> Grads:
+    """The gradients of ``parameters``: a tensor or an iterable of tensors, generators included.
+
+    Parameters without a gradient are left out.
+
+    Raises:
+        TypeError: an item is not a tensor.
+
+    Warns when nothing has a gradient and nothing requires one: gradients were passed by mistake.
+    """
+    listed = _listed(parameters, "parameters")
+    grads, positions = _gathered(listed, True, "parameters")
+    if not grads and listed and not any(p.requires_grad for p in listed):
+        warnings.warn(
+            f"none of the {len(listed)} tensors has a .grad and none requires one, so nothing was clipped: "
+            "were gradients passed where parameters are meant?",
+            stacklevel=3,
+        )
+    return Grads(grads, positions)
+
+
+def grads_among(tensors: TensorOrTensors, names: Iterable[str] | None = None, noun: str = "tensors") -> Grads:
+    """``tensors`` themselves as gradients; None entries are left out."""
+    listed = _listed(tensors, noun)
+    grads, positions = _gathered(listed, False, noun)
+    return Grads(grads, positions, _names(names, len(listed)), noun)
+
+
+def grads_or_parameters(
+    source: torch.nn.Module | TensorOrTensors | Iterable[tuple[str, Tensor]], names: Iterable[str] | None = None
+) -> Grads:
+    """Gradients from a module, from (name, tensor) pairs, or from a list of parameters or of gradients.
+
+    A list is taken for parameters when one of its tensors has a ``.grad`` or is a leaf that requires one.
+    """
+    if isinstance(source, torch.nn.Module):
+        source = source.named_parameters()
+    listed = _listed(source, "params_or_grads")  # type: ignore[arg-type]
+    if listed and names is None and all(isinstance(item, tuple) and len(item) == 2 for item in listed):
+        names = [name for name, _ in listed]  # type: ignore[misc]
+        listed = [tensor for _, tensor in listed]  # type: ignore[misc]
+    take_grad = any(
+        isinstance(t, Tensor) and t.is_leaf and (t.requires_grad or t.grad is not None) for t in listed
+    )
+    grads, positions = _gathered(listed, take_grad, "params_or_grads")
+    return Grads(grads, positions, _names(names, len(listed)), "parameters" if take_grad else "grads")
+
+
+def _names(names: Iterable[str] | None, count: int) -> list[str] | None:
+    if names is None:
+        return None
+    if isinstance(names, str):
+        raise TypeError("names: expected one name per tensor, got a single string")
+    listed = list(names)
+    if len(listed) != count:
+        raise ValueError(f"names: {len(listed)} names for {count} tensors")
+    return listed
+
+
+def unserved(grad: Tensor) -> str:
+    """Why plain torch operations can't work on this gradient; "" if they can."""
+    if not (grad.is_floating_point() or grad.is_complex()) or grad.dtype.itemsize == 1 and grad.dtype not in FLOAT8:
+        return f"{grad.dtype} gradients have no norm"
+    if grad.is_quantized or grad.is_nested:
+        return "quantized and nested tensors are not served"
+    if type(grad).__name__ == "DTensor":
+        return "sharded gradients (DTensor) are not served; pass local tensors"
+    return ""
+
+
+def dense(grad: Tensor) -> Tensor:
+    """The numbers of a gradient as a strided tensor; shared memory, except for uncoalesced sparse ones.
+
+    A sparse gradient's norms are those of its values: what it doesn't list is 0.
+    """
+    if grad.layout == torch.strided:
+        return grad
+    if grad.layout == torch.sparse_coo:
+        return (grad if grad.is_coalesced() else grad.coalesce())._values()
+    return grad.values()  # CSR, CSC, BSR, BSC
+
+
+def write_back(grad: Tensor, values: Tensor) -> None:
+    """After a write to ``values = dense(grad)``: brings it to ``grad`` where memory isn't shared."""
+    if grad.layout == torch.sparse_coo and not grad.is_coalesced():
+        coalesced = grad.coalesce()
+        coalesced._values().copy_(values)
+        grad.copy_(coalesced)
+
+
+def read_only(grad: Tensor) -> str:
+    """Why this strided gradient can't be written in place; "" if it can."""
+    if grad.dtype in FLOAT8:
+        return "8-bit floats are read for statistics only; torch has no arithmetic that writes them"
+    span = 1
+    for stride, size in sorted(zip(grad.stride(), grad.shape, strict=True)):
+        if size > 1 and stride < span:
+            return "several of its elements share one place in memory (an expanded or overlapping view); clone() it"
+        span += stride * (size - 1)
+    return ""
+
+
+def check_not_inference(grads: Grads) -> None:
+    """Raises ``RuntimeError`` when an inference tensor would be written outside of inference mode."""
+    if torch.is_inference_mode_enabled():
+        return
+    for index, grad in enumerate(grads.tensors):
+        if grad.is_inference():
+            raise RuntimeError(
+                f"the gradient of {grads.describe(index)} is an inference tensor, which can only be written "
+                "inside torch.inference_mode(); nothing was written"
+            )
+
+
+def check_writable(grads: Grads, readonly: dict[int, str]) -> None:
+    """Raises ``UnsupportedGradientError`` for the first gradient that a backend marked as read-only."""
+    for index, reason in readonly.items():
+        raise UnsupportedGradientError(
+            f"the gradient of {grads.describe(index)} can't be written: {reason}; nothing was written"
+        )
+
+
+def first_nonfinite(grad: Tensor) -> tuple[tuple[int, ...], complex]:
+    """Index and value of the first NaN or Inf in row-major order. Synchronises."""
+    values = grad if grad.layout == torch.strided else grad.to_dense()
+    widened = values.to(torch.float32) if values.dtype in FLOAT8 else values
+    index = tuple(torch.isfinite(widened).logical_not().nonzero()[0].tolist())
+    return index, widened[index].item()

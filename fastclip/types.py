@@ -1,0 +1,133 @@
+"""The words that every floor shares: requests, field orders, the backend contract, errors."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+# Rows of a backend's per-tensor result, in float64; the same order stands in csrc/cpu/engine.h.
+FIELDS = ("norm", "nans", "infs", "max_abs", "sum_abs", "zeros")
+NORM, NANS, INFS, MAX_ABS, SUM_ABS, ZEROS = range(len(FIELDS))
+ALWAYS_FIELDS = MAX_ABS  # norm, nans and infs are always filled, the others on request
+
+TOTALS = ("total_norm", "clip_coef", "nans", "infs")
+TOTAL_NORM, CLIP_COEF, TOTAL_NANS, TOTAL_INFS = range(len(TOTALS))
+
+NONFINITE = ("propagate", "skip", "zero", "raise")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What one read of the gradients shall yield.
+
+    Args:
+        norm_type: p of the p-norm; any number, ``inf`` and ``-inf`` included.
+        max_norm: bound from which ``clip_coef`` follows; ``inf`` asks for statistics alone.
+        eps: added to the total norm in the denominator of ``clip_coef``.
+        extras: also fill ``max_abs``, ``sum_abs`` and ``zeros``.
+    """
+
+    norm_type: float = 2.0
+    max_norm: float = math.inf
+    eps: float = 1e-6
+    extras: bool = False
+
+    @property
+    def fields(self) -> int:
+        return len(FIELDS) if self.extras else ALWAYS_FIELDS
+
+
+class Table(Protocol):
+    """A backend's view of the gradients it will work on in one call; it keeps them alive."""
+
+    @property
+    def grads(self) -> list[Tensor]:
+        """The served gradients, dense, in the order of the rows' columns."""
+
+    @property
+    def positions(self) -> list[int]:
+        """Where they stood in the list that was given; empty if all are served."""
+
+    @property
+    def refused(self) -> dict[int, str]:
+        """Position -> why this backend can't serve it; another backend may."""
+
+    @property
+    def readonly(self) -> dict[int, str]:
+        """Position -> why it can be read but not written."""
+
+    @property
+    def wide(self) -> bool:
+        """Whether one of them is float64 or complex128."""
+
+    def __len__(self) -> int: ...
+
+
+class Backend(Protocol):
+    """The contract of all backends: a module with these names and nothing more.
+
+    The caller allocates. A backend keeps nothing between calls, never synchronises with the host,
+    works on the current stream, and accepts an empty table.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    def unavailable(self) -> str:
+        """Why this backend can't run here at all; "" if it can."""
+
+    def table_of(self, grads: list[Tensor]) -> Any:
+        """A :class:`Table` over ``grads``. Raises nothing: what it can't serve is in ``refused``."""
+
+    def read(self, table: Any, request: Request, rows: Tensor) -> None:
+        """The one read. Fills ``rows``, ``[request.fields, len(table)]``, every element of it."""
+
+    def finish(self, rows: Tensor, request: Request, totals: Tensor) -> None:
+        """Joins ``rows`` (of any number of tensors, tables or ranks) into ``totals``, ``[len(TOTALS)]``."""
+
+    def scale_(self, table: Any, factor: float | Tensor) -> None:
+        """Multiplies in place by a number, a 0-d tensor, or one factor per tensor (1-d float64).
+
+        A tensor whose factor is 1 is not written, where the host or the kernel can know it.
+        """
+
+    def clamp_(self, table: Any, bound: float) -> None:
+        """Clamps every real element into [-bound, bound]; NaN stays NaN."""
+
+    def zero_nonfinite_(self, table: Any) -> None:
+        """Replaces every NaN and Inf element by 0."""
+
+
+class FastclipError(Exception):
+    """Base of every error that is fastclip's own."""
+
+
+class UnsupportedGradientError(FastclipError, TypeError):
+    """A gradient that no backend, or not the forced one, can serve. Nothing was written."""
+
+
+class BackendUnavailableError(FastclipError, RuntimeError):
+    """``FASTCLIP_BACKEND`` names a backend that is unknown or can't run here."""
+
+
+class NonFiniteGradientError(FastclipError, RuntimeError):
+    """A gradient holds NaN or Inf and the caller asked to hear of it. Nothing was written.
+
+    Attributes:
+        tensor: name or position of the first bad gradient.
+        index: position of its first bad element, one number per dimension.
+        value: that element, ``nan`` or ``±inf``.
+    """
+
+    def __init__(self, message: str, tensor: str, index: tuple[int, ...], value: complex):
+        super().__init__(message)
+        self.tensor, self.index, self.value = tensor, index, value
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """The widest real dtype of a device: MPS has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
