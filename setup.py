@@ -39,7 +39,8 @@ class BuildExt(build_ext):
     def build_extension(self, ext: Extension) -> None:
         compiler = find_compiler(self.compiler)
         if compiler is None:
-            self.record(ext, {"extension": False, "why": "no C++ compiler was found when fastclip was installed"})
+            ext.optional = True  # nothing to copy or package
+            self.record({"extension": False, "why": "no C++ compiler was found when fastclip was installed"})
             return
         import pybind11
         from tvm_ffi import libinfo
@@ -67,15 +68,20 @@ class BuildExt(build_ext):
         self.compiler.link_shared_object(
             objects, target, extra_postargs=shared, build_temp=self.build_temp, target_lang="c++"
         )
-        self.record(ext, {"extension": True, "openmp": openmp, "compiler": " ".join(compiler)})
+        self.record({"extension": True, "openmp": openmp, "compiler": " ".join(compiler)})
 
-    def record(self, ext: Extension, facts: dict) -> None:
+    def record(self, facts: dict) -> None:
         """Written beside the extension; fastclip/_native.py reads it when there is none."""
-        path = Path(self.get_ext_fullpath(ext.name)).parent / "_build.json"
+        path = Path(self.build_lib, "fastclip", "_build.json")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(facts, indent=1) + "\n")
         if not facts["extension"]:
             self.warn(facts["why"] + "; the package will run on its slower reference backend")
+
+    def copy_extensions_to_source(self) -> None:
+        """Editable installs run from the source folder."""
+        super().copy_extensions_to_source()
+        self.copy_file(Path(self.build_lib, "fastclip", "_build.json"), "fastclip/_build.json")
 
 
 def find_compiler(distutils_compiler) -> "list[str] | None":

@@ -1,0 +1,1 @@
+"""Measurements: ratios against torch (compare), the README's table and picture (report), single kernels over time."""

@@ -2,11 +2,14 @@
 
 A call into the extension would break the graph; an operator with a fake kernel does not. Never used in
 eager code, where the dispatcher alone would cost more than a short list of gradients.
+
+What Dynamo traces here is only the way from parameters to gradients; the operators run the eager code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,3 +18,160 @@ from fastclip import clipping
 from fastclip.stats import GradStats
 from fastclip.tensors import Grads, TensorOrTensors
 from fastclip.types import Request
+
+
+def clip_grad_norm_(parameters: TensorOrTensors, request: Request, nonfinite: str) -> Tensor:
+    grads, positions = _gather(parameters, True)
+    if not grads:
+        return torch.tensor(0.0)
+    return _clip_grad_norm_(grads, positions, request.norm_type, request.max_norm, request.eps, nonfinite)
+
+
+def clip_grad_value_(parameters: TensorOrTensors, bound: float) -> None:
+    grads, positions = _gather(parameters, True)
+    if grads:
+        _clip_grad_value_(grads, positions, bound)
+
+
+def get_total_norm(tensors: TensorOrTensors, request: Request, error_if_nonfinite: bool) -> Tensor:
+    grads, positions = _gather(tensors, False)
+    if not grads:
+        return torch.tensor(0.0)
+    return _get_total_norm(grads, positions, request.norm_type, error_if_nonfinite)
+
+
+def clip_grads_with_norm_(parameters: TensorOrTensors, request: Request, total_norm: Tensor | float) -> None:
+    grads, positions = _gather(parameters, True)
+    if grads:
+        norm = total_norm if isinstance(total_norm, Tensor) else torch.tensor(float(total_norm), dtype=torch.float64)
+        _clip_grads_with_norm_(grads, positions, request.max_norm, request.eps, norm)
+
+
+def grad_stats(source: Any, names: Iterable[str] | None, request: Request) -> GradStats:
+    if isinstance(source, torch.nn.Module):
+        source = source.named_parameters()
+    listed: list[Any] = [source] if isinstance(source, Tensor) else list(source)
+    if listed and names is None and isinstance(listed[0], tuple):
+        names = [name for name, _ in listed]
+        listed = [tensor for _, tensor in listed]
+    take_grad = any(t is not None and t.is_leaf and (t.requires_grad or t.grad is not None) for t in listed)
+    grads, positions = _gather(listed, take_grad)
+    given = None if names is None else list(names)
+    noun = "parameters" if take_grad else "grads"
+    total_norm, tensor_norms, found_inf, nans, infs, max_abs, zeros = _grad_stats(
+        grads, positions, request.norm_type, request.extras
+    )
+    return GradStats(
+        total_norm,
+        tensor_norms,
+        found_inf,
+        nans,
+        infs,
+        max_abs if request.extras else None,
+        zeros if request.extras else None,
+        [grad.numel() for grad in grads],
+        [f"{noun}[{i}]" if given is None else given[i] for i in positions],
+        request.norm_type,
+    )
+
+
+def _gather(tensors: TensorOrTensors, take_grad: bool) -> tuple[list[Tensor], list[int]]:
+    """``tensors.grads_of`` in terms that Dynamo traces: every gradient once, and where it stood."""
+    listed = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    grads: list[Tensor] = []
+    positions: list[int] = []
+    seen: set[Tensor] = set()
+    for i, tensor in enumerate(listed):
+        grad = tensor.grad if take_grad else tensor
+        if grad is not None and grad not in seen:
+            seen.add(grad)
+            grads.append(grad.detach() if grad.requires_grad else grad)
+            positions.append(i)
+    return grads, positions
+
+
+def _norm_like(grads: list[Tensor]) -> Tensor:
+    wide = any(grad.dtype in (torch.float64, torch.complex128) for grad in grads)
+    return torch.empty((), dtype=torch.float64 if wide else torch.float32, device=grads[0].device)
+
+
+@torch.library.custom_op("fastclip::clip_grad_norm_", mutates_args={"grads"})
+def _clip_grad_norm_(
+    grads: list[Tensor], positions: list[int], norm_type: float, max_norm: float, eps: float, nonfinite: str
+) -> Tensor:
+    request = Request(norm_type, max_norm, eps)
+    return clipping.clip_(Grads(grads, positions), request, nonfinite).total_norm
+
+
+@_clip_grad_norm_.register_fake
+def _(
+    grads: list[Tensor], positions: list[int], norm_type: float, max_norm: float, eps: float, nonfinite: str
+) -> Tensor:
+    return _norm_like(grads)
+
+
+@torch.library.custom_op("fastclip::clip_grad_value_", mutates_args={"grads"})
+def _clip_grad_value_(grads: list[Tensor], positions: list[int], bound: float) -> None:
+    clipping.clamp_(Grads(grads, positions), bound)
+
+
+@_clip_grad_value_.register_fake
+def _(grads: list[Tensor], positions: list[int], bound: float) -> None:
+    pass
+
+
+@torch.library.custom_op("fastclip::get_total_norm", mutates_args=())
+def _get_total_norm(grads: list[Tensor], positions: list[int], norm_type: float, error_if_nonfinite: bool) -> Tensor:
+    return clipping.total_norm(Grads(grads, positions, noun="tensors"), Request(norm_type), error_if_nonfinite)
+
+
+@_get_total_norm.register_fake
+def _(grads: list[Tensor], positions: list[int], norm_type: float, error_if_nonfinite: bool) -> Tensor:
+    return _norm_like(grads)
+
+
+@torch.library.custom_op("fastclip::clip_grads_with_norm_", mutates_args={"grads"})
+def _clip_grads_with_norm_(
+    grads: list[Tensor], positions: list[int], max_norm: float, eps: float, total_norm: Tensor
+) -> None:
+    clipping.scale_by_norm_(Grads(grads, positions), Request(max_norm=max_norm, eps=eps), total_norm)
+
+
+@_clip_grads_with_norm_.register_fake
+def _(grads: list[Tensor], positions: list[int], max_norm: float, eps: float, total_norm: Tensor) -> None:
+    pass
+
+
+@torch.library.custom_op("fastclip::grad_stats", mutates_args=())
+def _grad_stats(
+    grads: list[Tensor], positions: list[int], norm_type: float, extras: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    stats = clipping.grad_stats(Grads(grads, positions), Request(norm_type, extras=extras))
+    max_abs, zeros = stats.tensor_max_abs, stats.zeros
+    return (
+        stats.total_norm,
+        stats.tensor_norms,
+        stats.found_inf,
+        stats.nans,
+        stats.infs,
+        torch.empty_like(stats.tensor_norms) if max_abs is None else max_abs,
+        torch.empty_like(stats.nans) if zeros is None else zeros,
+    )
+
+
+@_grad_stats.register_fake
+def _(
+    grads: list[Tensor], positions: list[int], norm_type: float, extras: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    total = _norm_like(grads) if grads else torch.empty(())
+    norms = total.new_empty(len(grads))
+    counts = torch.empty(len(grads), dtype=torch.int64, device=total.device)
+    return (
+        total,
+        norms,
+        torch.empty((), dtype=torch.float32, device=total.device),
+        counts,
+        torch.empty_like(counts),
+        torch.empty_like(norms),
+        torch.empty_like(counts),
+    )

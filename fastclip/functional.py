@@ -10,7 +10,7 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from fastclip import clipping
+from fastclip import clipping, compiled
 from fastclip.stats import GradStats
 from fastclip.tensors import TensorOrTensors, grads_among, grads_of, grads_or_parameters
 from fastclip.types import NONFINITE, Request
@@ -22,6 +22,8 @@ R = TypeVar("R")
 def _no_grad(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling():  # an error raised inside a graph would leave autograd switched off
+            return function(*args, **kwargs)
         with torch.no_grad():
             return function(*args, **kwargs)
 

@@ -121,7 +121,8 @@ class ClippedOptimizer(Optimizer):
         self._inner.zero_grad(set_to_none)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__.copy()
+        # LR schedulers put a counting `step` on the instance, which can't be pickled; the next one does it again.
+        return {key: value for key, value in self.__dict__.items() if key != "step"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -53,7 +53,7 @@ class Reading:
 
     @property
     def total_norm(self) -> Tensor:
-        return self.totals[TOTAL_NORM].to(self.norm_dtype)
+        return self.totals[TOTAL_NORM].to(self.norm_dtype, copy=True)
 
     @property
     def found_inf(self) -> Tensor:
@@ -228,11 +228,11 @@ def stats_of(reading: Reading, request: Request) -> GradStats:
     rows, dtype, extras, grads = reading.rows, reading.norm_dtype, request.extras, reading.plan.grads
     return GradStats(
         total_norm=reading.total_norm,
-        tensor_norms=rows[NORM].to(dtype),
+        tensor_norms=rows[NORM].to(dtype, copy=True),
         found_inf=reading.found_inf,
         nans=rows[NANS].to(torch.int64),
         infs=rows[INFS].to(torch.int64),
-        tensor_max_abs=rows[MAX_ABS].to(dtype) if extras else None,
+        tensor_max_abs=rows[MAX_ABS].to(dtype, copy=True) if extras else None,
         zeros=rows[ZEROS].to(torch.int64) if extras else None,
         sizes=[grad.numel() for grad in grads.tensors],
         names=[grads.label(i) for i in range(len(grads.tensors))],

@@ -1,0 +1,44 @@
+# Each target does all its own set-up: an environment in .venv, torch at the pinned version, an editable install.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test bench lint types sanitize clean
+
+demo: $(VENV)/.installed
+	$(BIN)/fastclip demo
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m fastclip.bench.compare --json bench/results/cpu.json --markdown bench/results/cpu.md
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(VENV)/.installed
+	$(BIN)/mypy
+
+# torch first and alone: with its exact version there, nothing else can pull another build of it.
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(shell find csrc -type f)
+	$(PIP) --editable '.[examples,test,dev]'
+	$(BIN)/python -m fastclip
+	touch $@
+
+# The native tests under AddressSanitizer and UBSan, in a build of its own.
+sanitize: $(VENV)/.installed
+	FASTCLIP_SANITIZE=address,undefined $(PIP) --no-deps --upgrade --target build/sanitized .
+	cd build && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=sanitized ../$(BIN)/python -m pytest -c ../pyproject.toml --rootdir .. \
+	-p no:cacheprovider -m "not slow" ../tests/test_norms.py ../tests/test_clip.py ../tests/test_writes.py ../tests/test_inputs.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info fastclip/_C*.so fastclip/_build.json

@@ -1,0 +1,53 @@
+"""``python -m fastclip``: what runs here and why; ``fastclip demo``; ``fastclip bench``."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+
+import torch
+
+from fastclip import backends
+from fastclip._native import C
+from fastclip.version import __version__
+
+
+def describe() -> str:
+    """Version, torch, threads, CPU capability, and each backend with available or why not."""
+    cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
+    lines = [
+        f"fastclip {__version__}, torch {torch.__version__} ({cuda}), Python {platform.python_version()}",
+        f"threads: {torch.get_num_threads()}",
+    ]
+    if C is not None:
+        lines.append(f"CPU capability: {C.cpu_capability()} (this machine has {', '.join(C.cpu_capabilities())})")
+        if C.cpu_usable_threads(2) == 1:
+            lines.append("the extension was built without OpenMP: it runs on one thread")
+    return "\n".join([*lines, "backends, best first:", *(f"  {line}" for line in backends.explain().splitlines())])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The console script ``fastclip``."""
+    parser = argparse.ArgumentParser(prog="fastclip", description=__doc__)
+    commands = parser.add_subparsers(dest="command")
+    commands.add_parser("info", help="versions, threads, and each backend with available or why not (the default)")
+    commands.add_parser("demo", help="train a network that explodes without fastclip, on real weather", add_help=False)
+    commands.add_parser("bench", help="a quick table of torch's and fastclip's times here", add_help=False)
+    arguments, rest = parser.parse_known_args(argv)
+    if arguments.command == "demo":
+        from fastclip.examples import weather
+
+        return weather.main(rest)
+    if arguments.command == "bench":
+        from fastclip.bench import compare
+
+        return compare.main(rest or ["--quick"])
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    print(describe())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""Backends as parameters, and a state that every test finds and leaves alike."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+import fastclip.backends
+from fastclip._native import C
+
+settings.register_profile(
+    "fastclip",
+    deadline=None,
+    derandomize=True,
+    max_examples=60,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("fastclip")
+
+CAPABILITIES: list[str] = list(C.cpu_capabilities()) if C is not None else []
+BACKENDS = ["reference", *(f"cpu-{capability}" for capability in CAPABILITIES)]
+
+
+@pytest.fixture(autouse=True)
+def same_start() -> Iterator[None]:
+    """One seed, and the process-wide settings put back."""
+    torch.manual_seed(20240531)
+    forced, threads = fastclip.backends.forced, torch.get_num_threads()
+    capability = C.cpu_capability() if C is not None else ""
+    yield
+    fastclip.backends.forced = forced
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(False)
+    if capability:
+        C.cpu_use_capability(capability)
+
+
+def use(name: str, alone: bool) -> None:
+    """Runs what follows on one backend; ``alone`` means that no other may help out."""
+    backend, _, capability = name.partition("-")
+    if capability:
+        assert C.cpu_use_capability(capability)
+    fastclip.backends.forced = backend if alone or backend == "reference" else None
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest, same_start: None) -> str:
+    """Exactly this backend: a gradient that it can't serve is an error."""
+    use(request.param, alone=True)
+    return request.param
+
+
+@pytest.fixture(params=BACKENDS)
+def route(request: pytest.FixtureRequest, same_start: None) -> str:
+    """This backend first; what it can't serve goes on to the next."""
+    use(request.param, alone=False)
+    return request.param
+
+
+@pytest.fixture
+def on_each() -> Callable[[Callable[[], object]], dict[str, object]]:
+    """Calls a function once per backend and returns the results by name."""
+
+    def run(work: Callable[[], object]) -> dict[str, object]:
+        results = {}
+        for name in BACKENDS:
+            use(name, alone=True)
+            results[name] = work()
+        return results
+
+    return run
+
+
+@pytest.fixture
+def python() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs a program in a fresh interpreter that can import what this one can."""
+
+    def run(program: str, timeout: float = 120, **env: str) -> subprocess.CompletedProcess[str]:
+        paths = [str(Path(fastclip.__file__).parents[1]), str(Path(__file__).parent)]
+        clean = {k: v for k, v in os.environ.items() if not k.startswith("FASTCLIP_")}
+        clean["PYTHONPATH"] = os.pathsep.join([*paths, clean.get("PYTHONPATH", "")])
+        return subprocess.run(
+            [sys.executable, "-c", program], env=clean | env, capture_output=True, text=True, timeout=timeout
+        )
+
+    return run

@@ -1,0 +1,165 @@
+"""What a user gets: the installed package, its command, its layers, and words that are true."""
+
+import ast
+import doctest
+import importlib
+import inspect
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastclip
+from fastclip import __main__ as command
+
+ROOT = Path(__file__).parents[1]
+
+FLOORS = {
+    "version": 0,
+    "types": 0,
+    "_native": 0,
+    "tensors": 1,
+    "backends": 2,
+    "stats": 3,
+    "clipping": 4,
+    "compiled": 5,
+    "functional": 5,
+    "optim": 6,
+    "examples": 7,
+    "bench": 7,
+    "__main__": 8,
+    "__init__": 8,
+}
+SAME_FLOOR = {("functional", "compiled"), ("tensors", "types"), ("_native", "types")}
+
+
+def imports(path):
+    """Modules of fastclip that a file imports at its top level."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.startswith("fastclip"))
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fastclip"):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "fastclip").rglob("*.py")), ids=lambda p: p.stem)
+def test_imports_point_downwards(path):
+    own = path.relative_to(ROOT / "fastclip").parts[0].removesuffix(".py")
+    for name in imports(path):
+        target = name.split(".")[1]
+        if target in FLOORS and target != own:
+            assert FLOORS[target] < FLOORS[own] or (own, target) in SAME_FLOOR, f"{own} imports {name}"
+    assert own in FLOORS, f"{own} has no floor"
+
+
+def test_importing_fastclip_imports_no_extra():
+    code = "import sys, fastclip; print(sorted({'pandas', 'matplotlib', 'vega_datasets', 'triton'} & set(sys.modules)))"
+    assert run(code) == "[]"
+
+
+def run(code, cwd=None, **environment):
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore::UserWarning", "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**__import__("os").environ, **environment},
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_public_names_are_torchs():
+    for name in ("clip_grad_norm_", "clip_grad_value_", "get_total_norm", "clip_grads_with_norm_"):
+        theirs = inspect.signature(inspect.unwrap(getattr(torch.nn.utils, name))).parameters
+        ours = inspect.signature(getattr(fastclip, name)).parameters
+        shared = list(ours)[: len(theirs)]
+        assert shared == list(theirs)
+        assert [ours[p].default for p in shared] == [theirs[p].default for p in theirs]
+        assert all(ours[p].kind is inspect.Parameter.KEYWORD_ONLY for p in list(ours)[len(theirs) :])
+
+
+@pytest.mark.parametrize("name", sorted(set(fastclip.__all__) - {"__version__"}))
+def test_public_things_are_documented(name):
+    assert inspect.getdoc(getattr(fastclip, name))
+
+
+@pytest.mark.parametrize("module", ["fastclip.functional", "fastclip.optim", "fastclip.stats"])
+def test_docstring_examples_run(module):
+    results = doctest.testmod(importlib.import_module(module))
+    assert results.failed == 0
+    assert results.attempted or module == "fastclip.stats"
+
+
+def test_info_names_every_backend(capsys):
+    assert command.main([]) == 0
+    text = capsys.readouterr().out
+    assert f"fastclip {fastclip.__version__}" in text
+    assert torch.__version__ in text
+    for backend in fastclip.backends.BACKENDS:
+        assert f"  {backend.name}: available" in text
+
+
+def test_an_unknown_command_is_an_error(capsys):
+    with pytest.raises(SystemExit):
+        command.main(["dmeo"])
+    assert "dmeo" in capsys.readouterr().err
+
+
+def test_a_checkout_without_its_extension_says_so(tmp_path):
+    """With a wheel installed, the checkout's own folder would be imported: never slow in silence."""
+    shutil.copytree(ROOT / "fastclip", tmp_path / "fastclip", ignore=shutil.ignore_patterns("*.so", "__pycache__", "_build.json"))
+    (tmp_path / "csrc").mkdir()
+    result = subprocess.run([sys.executable, "-m", "fastclip"], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "RuntimeWarning: fastclip runs on its slower reference backend" in result.stderr
+    for text in (result.stdout, result.stderr):
+        assert f"imported from the source folder {tmp_path}, where the extension is not built" in text
+        assert "pip install -e ." in text
+    assert "  reference: available" in result.stdout
+
+
+def test_an_install_without_a_compiler_says_so(tmp_path):
+    shutil.copytree(ROOT / "fastclip", tmp_path / "fastclip", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    (tmp_path / "fastclip" / "_build.json").write_text('{"extension": false, "why": "no C++ compiler was found"}')
+    code = "import torch, fastclip; p = torch.nn.Parameter(torch.zeros(2)); p.grad = torch.tensor([3.0, 4.0]); "
+    code += "print(fastclip.clip_grad_norm_([p], 1.0), [round(g, 4) for g in p.grad.tolist()], fastclip.backends.explain([p]))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "no C++ compiler was found; install a C++ compiler and reinstall fastclip" in result.stderr
+    assert result.stdout.startswith("tensor(5.) [0.6, 0.8]")
+    assert "cpu: not available: no C++ compiler was found" in result.stdout
+    assert "reference: available; serves 1 of 1 gradients" in result.stdout
+
+
+def test_readme_snippets_print_what_it_says():
+    """Each python block runs in order, in one namespace; a text block after it is its output."""
+    text = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```(?:\s*```text\n(.*?)```)?", text, re.DOTALL)
+    assert len(blocks) >= 4
+    namespace = {}
+    for code, expected in blocks:
+        printed = []
+        namespace["print"] = lambda *args, printed=printed: printed.append(" ".join(map(str, args)))
+        exec(compile(code, "README.md", "exec"), namespace)
+        if expected:
+            assert "\n".join(printed).strip() == expected.strip()
+
+
+def test_readme_links_lead_somewhere():
+    text = (ROOT / "README.md").read_text()
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+        assert (ROOT / target).exists(), target
+
+
+def test_version_has_one_place():
+    found = [
+        path
+        for path in (*ROOT.glob("*.toml"), *ROOT.glob("setup.py"), *(ROOT / "fastclip").rglob("*.py"))
+        if re.search(rf'["\']{re.escape(fastclip.__version__)}["\']', path.read_text())
+    ]
+    assert [path.name for path in found] == ["version.py"]
