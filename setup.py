@@ -63,10 +63,10 @@ class BuildExt(build_ext):
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(compile_one, ext.sources))
-        target = self.get_ext_fullpath(ext.name)
-        os.makedirs(os.path.dirname(target), exist_ok=True)
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
         self.compiler.link_shared_object(
-            objects, target, extra_postargs=shared, build_temp=self.build_temp, target_lang="c++"
+            objects, str(target), extra_postargs=shared, build_temp=self.build_temp, target_lang="c++"
         )
         self.record({"extension": True, "openmp": openmp, "compiler": " ".join(compiler)})
 

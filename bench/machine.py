@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import subprocess
@@ -70,6 +71,7 @@ def versions() -> dict[str, Any]:
     }
 
 
+@functools.cache
 def commit() -> str | None:
     """Of the source tree that this file is in; None for an installed copy or without git."""
     if not (TREE / ".git").exists():

@@ -63,41 +63,6 @@ class Seen {
   std::vector<const void*> slots_;
 };
 
-// tensor.grad, a new reference. torch's own getter is called without the attribute look-up, which
-// takes a fifth of the time; a subclass may have overridden it.
-PyObject* grad_of(PyObject* tensor) {
-  PyTypeObject* type = Py_TYPE(tensor);
-  if (type != torch.parameter && type != torch.tensor) return PyObject_GetAttr(tensor, torch.grad);
-  return Py_TYPE(torch.grad_getter)->tp_descr_get(torch.grad_getter, tensor, reinterpret_cast<PyObject*>(type));
-}
-
-// -> (grads, positions): every gradient once, and where in `tensors` it stood (None: at 0, 1, 2, ...).
-// With take_grad=false the tensors themselves are the gradients.
-py::tuple gather(const py::list& tensors, bool take_grad) {
-  const Py_ssize_t count = PyList_GET_SIZE(tensors.ptr());
-  std::vector<py::object> found;
-  std::vector<Py_ssize_t> positions;
-  found.reserve(count);
-  positions.reserve(count);
-  Seen seen(static_cast<std::size_t>(count));
-  for (Py_ssize_t i = 0; i < count && i < PyList_GET_SIZE(tensors.ptr()); ++i) {
-    PyObject* tensor = PyList_GET_ITEM(tensors.ptr(), i);
-    if (tensor == Py_None && !take_grad) continue;
-    if (!PyObject_TypeCheck(tensor, torch.tensor))
-      throw py::type_error("item " + std::to_string(i) + " is a " + Py_TYPE(tensor)->tp_name + ", not a torch.Tensor");
-    auto grad = take_grad ? py::reinterpret_steal<py::object>(grad_of(tensor))
-                          : py::reinterpret_borrow<py::object>(tensor);
-    if (!grad) throw py::error_already_set();
-    if (grad.is_none() || !seen.insert(grad.ptr())) continue;
-    found.push_back(std::move(grad));
-    positions.push_back(i);
-  }
-  py::list grads(found.size());
-  for (std::size_t i = 0; i < found.size(); ++i) PyList_SET_ITEM(grads.ptr(), i, found[i].release().ptr());
-  const bool in_order = positions.empty() || positions.back() + 1 == static_cast<Py_ssize_t>(positions.size());
-  return py::make_tuple(grads, in_order ? py::object(py::none()) : py::object(py::cast(positions)));
-}
-
 // ---- the table -------------------------------------------------------------------------------------
 
 struct GradTable {
@@ -168,33 +133,80 @@ const char* refusal(PyObject* grad, TensorRef& ref) {
   return "";
 }
 
+void append(GradTable& table, PyObject* grad, Py_ssize_t position) {
+  TensorRef ref{};
+  if (const char* reason = refusal(grad, ref); *reason != '\0') {
+    table.refused[py::int_(position)] = py::str(reason);
+    return;
+  }
+  if (!writable(ref.dtype))
+    table.readonly[py::int_(position)] =
+        py::str("8-bit floats are read for statistics only; torch has no arithmetic that writes them");
+  table.wide |= ref.dtype == DType::f64 || ref.dtype == DType::c128;
+  table.tensors.push_back(ref);
+}
+
+// After the last append: `grads` are all that were appended, in order.
+void close(GradTable& table, const py::list& grads) {
+  if (table.refused.empty()) {
+    table.grads = grads;
+    return;
+  }
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(grads.ptr()); ++i)
+    if (!table.refused.contains(py::int_(i))) {
+      table.grads.append(PyList_GET_ITEM(grads.ptr(), i));
+      table.positions.append(i);
+    }
+}
+
 GradTable table_of(const py::list& grads) {
   GradTable table;
-  const Py_ssize_t count = PyList_GET_SIZE(grads.ptr());
-  table.tensors.reserve(static_cast<std::size_t>(count));
-  table.grads = grads;
-  for (Py_ssize_t i = 0; i < count; ++i) {
-    TensorRef ref{};
-    const char* reason = refusal(PyList_GET_ITEM(grads.ptr(), i), ref);
-    if (*reason != '\0') {
-      table.refused[py::int_(i)] = py::str(reason);
-      continue;
-    }
-    if (!writable(ref.dtype))
-      table.readonly[py::int_(i)] = py::str("8-bit floats are read for statistics only; torch has no arithmetic that writes them");
-    table.wide |= ref.dtype == DType::f64 || ref.dtype == DType::c128;
-    table.tensors.push_back(ref);
-  }
-  if (!table.refused.empty()) {
-    py::list served;
-    for (Py_ssize_t i = 0; i < count; ++i)
-      if (!table.refused.contains(py::int_(i))) {
-        served.append(PyList_GET_ITEM(grads.ptr(), i));
-        table.positions.append(i);
-      }
-    table.grads = served;
-  }
+  table.tensors.reserve(static_cast<std::size_t>(PyList_GET_SIZE(grads.ptr())));
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(grads.ptr()); ++i) append(table, PyList_GET_ITEM(grads.ptr(), i), i);
+  close(table, grads);
   return table;
+}
+
+// tensor.grad, a new reference. torch's own getter is called without the attribute look-up, which
+// takes a fifth of the time; a subclass may have overridden it.
+PyObject* grad_of(PyObject* tensor) {
+  PyTypeObject* type = Py_TYPE(tensor);
+  if (type != torch.parameter && type != torch.tensor) return PyObject_GetAttr(tensor, torch.grad);
+  return Py_TYPE(torch.grad_getter)->tp_descr_get(torch.grad_getter, tensor, reinterpret_cast<PyObject*>(type));
+}
+
+// -> (grads, positions, table): every gradient once, where in `tensors` it stood (None: at 0, 1, 2,
+// ...), and the table over them, made while each tensor's header is in cache. With take_grad=false the
+// tensors themselves are the gradients.
+py::tuple gather(const py::list& tensors, bool take_grad) {
+  const Py_ssize_t count = PyList_GET_SIZE(tensors.ptr());
+  GradTable table;
+  table.tensors.reserve(count);
+  std::vector<py::object> found;
+  std::vector<Py_ssize_t> positions;
+  found.reserve(count);
+  positions.reserve(count);
+  Seen seen(static_cast<std::size_t>(count));
+  constexpr Py_ssize_t kAhead = 8;  // objects whose headers are on their way while one is looked at
+  for (Py_ssize_t i = 0; i < count && i < PyList_GET_SIZE(tensors.ptr()); ++i) {
+    if (i + kAhead < count) __builtin_prefetch(PyList_GET_ITEM(tensors.ptr(), i + kAhead));
+    PyObject* tensor = PyList_GET_ITEM(tensors.ptr(), i);
+    if (tensor == Py_None && !take_grad) continue;
+    if (!PyObject_TypeCheck(tensor, torch.tensor))
+      throw py::type_error("item " + std::to_string(i) + " is a " + Py_TYPE(tensor)->tp_name + ", not a torch.Tensor");
+    auto grad = take_grad ? py::reinterpret_steal<py::object>(grad_of(tensor))
+                          : py::reinterpret_borrow<py::object>(tensor);
+    if (!grad) throw py::error_already_set();
+    if (grad.is_none() || !seen.insert(grad.ptr())) continue;
+    append(table, grad.ptr(), static_cast<Py_ssize_t>(found.size()));
+    found.push_back(std::move(grad));
+    positions.push_back(i);
+  }
+  py::list grads(found.size());
+  for (std::size_t i = 0; i < found.size(); ++i) PyList_SET_ITEM(grads.ptr(), i, found[i].release().ptr());
+  close(table, grads);
+  const bool in_order = positions.empty() || positions.back() + 1 == static_cast<Py_ssize_t>(positions.size());
+  return py::make_tuple(grads, in_order ? py::object(py::none()) : py::object(py::cast(positions)), std::move(table));
 }
 
 // A float64 CPU tensor of exactly `size` elements that the caller allocated.
@@ -264,10 +276,14 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("wide", &GradTable::wide)
       .def("__len__", [](const GradTable& table) { return table.tensors.size(); });
 
+#if defined(_OPENMP)
+  m.attr("openmp") = true;
+#else
+  m.attr("openmp") = false;
+#endif
   m.def("cpu_capabilities", &cpu::capabilities);
   m.def("cpu_capability", &cpu::capability);
   m.def("cpu_use_capability", &cpu::use_capability, py::arg("name"));
-  m.def("cpu_usable_threads", &cpu::usable_threads, py::arg("requested"));
   m.def("cpu_read", &cpu_read, py::arg("table"), py::arg("norm_type"), py::arg("extras"), py::arg("rows"), py::arg("threads"));
   m.def("cpu_finish", &cpu_finish, py::arg("rows"), py::arg("fields"), py::arg("count"), py::arg("norm_type"),
         py::arg("max_norm"), py::arg("eps"), py::arg("totals"));

@@ -22,7 +22,7 @@ def describe() -> str:
     ]
     if C is not None:
         lines.append(f"CPU capability: {C.cpu_capability()} (this machine has {', '.join(C.cpu_capabilities())})")
-        if C.cpu_usable_threads(2) == 1:
+        if not C.openmp:
             lines.append("the extension was built without OpenMP: it runs on one thread")
     return "\n".join([*lines, "backends, best first:", *(f"  {line}" for line in backends.explain().splitlines())])
 
@@ -38,11 +38,11 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.command == "demo":
         from fastclip.examples import weather
 
-        return weather.main(rest)
+        return int(weather.main(rest))
     if arguments.command == "bench":
         from fastclip.bench import compare
 
-        return compare.main(rest or ["--quick"])
+        return int(compare.main(rest or ["--quick"]))
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     print(describe())

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -27,9 +28,9 @@ def _why_missing(error: ImportError) -> str:
     return f"the extension is missing from {HERE}: {error}"
 
 
-def _load() -> tuple[ModuleType | None, str]:
+def _load() -> tuple[Any, str]:
     try:
-        from fastclip import _C
+        _C = importlib.import_module("fastclip._C")
     except ImportError as error:
         return None, _why_missing(error)
     _C.bind(torch.Tensor, torch.nn.Parameter)

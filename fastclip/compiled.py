@@ -24,7 +24,8 @@ def clip_grad_norm_(parameters: TensorOrTensors, request: Request, nonfinite: st
     grads, positions = _gather(parameters, True)
     if not grads:
         return torch.tensor(0.0)
-    return _clip_grad_norm_(grads, positions, request.norm_type, request.max_norm, request.eps, nonfinite)
+    norm: Tensor = _clip_grad_norm_(grads, positions, request.norm_type, request.max_norm, request.eps, nonfinite)
+    return norm
 
 
 def clip_grad_value_(parameters: TensorOrTensors, bound: float) -> None:
@@ -37,7 +38,8 @@ def get_total_norm(tensors: TensorOrTensors, request: Request, error_if_nonfinit
     grads, positions = _gather(tensors, False)
     if not grads:
         return torch.tensor(0.0)
-    return _get_total_norm(grads, positions, request.norm_type, error_if_nonfinite)
+    norm: Tensor = _get_total_norm(grads, positions, request.norm_type, error_if_nonfinite)
+    return norm
 
 
 def clip_grads_with_norm_(parameters: TensorOrTensors, request: Request, total_norm: Tensor | float) -> None:

@@ -32,7 +32,7 @@ def _no_grad(function: Callable[P, R]) -> Callable[P, R]:
 
 def number(name: str, value: float | Tensor, least: float = 0.0) -> float:
     """``value`` as a float; raises where a bound makes no sense."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)) and not hasattr(value, "__float__"):
+    if isinstance(value, bool) or (not isinstance(value, (int, float, Tensor)) and not hasattr(value, "__float__")):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     if isinstance(value, Tensor) and value.numel() != 1:
         raise TypeError(f"{name}: expected a number or a tensor with one element, got shape {tuple(value.shape)}")

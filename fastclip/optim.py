@@ -72,7 +72,7 @@ class ClippedOptimizer(Optimizer):
     # ---- owned by the wrapped optimizer, which may rebind them: never kept here ------------------------
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         return self._inner.param_groups
 
     @param_groups.setter
@@ -88,7 +88,7 @@ class ClippedOptimizer(Optimizer):
         self._inner.state = value
 
     @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+    def defaults(self) -> dict[str, Any]:
         return self._inner.defaults
 
     @defaults.setter
@@ -142,7 +142,7 @@ class ClippedOptimizer(Optimizer):
         self._request = Request(self._request.norm_type, number("max_norm", value))
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Clips the gradients in place and steps; skips the step when a gradient is not finite.
 
         Args:

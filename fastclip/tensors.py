@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import GeneratorType
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -32,12 +32,14 @@ class Grads:
         positions: where they stood in the caller's list; None means at 0, 1, 2, ...
         names: the caller's names for his list, or None.
         noun: how the caller's list is called in messages.
+        native: the native core's table over exactly these tensors, made on the way; None without one.
     """
 
     tensors: list[Tensor]
     positions: list[int] | None
     names: Sequence[str] | None = None
     noun: str = "parameters"
+    native: Any = None
 
     def label(self, index: int) -> str:
         """The name of gradient ``index`` in words that the caller knows."""
@@ -65,8 +67,8 @@ def _listed(tensors: TensorOrTensors, noun: str) -> list[Tensor]:
     return listed
 
 
-def _gather(listed: list[Tensor], take_grad: bool) -> tuple[list[Tensor], list[int] | None]:
-    """What ``_C.gather`` does, for machines without it."""
+def _gather(listed: list[Tensor], take_grad: bool) -> tuple[list[Tensor], list[int] | None, None]:
+    """What ``_C.gather`` does, for machines without it; no table."""
     grads: list[Tensor] = []
     positions: list[int] = []
     seen: set[int] = set()
@@ -80,14 +82,16 @@ def _gather(listed: list[Tensor], take_grad: bool) -> tuple[list[Tensor], list[i
             seen.add(id(grad))
             grads.append(grad)
             positions.append(position)
-    return grads, positions
+    in_order = not positions or positions[-1] + 1 == len(positions)
+    return grads, None if in_order else positions, None
 
 
-def _gathered(listed: list[Tensor], take_grad: bool, noun: str) -> tuple[list[Tensor], list[int] | None]:
+def _gathered(listed: list[Tensor], take_grad: bool, noun: str, names: list[str] | None = None) -> Grads:
     try:
-        return C.gather(listed, take_grad) if C is not None else _gather(listed, take_grad)
+        grads, positions, native = C.gather(listed, take_grad) if C is not None else _gather(listed, take_grad)
     except TypeError as error:
         raise TypeError(f"{noun}: {error}") from None
+    return Grads(grads, positions, names, noun, native)
 
 
 def grads_of(parameters: TensorOrTensors) -> Grads:
@@ -101,21 +105,20 @@ def grads_of(parameters: TensorOrTensors) -> Grads:
     Warns when nothing has a gradient and nothing requires one: gradients were passed by mistake.
     """
     listed = _listed(parameters, "parameters")
-    grads, positions = _gathered(listed, True, "parameters")
-    if not grads and listed and not any(p.requires_grad for p in listed):
+    grads = _gathered(listed, True, "parameters")
+    if not grads.tensors and listed and not any(p.requires_grad for p in listed):
         warnings.warn(
             f"none of the {len(listed)} tensors has a .grad and none requires one, so nothing was clipped: "
             "were gradients passed where parameters are meant?",
             stacklevel=3,
         )
-    return Grads(grads, positions)
+    return grads
 
 
 def grads_among(tensors: TensorOrTensors, names: Iterable[str] | None = None, noun: str = "tensors") -> Grads:
     """``tensors`` themselves as gradients; None entries are left out."""
     listed = _listed(tensors, noun)
-    grads, positions = _gathered(listed, False, noun)
-    return Grads(grads, positions, _names(names, len(listed)), noun)
+    return _gathered(listed, False, noun, _names(names, len(listed)))
 
 
 def grads_or_parameters(
@@ -129,13 +132,10 @@ def grads_or_parameters(
         source = source.named_parameters()
     listed = _listed(source, "params_or_grads")  # type: ignore[arg-type]
     if listed and names is None and all(isinstance(item, tuple) and len(item) == 2 for item in listed):
-        names = [name for name, _ in listed]  # type: ignore[misc]
-        listed = [tensor for _, tensor in listed]  # type: ignore[misc]
-    take_grad = any(
-        isinstance(t, Tensor) and t.is_leaf and (t.requires_grad or t.grad is not None) for t in listed
-    )
-    grads, positions = _gathered(listed, take_grad, "params_or_grads")
-    return Grads(grads, positions, _names(names, len(listed)), "parameters" if take_grad else "grads")
+        names = [name for name, _ in listed]
+        listed = [tensor for _, tensor in listed]
+    take_grad = any(isinstance(t, Tensor) and t.is_leaf and (t.requires_grad or t.grad is not None) for t in listed)
+    return _gathered(listed, take_grad, "parameters" if take_grad else "grads", _names(names, len(listed)))
 
 
 def _names(names: Iterable[str] | None, count: int) -> list[str] | None:
@@ -151,7 +151,7 @@ def _names(names: Iterable[str] | None, count: int) -> list[str] | None:
 
 def unserved(grad: Tensor) -> str:
     """Why plain torch operations can't work on this gradient; "" if they can."""
-    if not (grad.is_floating_point() or grad.is_complex()) or grad.dtype.itemsize == 1 and grad.dtype not in FLOAT8:
+    if not (grad.is_floating_point() or grad.is_complex()) or (grad.dtype.itemsize == 1 and grad.dtype not in FLOAT8):
         return f"{grad.dtype} gradients have no norm"
     if grad.is_quantized or grad.is_nested:
         return "quantized and nested tensors are not served"

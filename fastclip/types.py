@@ -80,8 +80,11 @@ class Backend(Protocol):
     def unavailable(self) -> str:
         """Why this backend can't run here at all; "" if it can."""
 
-    def table_of(self, grads: list[Tensor]) -> Any:
-        """A :class:`Table` over ``grads``. Raises nothing: what it can't serve is in ``refused``."""
+    def table_of(self, grads: list[Tensor], native: Any = None) -> Any:
+        """A :class:`Table` over ``grads``. Raises nothing: what it can't serve is in ``refused``.
+
+        ``native`` is the native core's table over the same gradients, where there is one.
+        """
 
     def read(self, table: Any, request: Request, rows: Tensor) -> None:
         """The one read. Fills ``rows``, ``[request.fields, len(table)]``, every element of it."""

@@ -19,7 +19,7 @@ settings.register_profile(
     "fastclip",
     deadline=None,
     derandomize=True,
-    max_examples=60,
+    max_examples=40,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 settings.load_profile("fastclip")
@@ -65,12 +65,12 @@ def route(request: pytest.FixtureRequest, same_start: None) -> str:
 
 
 @pytest.fixture
-def on_each() -> Callable[[Callable[[], object]], dict[str, object]]:
-    """Calls a function once per backend and returns the results by name."""
+def on_each() -> Callable[..., dict[str, object]]:
+    """Calls a function once per backend, or per instruction set of the CPU's, and returns the results by name."""
 
-    def run(work: Callable[[], object]) -> dict[str, object]:
+    def run(work: Callable[[], object], cpu: bool = False) -> dict[str, object]:
         results = {}
-        for name in BACKENDS:
+        for name in BACKENDS[1:] if cpu else BACKENDS:
             use(name, alone=True)
             results[name] = work()
         return results

@@ -51,7 +51,8 @@ def norm_of_magnitudes(x: Tensor, p: float) -> float:
         return dominant
     # a power of two keeps every quotient exact where it matters
     unit = math.ldexp(1.0, max(min(math.frexp(dominant)[1], 1000), -1000))
-    powers = math.fsum((x / unit / (dominant / unit)).pow(p).tolist())
+    terms = (x / unit / (dominant / unit)).pow(p)
+    powers = math.fsum(terms.tolist()) if terms.numel() < 2000 else float(terms.sum())  # pairwise: 1e-15
     return min(dominant * powers ** (1.0 / p), torch.finfo(torch.float64).max)
 
 

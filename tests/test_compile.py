@@ -37,7 +37,7 @@ def test_compiled_equals_eager(name, backend):
     eager, traced = parameters(), parameters()
     expected = FUNCTIONS[name](eager)
     result = torch.compile(FUNCTIONS[name], fullgraph=True, backend=backend)(traced)
-    assert (torch.equal(result, expected) if isinstance(expected, torch.Tensor) else result == expected)
+    assert torch.equal(result, expected) if isinstance(expected, torch.Tensor) else result == expected
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(eager, traced, strict=True))
 
 
@@ -69,7 +69,9 @@ def test_names_survive_in_errors_from_a_graph():
     ps = parameters()
     ps[0].grad = None
     ps[2].grad[0, 1] = float("nan")
-    compiled = torch.compile(lambda: fastclip.clip_grad_norm_(ps, 1.0, nonfinite="raise"), fullgraph=True, backend="eager")
+    compiled = torch.compile(
+        lambda: fastclip.clip_grad_norm_(ps, 1.0, nonfinite="raise"), fullgraph=True, backend="eager"
+    )
     with pytest.raises(fastclip.NonFiniteGradientError, match=r"parameters\[2\]"):
         compiled()
     assert torch.is_grad_enabled()

@@ -30,6 +30,7 @@ from oracle import (
 
 import fastclip
 import fastclip.backends
+from fastclip._native import C
 from fastclip.backends import cpu, reference
 from fastclip.types import FIELDS, TOTALS, Request
 
@@ -46,15 +47,15 @@ def rows_of(grads: list[torch.Tensor], p: float, extras: bool = True) -> torch.T
     return rows
 
 
-@pytest.mark.parametrize("p", NORM_TYPES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_norm_of_every_dtype(backend: str, dtype: torch.dtype, p: float) -> None:
+def test_every_norm_of_every_dtype(backend: str, dtype: torch.dtype) -> None:
     grads = [randn(*shape, dtype=dtype) for shape in ((7, 5), (1000,), (), (3, 4, 5), (1,))]
-    stats = fastclip.grad_stats(grads, norm_type=p)
-    assert_norm(fastclip.get_total_norm(grads, p), norm(grads, p), p, norm_dtype(dtype))
-    assert_norm(stats.total_norm, norm(grads, p), p, norm_dtype(dtype))
-    for own, grad in zip(stats.tensor_norms, grads, strict=True):
-        assert_norm(own, norm(grad, p), p, norm_dtype(dtype))
+    for p in NORM_TYPES:
+        stats = fastclip.grad_stats(grads, norm_type=p)
+        assert_norm(fastclip.get_total_norm(grads, p), norm(grads, p), p, norm_dtype(dtype))
+        assert_norm(stats.total_norm, norm(grads, p), p, norm_dtype(dtype))
+        for own, grad in zip(stats.tensor_norms, grads, strict=True):
+            assert_norm(own, norm(grad, p), p, norm_dtype(dtype))
 
 
 MAGNITUDES = {
@@ -67,29 +68,29 @@ MAGNITUDES = {
 }
 
 
-@pytest.mark.parametrize("size", [1, 3, 77, 1000])
 @pytest.mark.parametrize(("dtype", "value"), [(d, v) for d, values in MAGNITUDES.items() for v in values], ids=str)
-def test_constants_of_every_magnitude(backend: str, dtype: torch.dtype, value: float, size: int) -> None:
-    if dtype == torch.float64 and value > 1e306 and size > 1:
-        value = 1e306
-    grad = torch.full((size,), value * (1 + 1j) if dtype.is_complex else value, dtype=dtype)
-    assert float(magnitudes(grad)[0]) > 0
-    assert_norm(fastclip.get_total_norm(grad), norm(grad), dtype=norm_dtype(dtype))
-    assert_norm(fastclip.get_total_norm([grad, grad.clone()], 1.0), norm([grad, grad], 1.0), 1, norm_dtype(dtype))
+def test_constants_of_every_magnitude(backend: str, dtype: torch.dtype, value: float) -> None:
+    for size in (1, 3, 77, 1000):
+        fits = value if value < 1e306 or size == 1 else 1e305
+        grad = torch.full((size,), fits * (1 + 1j) if dtype.is_complex else fits, dtype=dtype)
+        assert float(magnitudes(grad)[0]) > 0
+        for p in (2.0, 1.0):
+            if norm(grad, p) <= torch.finfo(norm_dtype(dtype)).max:
+                assert_norm(fastclip.get_total_norm(grad, p), norm(grad, p), p, norm_dtype(dtype))
 
 
 @pytest.mark.parametrize("dtype", WRITABLE, ids=str)
-@pytest.mark.parametrize("p", [2.0, 1.0, 3.0, 0.5, INF])
-def test_magnitudes_mix(backend: str, dtype: torch.dtype, p: float) -> None:
+def test_magnitudes_mix(backend: str, dtype: torch.dtype) -> None:
     exponents = torch.randint(-20, 4, (3000,), dtype=torch.float64)
-    grads = [(torch.randn(3000, dtype=torch.float64) * 10**exponents).to(dtype), randn(70_001, dtype=dtype, scale=1e-3)]
-    assert_norm(fastclip.get_total_norm(grads, p), norm(grads, p), p, norm_dtype(dtype))
+    grads = [(torch.randn(3000, dtype=torch.float64) * 10**exponents).to(dtype), randn(5001, dtype=dtype, scale=1e-3)]
+    for p in (2.0, 1.0, 3.0, 0.5, INF):
+        assert_norm(fastclip.get_total_norm(grads, p), norm(grads, p), p, norm_dtype(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
-@pytest.mark.parametrize("value", [0.1, 0.3, 1 / 3])
+@pytest.mark.parametrize("value", [0.1, 1 / 3])
 def test_long_constants_lose_nothing(backend: str, dtype: torch.dtype, value: float) -> None:
-    grad = torch.full((1_500_000,), value, dtype=dtype)
+    grad = torch.full((400_000,), value, dtype=dtype)
     exact = float(grad[0].double()) * math.sqrt(grad.numel())
     assert_norm(fastclip.get_total_norm(grad), exact)
 
@@ -115,17 +116,17 @@ def test_overflow_is_rescued_wherever_the_norm_fits(backend: str, dtype: torch.d
 
 
 @pytest.mark.parametrize("dtype", FLOAT8, ids=str)
-@pytest.mark.parametrize("p", [2.0, 1.0, INF, 0.0, 3.0, -1.0])
+@pytest.mark.parametrize("p", [2.0, 3.0])
 def test_every_code_of_fp8(backend: str, dtype: torch.dtype, p: float) -> None:
     codes = all_patterns(dtype)
     got = fastclip.grad_stats(list(codes), norm_type=p)
-    for code, own in enumerate(got.tensor_norms):
-        assert_norm(own, norm(codes[code], p), p)
     values = codes.float()
+    assert bool((ulps(got.tensor_norms, values.abs()) <= 1).all())
     assert bool((got.nans == values.isnan()).all())
     assert bool((got.infs == values.isinf()).all())
     finite = codes[values.isfinite()]
-    assert_norm(fastclip.get_total_norm(finite, p), norm(finite, p), p)
+    for q in (p, 1.0, INF, 0.0, -INF):
+        assert_norm(fastclip.get_total_norm(finite, q), norm(finite, q), q)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -133,7 +134,7 @@ def test_every_code_of_fp8(backend: str, dtype: torch.dtype, p: float) -> None:
 def test_every_code_of_16_bits(backend: str, dtype: torch.dtype, p: float) -> None:
     codes = all_patterns(dtype)
     finite = codes[codes.isfinite()]
-    sample = finite[torch.randperm(len(finite))[:1200]]
+    sample = finite[torch.randperm(len(finite))[:300]]
     got = fastclip.grad_stats(list(sample), norm_type=p).tensor_norms
     assert bool((ulps(got, sample.float().abs()) <= 1).all())
     subnormal = finite[(finite.double().abs() < torch.finfo(dtype).tiny)]
@@ -142,25 +143,30 @@ def test_every_code_of_16_bits(backend: str, dtype: torch.dtype, p: float) -> No
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("p", [2.0, 1.0, INF, 0.0, -INF, 3.0])
-@pytest.mark.parametrize("offset", [0, 1, 3])
-def test_sizes_and_offsets(backend: str, dtype: torch.dtype, p: float, offset: int) -> None:
+def test_sizes_and_offsets(backend: str, dtype: torch.dtype) -> None:
     memory = randn(320, dtype=dtype)
-    grads = [memory[offset : offset + size] for size in range(301)]
-    rows = rows_of(grads, p)
-    for size, grad in enumerate(grads):
-        assert abs(float(rows[0, size]) - norm(grad, p)) <= 1e-6 * norm(grad, p) or not size
-    assert rows[5].tolist() == [float((magnitudes(g) == 0).sum()) for g in grads]
+    memory[7:320:11] = 0
+    last = 300 if backend != "reference" else 20
+    for offset in (0, 1, 3):
+        x = magnitudes(memory)[offset : offset + last]
+        none = torch.zeros(1, dtype=torch.float64)
+        want = {2.0: x.square().cumsum(0).sqrt(), 1.0: x.cumsum(0), INF: x.cummax(0).values}
+        zeros = torch.cat([none, (x == 0).double().cumsum(0)])
+        grads = [memory[offset : offset + size] for size in range(last + 1)]
+        for p, norms in want.items():
+            rows = rows_of(grads, p)
+            torch.testing.assert_close(rows[0], torch.cat([none, norms]), rtol=1e-7, atol=0)
+            assert torch.equal(rows[5], zeros)
 
 
 @pytest.mark.parametrize("dtype", WRITABLE, ids=str)
-@pytest.mark.parametrize("size", BORDERS)
-@pytest.mark.parametrize("p", [2.0, 1.0, INF, 0.0, 3.0])
-def test_chunk_borders(backend: str, dtype: torch.dtype, size: int, p: float) -> None:
-    memory = randn(size + 3, dtype=dtype)
-    memory[3], memory[-1] = 50, 60  # an element at either end that is left out would show
-    for grad in (memory[3:], memory[: size + 2]):
-        assert_norm(fastclip.get_total_norm(grad, p), norm(grad, p), p, norm_dtype(dtype))
+def test_chunk_borders(backend: str, dtype: torch.dtype) -> None:
+    memory = randn(BORDERS[-1] + 3, dtype=dtype, scale=0.01)
+    for size in BORDERS:
+        for grad in (memory[:size].clone(), memory[3 : size + 3]):
+            grad[0], grad[-1] = 5, 6  # an element at either end that is left out would show
+            for p in (2.0, 3.0) if backend != "reference" else (2.0,):
+                assert_norm(fastclip.get_total_norm(grad, p), norm(grad, p), p, norm_dtype(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -194,7 +200,7 @@ def test_empty_tensors_leave_the_smallest_alone(route: str, p: float) -> None:
 
 @pytest.mark.parametrize("dtype", WRITABLE, ids=str)
 def test_zeros_have_norm_zero(backend: str, dtype: torch.dtype) -> None:
-    grads = [torch.zeros(CHUNK + 5, dtype=dtype), -torch.zeros(3, dtype=dtype)]
+    grads = [torch.zeros(777, dtype=dtype), -torch.zeros(3, dtype=dtype)]
     for p in NORM_TYPES:
         assert float(fastclip.get_total_norm(grads, p)) == 0.0
 
@@ -236,14 +242,14 @@ def test_a_complex_number_with_a_nan_part_is_nan(backend: str, dtype: torch.dtyp
 
 @given(
     dtype=st.sampled_from(WRITABLE),
-    size=st.one_of(st.integers(1, 300), st.sampled_from(BORDERS)),
+    size=st.one_of(st.integers(1, 300), st.sampled_from(BORDERS[:3])),
     offset=st.integers(0, 7),
     spots=st.lists(st.tuples(st.floats(0, 1), st.sampled_from(FAULTS)), min_size=0, max_size=4),
     extras=st.booleans(),
 )
 @example(dtype=torch.bfloat16, size=CHUNK + 1, offset=1, spots=[(1.0, NAN)], extras=False)
 def test_a_fault_is_found_wherever_it_is(backend: str, dtype, size: int, offset: int, spots, extras: bool) -> None:
-    grad = randn(size + offset, dtype=dtype)[offset:]
+    grad = torch.full((size + offset,), 0.5, dtype=dtype)[offset:]
     for where, fault in spots:
         grad[min(size - 1, int(where * size))] = fault
     if grad.is_complex():
@@ -305,7 +311,7 @@ def test_any_16_bits_at_all(backend: str, codes: list[int], dtype: torch.dtype) 
 @pytest.mark.parametrize("p", [2.0, 1.0, INF, -INF, 3.0, 0.5])
 @pytest.mark.parametrize("shift", [-40, -3, 1, 17, 40])
 def test_powers_of_two_scale_norms_exactly(backend: str, dtype: torch.dtype, p: float, shift: int) -> None:
-    grads = [randn(size, dtype=dtype) for size in (5, 300, CHUNK + 77)]
+    grads = [randn(size, dtype=dtype) for size in (5, 300, 5077)]
     scaled = [grad * 2.0**shift for grad in grads]
     assert bool((rows_of(scaled, p)[0] == rows_of(grads, p)[0] * 2.0**shift).all())
     before, after = fastclip.get_total_norm(grads, p), fastclip.get_total_norm(scaled, p)
@@ -324,28 +330,30 @@ def test_order_changes_no_tensor_norm(backend: str, p: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", WRITABLE, ids=str)
-@pytest.mark.parametrize("p", [2.0, 1.0, INF, 0.0, 3.0, 2.5])
-def test_threads_change_no_bit(backend: str, dtype: torch.dtype, p: float) -> None:
-    grads = [randn(size, dtype=dtype) for size in (3, CHUNK * 3 + 11, 900, CHUNK, 40_000)]
-    seen = []
-    for threads in (1, 2, 3, 4):
-        torch.set_num_threads(threads)
-        seen.append(bits(rows_of(grads, p, extras=p == 1.0)))
-    assert all(torch.equal(seen[0], other) for other in seen[1:])
+@pytest.mark.parametrize("capability", C.cpu_capabilities())
+def test_threads_change_no_bit(capability: str, dtype: torch.dtype) -> None:
+    assert C.cpu_use_capability(capability)
+    grads = [randn(size, dtype=dtype) for size in (3, CHUNK * 2 + 11, 900, CHUNK)]
+    for p in (2.0, 1.0, 3.0, 2.5):
+        seen = []
+        for threads in (1, 2, 3, 4):
+            torch.set_num_threads(threads)
+            seen.append(bits(rows_of(grads, p, extras=p == 1.0)))
+        assert all(torch.equal(seen[0], other) for other in seen[1:])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("p", NORM_TYPES)
-def test_capabilities_agree_to_the_bit(on_each, dtype: torch.dtype, p: float) -> None:
-    grads = [randn(size, dtype=dtype, scale=scale) for size, scale in ((3, 1), (1027, 1e-3), (CHUNK + 515, 30))]
+def test_capabilities_agree_to_the_bit(on_each, dtype: torch.dtype) -> None:
+    grads = [randn(size, dtype=dtype, scale=scale) for size, scale in ((3, 1), (1027, 1e-3), (5000, 30), (CHUNK + 5, 1))]
     if dtype not in FLOAT8:
         grads[1][5] = torch.finfo(dtype).max
-        grads[0][:] = torch.finfo(dtype).tiny / 8
-    for extras in (False, True):
-        got = on_each(lambda extras=extras: rows_of(grads, p, extras))
-        got.pop("reference")
-        first = next(iter(got.values()))
-        assert all(torch.equal(bits(first), bits(other)) for other in got.values())
+        grads[0][:] = torch.finfo(dtype).tiny * 3
+    for p in NORM_TYPES:
+        few = grads if p in (1, 2, 3) else grads[:3]
+        for extras in (False, True):
+            got = on_each(lambda p=p, few=few, extras=extras: bits(rows_of(few, p, extras)), cpu=True)
+            first = next(iter(got.values()))
+            assert all(torch.equal(first, other) for other in got.values()), p
 
 
 @pytest.mark.parametrize("dtype", [*REALS, *COMPLEX], ids=str)

@@ -229,7 +229,9 @@ def test_hooks_run_once_and_see_unclipped_gradients():
     model = small_model()
     opt = ClippedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), max_norm=1e-3)
     seen = []
-    opt.register_step_pre_hook(lambda o, a, k: seen.append(fastclip.get_total_norm([p.grad for p in model.parameters()])))
+    opt.register_step_pre_hook(
+        lambda o, a, k: seen.append(fastclip.get_total_norm([p.grad for p in model.parameters()]))
+    )
     opt.register_step_post_hook(lambda o, a, k: seen.append("post"))
     backward(model, 0)
     opt.step()

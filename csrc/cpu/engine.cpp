@@ -1,15 +1,10 @@
 #include "engine.h"
 
+#include <pthread.h>
+
 #include <atomic>
 #include <cmath>
 #include <cstdint>
-
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-#if !defined(_WIN32)
-#include <pthread.h>
-#endif
 
 #include "../norms.h"
 
@@ -46,14 +41,13 @@ const Kernels& kernels() {
 
 // ---- threads --------------------------------------------------------------------------------------
 
+// A forked child works on one thread: OpenMP would wait for threads that did not survive the fork.
 std::atomic<bool> forked{false};
-#if !defined(_WIN32)
 const int watch_forks = pthread_atfork(nullptr, nullptr, [] { forked = true; });
-#endif
 
-// Below this many elements in all, waking a second thread costs more than it saves (a fork and join
-// took about 5 us, reading 32Ki floats from cache about 4 us).
-constexpr std::int64_t kSerialElements = 1 << 15;
+// Up to this many elements in all one thread works alone: reading them takes about 50 us, and where
+// another program holds a core, waiting for a second thread has taken milliseconds.
+constexpr std::int64_t kSerialElements = 1 << 17;
 
 // Calls work(index, chunk) for every chunk. Short chunks are handed out in groups as large as one
 // full chunk. Which thread takes which group is left to chance; no result depends on it.
@@ -70,7 +64,7 @@ void for_chunks(const std::vector<Chunk>& chunks, int threads, const Work& work)
     }
   }
   const std::int64_t count = static_cast<std::int64_t>(groups.size()) - 1;
-  [[maybe_unused]] const int workers = total < kSerialElements ? 1 : usable_threads(threads);
+  [[maybe_unused]] const int workers = total <= kSerialElements || forked || threads < 1 ? 1 : threads;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(workers) if (workers > 1)
   for (std::int64_t g = 0; g < count; ++g)
     for (std::int64_t i = groups[g]; i < groups[g + 1]; ++i) work(i, chunks[i]);
@@ -78,6 +72,14 @@ void for_chunks(const std::vector<Chunk>& chunks, int threads, const Work& work)
 
 void* address(const TensorRef& tensor, const Chunk& chunk) {
   return static_cast<char*>(tensor.data) + chunk.begin * element_bytes(tensor.dtype);
+}
+
+// The start of a chunk that is read soon: a list of small tensors is nothing but starts.
+constexpr int kChunksAhead = 4;
+void prefetch(const Tensors& tensors, const Chunk& chunk) {
+  const TensorRef& tensor = tensors[chunk.tensor];
+  const char* start = static_cast<const char*>(address(tensor, chunk));
+  for (int line = 0; line < 4; ++line) __builtin_prefetch(start + 64 * line);
 }
 
 // ---- one chunk ------------------------------------------------------------------------------------
@@ -153,20 +155,12 @@ bool use_capability(const std::string& name) {
 
 std::string capability() { return kernels().name; }
 
-int usable_threads(int requested) {
-#if defined(_OPENMP)
-  return forked || requested < 1 ? 1 : requested;
-#else
-  (void)requested;
-  return 1;
-#endif
-}
-
 void read(const Tensors& tensors, double norm_type, bool extras, double* rows, int threads) {
   const std::vector<Chunk> chunks = chunks_of(tensors);
   std::vector<ChunkStats> partials(chunks.size());
   const Kernels& k = kernels();
   for_chunks(chunks, threads, [&](std::int64_t i, const Chunk& chunk) {
+    if (i + kChunksAhead < static_cast<std::int64_t>(chunks.size())) prefetch(tensors, chunks[i + kChunksAhead]);
     const TensorRef& tensor = tensors[chunk.tensor];
     // one slot per chunk, joined below in index order: the same gradients give the same bits
     partials[i] = stats_of(k, tensor.dtype, address(tensor, chunk), chunk.size, norm_type, extras);

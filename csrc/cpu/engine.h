@@ -21,10 +21,6 @@ std::vector<std::string> capabilities();
 bool use_capability(const std::string& name);
 std::string capability();
 
-// How many threads a call may really use: one in a forked child, where OpenMP would wait for
-// threads that did not survive the fork, and one without OpenMP.
-int usable_threads(int requested);
-
 // rows: out, [kAlwaysFields or kFields][tensors.size()] float64.
 void read(const Tensors& tensors, double norm_type, bool extras, double* rows, int threads);
 

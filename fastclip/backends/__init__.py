@@ -25,7 +25,11 @@ forced: str | None = os.environ.get("FASTCLIP_BACKEND") or None
 if why_missing and forced != reference.name:
     warnings.warn(f"fastclip runs on its slower reference backend: {why_missing}", RuntimeWarning, stacklevel=3)
 
-if C is not None and (_capability := os.environ.get("FASTCLIP_CPU_CAPABILITY")) and not C.cpu_use_capability(_capability):
+if (
+    C is not None
+    and (_capability := os.environ.get("FASTCLIP_CPU_CAPABILITY"))
+    and not C.cpu_use_capability(_capability)
+):
     raise BackendUnavailableError(
         f"FASTCLIP_CPU_CAPABILITY={_capability}: this machine has {', '.join(C.cpu_capabilities())}"
     )
@@ -102,10 +106,10 @@ def plan(grads: Grads) -> Plan:
         UnsupportedGradientError: no backend serves one of them; names it, and each backend's reason.
     """
     parts: list[Part] = []
-    rest, positions = grads.tensors, None
+    rest, positions, native = grads.tensors, None, grads.native
     reasons: dict[int, list[str]] = {}
     for backend in candidates():
-        table = backend.table_of(rest)
+        table = backend.table_of(rest, native)
         refused = table.refused
         if not refused:
             parts.append(Part(backend, table, positions))
@@ -116,7 +120,7 @@ def plan(grads: Grads) -> Plan:
         for i, reason in refused.items():
             reasons.setdefault(whole[i], []).append(f"{backend.name}: {reason}")
         positions = [whole[i] for i in refused]
-        rest = [rest[i] for i in refused]
+        rest, native = [rest[i] for i in refused], None
     worst = min(reasons, key=lambda i: (i not in (positions or []), i))
     raise UnsupportedGradientError(
         f"no backend can serve the gradient of {grads.describe(worst)}; " + "; ".join(reasons[worst])
@@ -132,7 +136,7 @@ def explain(params: torch.nn.Module | TensorOrTensors | None = None) -> str:
     Returns:
         One line per backend, best first.
     """
-    grads = grads_or_parameters(params).tensors if params is not None else []
+    grads = grads_or_parameters(params) if params is not None else Grads([], None)
     lines = []
     for backend in BACKENDS:
         reason = backend.unavailable()
@@ -142,9 +146,9 @@ def explain(params: torch.nn.Module | TensorOrTensors | None = None) -> str:
         line = f"{backend.name}: available"
         if forced is not None:
             line += ", forced by FASTCLIP_BACKEND" if backend.name == forced else f", but FASTCLIP_BACKEND={forced}"
-        if grads:
-            table = backend.table_of(grads)
-            line += f"; serves {len(table)} of {len(grads)} gradients"
+        if grads.tensors:
+            table = backend.table_of(grads.tensors)
+            line += f"; serves {len(table)} of {len(grads.tensors)} gradients"
             counts: dict[str, int] = {}
             for why in table.refused.values():
                 counts[why] = counts.get(why, 0) + 1

@@ -22,8 +22,8 @@ def unavailable() -> str:
     return why_missing
 
 
-def table_of(grads: list[Tensor]) -> Any:
-    return C.GradTable(grads)
+def table_of(grads: list[Tensor], native: Any = None) -> Any:
+    return C.GradTable(grads) if native is None else native
 
 
 def read(table: Any, request: Request, rows: Tensor) -> None:

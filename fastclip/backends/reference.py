@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ def unavailable() -> str:
     return ""
 
 
-def table_of(grads: list[Tensor]) -> ReferenceTable:
+def table_of(grads: list[Tensor], native: Any = None) -> ReferenceTable:
     table = ReferenceTable()
     for position, grad in enumerate(grads):
         reason = tensors.unserved(grad)
@@ -137,7 +138,7 @@ def _pieces(grad: Tensor) -> Iterator[Tensor]:
         yield grad
         return
     rows = max(1, PIECE * grad.shape[0] // grad.numel())
-    yield from grad.split(rows)
+    yield from torch.split(grad, rows)
 
 
 def _widened(piece: Tensor) -> Tensor:

@@ -1,0 +1,350 @@
+"""Every row of the table as data: a name, a workload, the two contestants, the floor of their ratio."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastclip
+from fastclip._native import C
+
+from . import oracle
+from .oracle import WrongResult
+from .workloads import (
+    EMBEDDING,
+    EMBEDDING_BF16,
+    FLAT,
+    FLAT_BF16,
+    FLAT_CONSTANT,
+    GPT2,
+    GPT2_BF16,
+    GPT2_FP16,
+    LSTM,
+    RESNET50,
+    ROWS,
+    ROWS_BF16,
+    SMALL,
+    Workload,
+    parameters,
+)
+
+EPS = 1e-6  # of clip_grad_norm_, in torch and here
+NOTHING_TO_CLIP, CLIPPING = 2.0, 0.5  # max_norm, in units of the gradients' norm
+NOTHING_TO_CLAMP, CLAMPING = 1.0, 0.03125  # clip_value: 50 and 1.6 deviations of a normal gradient
+PROBE = 1024  # elements looked at after every timed call that has to write
+
+
+def _nothing() -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One side of a row.
+
+    Attributes:
+        call: what is timed.
+        check: given what ``call`` returned, before anything is timed: its relative error, None where there
+            is none to speak of. Raises ``WrongResult``.
+        moved_bytes: the least that ``call`` has to move between memory and cores; formulas in NOTES.md.
+        before: untimed, before every call.
+        after: untimed, after every call; raises ``WrongResult`` if the call did not do its work.
+    """
+
+    name: str
+    call: Callable[[], Any]
+    check: Callable[[Any], float | None]
+    moved_bytes: int
+    before: Callable[[], None] = _nothing
+    after: Callable[[], None] = _nothing
+
+
+@dataclass(frozen=True)
+class Row:
+    """One ratio: time of the second contestant over time of the first.
+
+    Attributes:
+        make: from the workloads' inputs to the contestants.
+        floor: the ratio must not be lower; None if nothing is claimed.
+        quick: part of the short run.
+    """
+
+    name: str
+    workloads: tuple[Workload, ...]
+    make: Callable[..., tuple[Contestant, Contestant]]
+    floor: float | None = None
+    quick: bool = False
+
+
+class Inputs:
+    """The gradients of one workload, their untouched copy, and what the oracle says of them."""
+
+    def __init__(self, workload: Workload, seed: int = 0) -> None:
+        self.workload = workload
+        self.params = parameters(workload, seed)
+        self.grads: list[Tensor] = [p.grad for p in self.params if p.grad is not None]
+        self.pristine = [grad.clone() for grad in self.grads]
+        self._norms: dict[float, list[float]] = {}
+
+    def restore(self) -> None:
+        torch._foreach_copy_(self.grads, self.pristine)
+
+    def norms(self, p: float = 2.0) -> list[float]:
+        if p not in self._norms:
+            self._norms[p] = [oracle.norm(grad, p) for grad in self.pristine]
+        return self._norms[p]
+
+    def total_norm(self, p: float = 2.0) -> float:
+        return oracle.norm_of_norms(self.norms(p), p)
+
+    @functools.cached_property
+    def _largest_at(self) -> list[int]:
+        return [int(grad.view(-1).abs().argmax()) for grad in self.pristine]
+
+    def probe(self, is_right: Callable[[Tensor, Tensor], bool], beyond: float = 0.0) -> None:
+        """Raises unless the first, middle and last gradient with an element beyond were written as they should.
+
+        Looks at that element and some after it, so that it costs nothing between two timed calls.
+        """
+        beyond_it = [index for index, largest in enumerate(self.norms(math.inf)) if largest > beyond]
+        for index in {beyond_it[0], beyond_it[len(beyond_it) // 2], beyond_it[-1]}:
+            start = self._largest_at[index]
+            got, before = (
+                tensors[index].view(-1)[start : start + PROBE].float() for tensors in (self.grads, self.pristine)
+            )
+            if not is_right(got, before):
+                raise WrongResult(f"a call did not write gradient {index} as it had to")
+
+    def bytes(self, reads: int = 1, writes: int = 0, masks: int = 0) -> int:
+        """Of so many passes over the gradients, and over one bool per element."""
+        return (reads + writes) * self.workload.bytes + masks * self.workload.size
+
+
+# ---- clipping by norm ----------------------------------------------------------------------------------
+
+
+def clip_norm(inputs: Inputs, share: float) -> tuple[Contestant, Contestant]:
+    """``clip_grad_norm_`` with ``max_norm = share * total_norm``."""
+    clips = share < 1
+    total_norm = inputs.total_norm()
+    max_norm = share * total_norm
+
+    def check_ours(norm: Tensor) -> float:
+        error = oracle.check_norm("total_norm", norm, total_norm)
+        if clips:
+            oracle.check_scaled(inputs.grads, inputs.pristine, max_norm / (total_norm + EPS))
+        else:
+            oracle.check_untouched(inputs.grads, inputs.pristine)
+        return error
+
+    def shrunk() -> None:
+        # loose, for torch's norm of 16-bit gradients; the atol is for numbers near 0, which round alike
+        inputs.probe(lambda got, before: torch.allclose(got, share * before, rtol=0.1, atol=1e-6))
+
+    before, after = (inputs.restore, shrunk) if clips else (_nothing, _nothing)
+    return (
+        Contestant(
+            "fastclip",
+            lambda: fastclip.clip_grad_norm_(inputs.params, max_norm),
+            check_ours,
+            inputs.bytes(reads=2, writes=1) if clips else inputs.bytes(reads=1),
+            before,
+            after,
+        ),
+        Contestant(
+            "torch",
+            lambda: torch.nn.utils.clip_grad_norm_(inputs.params, max_norm),
+            lambda norm: oracle.relative_error(norm, total_norm),
+            inputs.bytes(reads=2, writes=1),
+            before,
+            after,
+        ),
+    )
+
+
+# ---- clipping by value ---------------------------------------------------------------------------------
+
+
+def clip_value(inputs: Inputs, bound: float) -> tuple[Contestant, Contestant]:
+    clamps = max(inputs.norms(math.inf)) > bound
+
+    def check(_: None) -> float:
+        oracle.check_clamped(inputs.grads, inputs.pristine, bound)
+        if not clamps:
+            oracle.check_untouched(inputs.grads, inputs.pristine)
+        return 0.0
+
+    def clamped() -> None:
+        inputs.probe(lambda got, before: torch.equal(got, before.clamp(-bound, bound)), beyond=bound)
+
+    before, after = (inputs.restore, clamped) if clamps else (_nothing, _nothing)
+
+    def contestant(name: str, call: Callable[[], None], writes: int) -> Contestant:
+        return Contestant(name, call, check, inputs.bytes(reads=1, writes=writes), before, after)
+
+    return (
+        contestant("fastclip", lambda: fastclip.clip_grad_value_(inputs.params, bound), writes=int(clamps)),
+        contestant("torch", lambda: torch.nn.utils.clip_grad_value_(inputs.params, bound), writes=1),
+    )
+
+
+# ---- statistics ----------------------------------------------------------------------------------------
+
+
+def _check_stats(inputs: Inputs, stats: fastclip.GradStats) -> float:
+    error = oracle.check_norm("total_norm", stats.total_norm, inputs.total_norm())
+    for index, (got, want) in enumerate(zip(stats.tensor_norms.tolist(), inputs.norms(), strict=True)):
+        oracle.check_norm(f"tensor_norms[{index}]", got, want)
+    oracle.check_equal("the number of NaN and Inf", int(stats.nans.sum() + stats.infs.sum()), 0)
+    if stats.tensor_max_abs is not None and stats.zeros is not None:
+        oracle.check_equal("tensor_max_abs", stats.tensor_max_abs.tolist(), inputs.norms(math.inf))
+        zeros = [grad.numel() - int(torch.count_nonzero(grad)) for grad in inputs.grads]
+        oracle.check_equal("zeros", stats.zeros.tolist(), zeros)
+    return error
+
+
+def statistics(inputs: Inputs, extras: bool, best_of_torch: bool = False) -> tuple[Contestant, Contestant]:
+    """Norm of each tensor, total norm, NaN and Inf check; with extras also max|g| and zeros of each tensor."""
+    total_norm, max_norm = inputs.total_norm(), NOTHING_TO_CLIP * inputs.total_norm()
+
+    def torch_clip() -> tuple[Tensor, list[Tensor]]:
+        """What a training loop has at hand: clip, then look at each gradient."""
+        norm = torch.nn.utils.clip_grad_norm_(inputs.params, max_norm)
+        facts = [grad.isfinite().all() for grad in inputs.grads]
+        if extras:
+            facts += [torch.linalg.vector_norm(grad, math.inf) for grad in inputs.grads]
+            facts += [torch.count_nonzero(grad) for grad in inputs.grads]
+        return norm, facts
+
+    def torch_norms() -> tuple[Tensor, list[Tensor]]:
+        """The fewest passes torch can do it in: nothing is written, a norm that is finite vouches for its tensor."""
+        norms = torch.stack(torch._foreach_norm(inputs.grads))
+        return torch.linalg.vector_norm(norms), [norms.isfinite()]
+
+    theirs = torch_norms if best_of_torch else torch_clip
+    passes = {"reads": 1} if best_of_torch else {"reads": 5 if extras else 3, "writes": 1, "masks": 2}
+    return (
+        Contestant(
+            "fastclip",
+            lambda: fastclip.grad_stats(inputs.params, extras=extras),
+            lambda stats: _check_stats(inputs, stats),
+            inputs.bytes(reads=1),
+        ),
+        Contestant("torch", theirs, lambda found: oracle.relative_error(found[0], total_norm), inputs.bytes(**passes)),
+    )
+
+
+# ---- norms alone ---------------------------------------------------------------------------------------
+
+
+def _our_norm(inputs: Inputs, p: float = 2.0, name: str = "fastclip") -> Contestant:
+    return Contestant(
+        name,
+        lambda: fastclip.get_total_norm(inputs.grads, norm_type=p),
+        lambda norm: oracle.check_norm("total_norm", norm, inputs.total_norm(p)),
+        inputs.bytes(reads=1),
+    )
+
+
+def norm(inputs: Inputs, p: float) -> tuple[Contestant, Contestant]:
+    theirs = Contestant(
+        "torch",
+        lambda: torch.nn.utils.get_total_norm(inputs.grads, norm_type=p),
+        lambda norm: oracle.relative_error(norm, inputs.total_norm(p)),
+        inputs.bytes(reads=1),
+    )
+    return _our_norm(inputs, p), theirs
+
+
+def norm_against_sum(inputs: Inputs) -> tuple[Contestant, Contestant]:
+    """Against the plainest read that torch has; what it adds up says nothing of its accuracy as a norm."""
+    (flat,) = inputs.grads
+    return _our_norm(inputs), Contestant("torch", lambda: torch.sum(flat), lambda _: None, inputs.bytes(reads=1))
+
+
+def rows_against_dense(rows: Inputs, dense: Inputs) -> tuple[Contestant, Contestant]:
+    """Both fastclip: an embedding's gradient, mostly zero, must not cost more than a dense one."""
+    return clip_norm(rows, NOTHING_TO_CLIP)[0], clip_norm(dense, NOTHING_TO_CLIP)[0]
+
+
+def use_capability(name: str) -> None:
+    if C is None or not C.cpu_use_capability(name):
+        raise WrongResult(f"this machine can't use the {name} kernels")
+
+
+def capability(inputs: Inputs, name: str, best: str) -> tuple[Contestant, Contestant]:
+    """Both fastclip: one instruction set against the one that is chosen by itself."""
+    started_with = "" if C is None else C.cpu_capability()
+
+    def forced(kernels: str) -> Contestant:
+        ours = _our_norm(inputs, name=kernels)
+        return Contestant(
+            ours.name,
+            ours.call,
+            ours.check,
+            ours.moved_bytes,
+            before=lambda: use_capability(kernels),
+            after=lambda: use_capability(started_with),
+        )
+
+    return forced(name), forced(best)
+
+
+# ---- the table -----------------------------------------------------------------------------------------
+
+
+def _clip_rows(
+    workload: Workload, nothing: float | None = None, clipping: float | None = None, quick: bool = False
+) -> list[Row]:
+    make = functools.partial
+    return [
+        Row(
+            f"clip {workload.name}, nothing to clip",
+            (workload,),
+            make(clip_norm, share=NOTHING_TO_CLIP),
+            nothing,
+            quick,
+        ),
+        Row(f"clip {workload.name}, clipping", (workload,), make(clip_norm, share=CLIPPING), clipping, quick),
+    ]
+
+
+def _capability_rows(workload: Workload) -> list[Row]:
+    best, *others = C.cpu_capabilities() if C is not None else [""]
+    return [
+        Row(
+            f"norm {workload.name}, {other} / {best}", (workload,), functools.partial(capability, name=other, best=best)
+        )
+        for other in others
+    ]
+
+
+def all_rows() -> list[Row]:
+    """In the order of the table; rows of one workload stand together, so that it is built once."""
+    make = functools.partial
+    return [
+        *_clip_rows(GPT2, 3.2, 1.4),
+        Row("stats GPT-2 fp32 / clip + isfinite", (GPT2,), make(statistics, extras=False), 15.0),
+        Row("stats GPT-2 fp32 / foreach_norm", (GPT2,), make(statistics, extras=False, best_of_torch=True)),
+        Row("stats with extras / clip, isfinite, ...", (GPT2,), make(statistics, extras=True)),
+        Row("clip_value GPT-2 fp32, nothing to clamp", (GPT2,), make(clip_value, bound=NOTHING_TO_CLAMP)),
+        Row("clip_value GPT-2 fp32, clamping", (GPT2,), make(clip_value, bound=CLAMPING)),
+        *(Row(f"norm_type={p:g} GPT-2 fp32", (GPT2,), make(norm, p=p)) for p in (math.inf, 1.0, 3.0)),
+        *_clip_rows(GPT2_BF16, 6.5, 3.3),
+        *_clip_rows(GPT2_FP16),
+        *_clip_rows(SMALL, 22.0, 12.0, quick=True),
+        *_clip_rows(RESNET50, quick=True),
+        *_clip_rows(LSTM, quick=True),
+        Row("norm 100M fp32 / torch.sum", (FLAT,), norm_against_sum, 1.05, quick=True),
+        *_capability_rows(FLAT),
+        *_capability_rows(FLAT_BF16),
+        Row("norm 100M x 0.1 fp32", (FLAT_CONSTANT,), make(norm, p=2.0)),
+        Row("embedding fp32, 99% zero rows / dense", (ROWS, EMBEDDING), rows_against_dense, 0.95),
+        Row("embedding bf16, 99% zero rows / dense", (ROWS_BF16, EMBEDDING_BF16), rows_against_dense),
+    ]
