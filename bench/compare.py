@@ -85,7 +85,7 @@ def checked(contestant: Contestant) -> float | None:
     return error
 
 
-def measured(row: Row, inputs: Sequence[Inputs], settings: Settings, reading_speed: float) -> Results:
+def measured(row: Row, inputs: Sequence[Inputs], settings: Settings) -> Results:
     """One row of the results. A contestant that is wrong has its reason there, and the row no times."""
     result: Results = {
         "name": row.name,
@@ -99,7 +99,9 @@ def measured(row: Row, inputs: Sequence[Inputs], settings: Settings, reading_spe
         contestants = row.make(*inputs)
         errors = [checked(contestant) for contestant in contestants]
         (trial,) = zip(*alternate(contestants, 1), strict=True)
+        others = machine.Others()
         seconds = alternate(contestants, _rounds(sum(trial), settings))
+        others_share = others.share()
     except WrongResult as wrong:
         return {**result, "verdict": "wrong", "why": str(wrong)}
     ratios = [theirs / ours for ours, theirs in zip(*seconds, strict=True)]
@@ -112,23 +114,22 @@ def measured(row: Row, inputs: Sequence[Inputs], settings: Settings, reading_spe
         "ratio_min": min(ratios),
         "ratio_max": max(ratios),
         "rounds": len(ratios),
+        "others_share_of_cpu": others_share,
         "contestants": [
-            _times(contestant, times, error, reading_speed)
+            _times(contestant, times, error)
             for contestant, times, error in zip(contestants, seconds, errors, strict=True)
         ],
     }
 
 
-def _times(contestant: Contestant, times: list[float], error: float | None, reading_speed: float) -> Results:
+def _times(contestant: Contestant, times: list[float], error: float | None) -> Results:
     median = statistics.median(times)
-    speed = contestant.moved_bytes / median
     return {
         "name": contestant.name,
         "median_s": median,
         "fastest_s": min(times),
         "moved_bytes": contestant.moved_bytes,
-        "bytes_per_s": speed,
-        "of_reading_speed": speed / reading_speed,
+        "bytes_per_s": contestant.moved_bytes / median,
         "relative_error": error,
     }
 
@@ -187,15 +188,13 @@ def _progress(text: str) -> None:
 
 def run(rows: Sequence[Row], settings: Settings, memory_of: Workload | None = None, seed: int = 0) -> Results:
     """Measures ``rows`` in their order, each workload built once while its rows last."""
-    speed = reading_speed(settings)
-    _progress(f"reading speed {speed['bytes_per_s'] / 1e9:.1f} GB/s ({speed['by']})")
+    speeds = [reading_speed(settings)]
     results: Results = {
         "format": report.FORMAT,
         "machine": machine.facts(),
         "versions": machine.versions(),
         "threads": torch.get_num_threads(),
         "seed": seed,
-        "reading_speed": speed,
         "rows": [],
         "memory": None,
     }
@@ -213,10 +212,20 @@ def run(rows: Sequence[Row], settings: Settings, memory_of: Workload | None = No
         results["memory"] = measured_memory(*inputs_of((memory_of,)))
         _progress(report.memory_line(results["memory"]))
     for number, row in enumerate(rows, 1):
-        result = measured(row, inputs_of(row.workloads), settings, speed["bytes_per_s"])
+        result = measured(row, inputs_of(row.workloads), settings)
         results["rows"].append(result)
         _progress(f"[{number}/{len(rows)}] {row.name}: {report.outcome(result)}")
+    built.clear()
+    speeds.append(reading_speed(settings))  # again: other work on the machine may have slowed the first down
+    results["reading_speed"] = max(speeds, key=lambda speed: speed["bytes_per_s"])
+    _set_shares(results)
     return results
+
+
+def _set_shares(results: Results) -> None:
+    for row in results["rows"]:
+        for contestant in row.get("contestants", ()):
+            contestant["of_reading_speed"] = contestant["bytes_per_s"] / results["reading_speed"]["bytes_per_s"]
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -41,6 +41,26 @@ def last_level_cache_bytes() -> int | None:
     return next((size for level in (4, 3, 2) if (size := cache_bytes(level))), None)
 
 
+class Others:
+    """How busy other processes, and other tenants of the hardware, keep the CPUs from now on."""
+
+    def __init__(self) -> None:
+        self._start = self._ticks()
+
+    @staticmethod
+    def _ticks() -> tuple[float, float, float]:
+        """Seconds of CPU time so far: of all CPUs, of that spent working or stolen, of this process."""
+        fields = _text("/proc/stat").partition("\n")[0].split()[1:9]  # user nice system idle iowait irq softirq steal
+        seconds = [int(field) / os.sysconf("SC_CLK_TCK") for field in fields]
+        own = os.times()
+        return sum(seconds), sum(seconds) - sum(seconds[3:5]), own.user + own.system
+
+    def share(self) -> float | None:
+        """Of all CPU time; None where the kernel does not say, or too little has passed to tell."""
+        total, busy, own = (now - then for now, then in zip(self._ticks(), self._start, strict=True))
+        return min(1.0, max(0.0, (busy - own) / total)) if total > 0.2 else None
+
+
 def facts() -> dict[str, Any]:
     memory_kib = _value_after(_text("/proc/meminfo"), "MemTotal").removesuffix(" kB")
     return {

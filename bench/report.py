@@ -15,13 +15,14 @@ from typing import Any
 Results = dict[str, Any]
 
 FORMAT = 1  # of the JSON that compare writes
+BUSY = 0.05  # of the CPU time, taken by others: a ratio measured meanwhile is marked
 COLOURS = {"ok": "#2a7f62", "faster": "#7fb59f", "below floor": "#d98a29", "slower": "#b23a48"}
 
 
 def seconds(value: float) -> str:
-    """Three digits, in ms or us."""
-    number, unit = (value * 1e3, "ms") if value >= 1e-3 else (value * 1e6, "us")
-    return f"{number:#.3g}".rstrip(".") + f" {unit}"
+    """Three digits, in s, ms or us."""
+    unit, scale = next((unit for unit in (("s", 1.0), ("ms", 1e3)) if value * unit[1] >= 1.0), ("us", 1e6))
+    return f"{value * scale:#.3g}".rstrip(".") + f" {unit}"
 
 
 def multiple(value: float) -> str:
@@ -53,6 +54,19 @@ def floor_and_verdict(row: Results) -> str:
     return row["verdict"] if row["verdict"] in ("slower", "wrong") else ""
 
 
+def marked_ratio(row: Results) -> str:
+    """With a "~" where other processes kept the CPUs busy."""
+    return multiple(row["ratio"]) + ("~" if (row.get("others_share_of_cpu") or 0.0) > BUSY else "")
+
+
+def busy_lines(results: Results) -> list[str]:
+    """What "~" means, if it was needed."""
+    shares = [row["others_share_of_cpu"] for row in results["rows"] if row.get("others_share_of_cpu") is not None]
+    if not shares or max(shares) <= BUSY:
+        return []
+    return [f"~: other processes took more than {BUSY:.0%} of the CPU time meanwhile, {max(shares):.0%} at most"]
+
+
 def error(value: float | None) -> str:
     """A relative error; below half a float32 ulp nothing is left to say."""
     if value is None:
@@ -79,7 +93,7 @@ def setting_lines(results: Results) -> list[str]:
         f"fastclip {versions['fastclip']}{commit}, backend {versions['backend']}{capability}, "
         f"torch {versions['torch']}, Python {versions['python']}, {results['threads']} threads",
         f"reading speed {reading['bytes_per_s'] / 1e9:.1f} GB/s, by {reading['by']} over "
-        f"{reading['elements'] * 4 / 1e6:.0f} MB",
+        f"{reading['elements'] * 4 / 1e6:.0f} MB, the best of before and after",
     ]
 
 
@@ -98,7 +112,7 @@ def text(results: Results) -> str:
         spread = f"{multiple(row['ratio_min'])}-{multiple(row['ratio_max'])}"
         lines.append(
             f"{row['name']:<40} {seconds(ours['median_s']):>8} {seconds(other['median_s']):>8} "
-            f"{multiple(row['ratio']):>6} {spread:>11} {floor_and_verdict(row):>9} {ours['bytes_per_s'] / 1e9:>6.1f} "
+            f"{marked_ratio(row):>6} {spread:>11} {floor_and_verdict(row):>9} {ours['bytes_per_s'] / 1e9:>6.1f} "
             f"{ours['of_reading_speed']:>5.0%} {row['cache']:<5} {error(other['relative_error']):>5}"
         )
     if results["memory"] is not None:
@@ -108,7 +122,7 @@ def text(results: Results) -> str:
         "ratio: median time of the other / of ours; min-max: of single rounds. GB/s: least bytes that ours must move,",
         "per second; read: that as a share of the reading speed. error: of the other against float64, relative.",
     ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *busy_lines(results)])
 
 
 def markdown(results: Results) -> str:
@@ -124,10 +138,10 @@ def markdown(results: Results) -> str:
         ours, other = row["contestants"]
         lines.append(
             f"| {row['name']} | {seconds(ours['median_s'])} | {seconds(other['median_s'])} | "
-            f"**{multiple(row['ratio'])}** | {floor_and_verdict(row)} | {ours['bytes_per_s'] / 1e9:.1f} | "
+            f"**{marked_ratio(row)}** | {floor_and_verdict(row)} | {ours['bytes_per_s'] / 1e9:.1f} | "
             f"{ours['of_reading_speed']:.0%} | {row['cache']} | {error(other['relative_error'])} |"
         )
-    notes = [f"{line}  " for line in setting_lines(results)]
+    notes = [f"{line}  " for line in [*setting_lines(results), *busy_lines(results)]]
     if results["memory"] is not None:
         notes.append(memory_line(results["memory"]))
     return "\n".join([*lines, "", *notes]).rstrip() + "\n"

@@ -17,12 +17,14 @@ inline constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 // The norm of no elements at all: what leaves any join unchanged.
 inline double empty_norm(double p) { return p < 0 ? kInf : 0.0; }
 
-// A power of two that brings `largest` near 1 without losing a bit. Clamped so that the factor and
-// its inverse are both normal doubles.
-inline double unit_scale(double largest) {
+// Exponents up to which a power of two and its inverse are both normal numbers.
+inline constexpr int kDoubleExponents = 1000, kFloatExponents = 100;
+
+// A power of two that brings `largest` near 1, as far as `exponents` allow, without losing a bit.
+inline double unit_scale(double largest, int exponents = kDoubleExponents) {
   int exponent = std::ilogb(largest);
-  if (exponent > 1000) exponent = 1000;
-  if (exponent < -1000) exponent = -1000;
+  if (exponent > exponents) exponent = exponents;
+  if (exponent < -exponents) exponent = -exponents;
   return std::ldexp(1.0, -exponent);
 }
 

@@ -36,24 +36,26 @@ def clip_(grads: Grads, request: Request, nonfinite: str) -> Outcome:
     work = plan(grads)
     work.check_writable()
     reading = read(work, request)
-    found_inf = reading.found_inf if not reading.on_host else _any_nonfinite(reading)
     if nonfinite == "raise":
         reading.check_finite()
-    elif nonfinite == "zero" and found_inf is not False:
+    found_inf: bool | Tensor
+    if reading.on_host is not None:
+        found_inf = reading.on_host[TOTAL_NANS] + reading.on_host[TOTAL_INFS] > 0
+    else:
+        found_inf = reading.found_inf
+    if nonfinite == "zero" and found_inf is not False:
         work.zero_nonfinite_()
         reading = read(work, request)
-    clip_coef: float | Tensor = reading.totals[CLIP_COEF]
-    if isinstance(found_inf, bool):
-        clip_coef = 1.0 if nonfinite == "skip" and found_inf else float(clip_coef)
-    elif nonfinite == "skip":
-        clip_coef = torch.where(found_inf > 0, 1.0, clip_coef)
+    clip_coef: float | Tensor
+    if reading.on_host is not None:
+        clip_coef = 1.0 if nonfinite == "skip" and found_inf else reading.on_host[CLIP_COEF]
+    else:
+        clip_coef = reading.totals[CLIP_COEF]
+        if nonfinite == "skip":
+            clip_coef = torch.where(reading.found_inf > 0, 1.0, clip_coef)
     if isinstance(clip_coef, Tensor) or clip_coef != 1.0:
         work.scale_(clip_coef)
     return Outcome(reading.total_norm, clip_coef, found_inf)
-
-
-def _any_nonfinite(reading: Reading) -> bool:
-    return float(reading.totals[TOTAL_NANS]) + float(reading.totals[TOTAL_INFS]) > 0.0
 
 
 def clamp_(grads: Grads, bound: float) -> None:

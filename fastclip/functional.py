@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterable
-from typing import ParamSpec, TypeVar
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -15,27 +13,12 @@ from fastclip.stats import GradStats
 from fastclip.tensors import TensorOrTensors, grads_among, grads_of, grads_or_parameters
 from fastclip.types import NONFINITE, Request
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def _no_grad(function: Callable[P, R]) -> Callable[P, R]:
-    @functools.wraps(function)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        if torch.compiler.is_compiling():  # an error raised inside a graph would leave autograd switched off
-            return function(*args, **kwargs)
-        with torch.no_grad():
-            return function(*args, **kwargs)
-
-    return wrapped
-
-
 def number(name: str, value: float | Tensor, least: float = 0.0) -> float:
     """``value`` as a float; raises where a bound makes no sense."""
-    if isinstance(value, bool) or (not isinstance(value, (int, float, Tensor)) and not hasattr(value, "__float__")):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     if isinstance(value, Tensor) and value.numel() != 1:
         raise TypeError(f"{name}: expected a number or a tensor with one element, got shape {tuple(value.shape)}")
+    if isinstance(value, bool) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     number = float(value)
     if not number >= least:
         raise ValueError(f"{name} must be at least {least:g}, got {number}")
@@ -62,7 +45,6 @@ def nonfinite_rule(value: str, error_if_nonfinite: bool = False) -> str:
     return "raise" if error_if_nonfinite else value
 
 
-@_no_grad
 def clip_grad_norm_(
     parameters: TensorOrTensors,
     max_norm: float,
@@ -122,7 +104,6 @@ def clip_grad_norm_(
     return clipping.clip_(grads_of(parameters), request, nonfinite).total_norm
 
 
-@_no_grad
 def clip_grad_value_(parameters: TensorOrTensors, clip_value: float, foreach: bool | None = None) -> None:
     """Clamps every gradient element into ``[-clip_value, clip_value]`` in place; NaN stays NaN.
 
@@ -147,7 +128,6 @@ def clip_grad_value_(parameters: TensorOrTensors, clip_value: float, foreach: bo
     clipping.clamp_(grads_of(parameters), bound)
 
 
-@_no_grad
 def get_total_norm(
     tensors: TensorOrTensors,
     norm_type: float = 2.0,
@@ -174,7 +154,6 @@ def get_total_norm(
     return clipping.total_norm(grads_among(tensors), request, error_if_nonfinite)
 
 
-@_no_grad
 def clip_grads_with_norm_(
     parameters: TensorOrTensors, max_norm: float, total_norm: Tensor | float, foreach: bool | None = None
 ) -> None:
@@ -200,7 +179,6 @@ def clip_grads_with_norm_(
     clipping.scale_by_norm_(grads_of(parameters), request, total_norm)
 
 
-@_no_grad
 def grad_stats(
     params_or_grads: torch.nn.Module | TensorOrTensors | Iterable[tuple[str, Tensor]],
     names: Iterable[str] | None = None,

@@ -27,6 +27,9 @@ from fastclip.types import (
 )
 
 
+FLOAT32_MAX = torch.finfo(torch.float32).max
+
+
 @dataclass(frozen=True, slots=True)
 class Reading:
     """One read of a list of gradients.
@@ -35,16 +38,13 @@ class Reading:
         plan: what was read, and by whom.
         rows: ``[request.fields, n]``, per tensor, on the first gradient's device in its widest dtype.
         totals: ``[len(TOTALS)]``, of all tensors, same device and dtype.
+        on_host: ``totals`` as numbers, where looking at them waits for nothing (plain CPU memory); else None.
     """
 
     plan: Plan
     rows: Tensor
     totals: Tensor
-
-    @property
-    def on_host(self) -> bool:
-        """Whether looking at ``totals`` waits for nothing: they are in plain CPU memory."""
-        return type(self.totals) is Tensor and self.totals.device.type == "cpu"
+    on_host: list[float] | None
 
     @property
     def norm_dtype(self) -> torch.dtype:
@@ -53,7 +53,9 @@ class Reading:
 
     @property
     def total_norm(self) -> Tensor:
-        return self.totals[TOTAL_NORM].to(self.norm_dtype, copy=True)
+        if self.on_host is None or self.on_host[TOTAL_NORM] > FLOAT32_MAX:
+            return narrowed(self.totals[TOTAL_NORM], self.norm_dtype)
+        return torch.tensor(self.on_host[TOTAL_NORM], dtype=self.norm_dtype)
 
     @property
     def found_inf(self) -> Tensor:
@@ -78,6 +80,16 @@ class Reading:
         )
 
 
+def narrowed(norms: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy of ``norms`` in the dtype that callers get; only a norm that is not finite becomes so.
+
+    Past float32's largest number a finite norm stays there: Inf always means that a gradient holds one.
+    """
+    if dtype == torch.float32:
+        norms = torch.where(torch.isfinite(norms), norms.clamp(max=FLOAT32_MAX), norms)
+    return norms.to(dtype, copy=True)
+
+
 def read(plan: Plan, request: Request) -> Reading:
     """Reads every gradient element once, without waiting for the device."""
     if len(plan.parts) == 1 and plan.parts[0].positions is None:
@@ -92,7 +104,8 @@ def read(plan: Plan, request: Request) -> Reading:
         finish = reference.finish
     totals = rows.new_empty(len(TOTALS))
     finish(rows, request, totals)
-    return Reading(plan, rows, totals)
+    on_host = totals.tolist() if type(totals) is Tensor and totals.device.type == "cpu" else None
+    return Reading(plan, rows, totals, on_host)
 
 
 def _read_part(part: Part, request: Request) -> Tensor:
@@ -228,7 +241,7 @@ def stats_of(reading: Reading, request: Request) -> GradStats:
     rows, dtype, extras, grads = reading.rows, reading.norm_dtype, request.extras, reading.plan.grads
     return GradStats(
         total_norm=reading.total_norm,
-        tensor_norms=rows[NORM].to(dtype, copy=True),
+        tensor_norms=narrowed(rows[NORM], dtype),
         found_inf=reading.found_inf,
         nans=rows[NANS].to(torch.int64),
         infs=rows[INFS].to(torch.int64),

@@ -177,7 +177,8 @@ def write_back(grad: Tensor, values: Tensor) -> None:
     if grad.layout == torch.sparse_coo and not grad.is_coalesced():
         coalesced = grad.coalesce()
         coalesced._values().copy_(values)
-        grad.copy_(coalesced)
+        with torch.no_grad():
+            grad.copy_(coalesced)
 
 
 def read_only(grad: Tensor) -> str:

@@ -30,10 +30,11 @@ BACKENDS = ["reference", *(f"cpu-{capability}" for capability in CAPABILITIES)]
 
 @pytest.fixture(autouse=True)
 def same_start() -> Iterator[None]:
-    """One seed, and the process-wide settings put back."""
+    """One seed, one thread unless a test asks for more, and the process-wide settings put back."""
     torch.manual_seed(20240531)
     forced, threads = fastclip.backends.forced, torch.get_num_threads()
     capability = C.cpu_capability() if C is not None else ""
+    torch.set_num_threads(1)
     yield
     fastclip.backends.forced = forced
     torch.set_num_threads(threads)

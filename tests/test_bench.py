@@ -77,11 +77,12 @@ def test_ratio_is_that_of_the_medians(monkeypatch):
         compare, "alternate", lambda pair, rounds, clock=None: [[1.0, 2.0, 9.0][:rounds], [4.0, 4.0, 9.0][:rounds]]
     )
     fake = rows.Contestant("fake", lambda: None, lambda _: 0.0, 6000)
-    result = compare.measured(row(lambda _: (fake, fake), floor=3.0), [rows.Inputs(TINY)], FAST, 6000.0)
+    result = compare.measured(row(lambda _: (fake, fake), floor=3.0), [rows.Inputs(TINY)], FAST)
     assert (result["ratio"], result["ratio_min"], result["ratio_max"]) == (2.0, 1.0, 4.0)
     assert result["verdict"] == "below floor"
     ours = result["contestants"][0]
     assert (ours["median_s"], ours["fastest_s"], ours["bytes_per_s"]) == (2.0, 1.0, 3000.0)
+    compare._set_shares({"rows": [result], "reading_speed": {"bytes_per_s": 6000.0}})
     assert ours["of_reading_speed"] == 0.5
 
 
@@ -205,12 +206,12 @@ def test_sparse_rows_and_plain_sum():
 
 @pytest.mark.skipif(C is None, reason="needs the extension")
 def test_forced_capabilities_are_put_back():
-    before = C.cpu_capability()
+    before, last = C.cpu_capability(), C.cpu_capabilities()[-1]
     for name in C.cpu_capabilities():
-        make = functools.partial(rows.capability, name=name, best=before)
+        make = functools.partial(rows.capability, name=name, best=last)
         assert run(row(make))["rows"][0]["verdict"] != "wrong"
         assert C.cpu_capability() == before
-    make = functools.partial(rows.capability, name="no such kernels", best=before)
+    make = functools.partial(rows.capability, name="no such kernels", best=last)
     assert "no such kernels" in run(row(make))["rows"][0]["why"]
     assert C.cpu_capability() == before
 
@@ -315,6 +316,12 @@ def test_extra_memory_sees_what_is_allocated_and_freed(size):
 
 
 @pytest.mark.skipif(not memory.can_measure(), reason="needs glibc")
+def test_extra_memory_counts_python_objects_that_touch_no_new_page(monkeypatch):
+    monkeypatch.setattr(memory, "_pages_touched", lambda *_: 0)
+    assert memory.extra_bytes(lambda: bytearray(100_000)) >= 100_000
+
+
+@pytest.mark.skipif(not memory.can_measure(), reason="needs glibc")
 def test_memory_row():
     result = compare.measured_memory(rows.Inputs(TINY))
     assert set(result["extra_bytes"]) == {"fastclip", "torch"}
@@ -369,8 +376,19 @@ def test_losing_rows_stay_in_the_table(results):
     assert max(map(len, table_lines)) <= 120
 
 
+def test_ratios_from_a_busy_machine_are_marked(results):
+    assert "~" not in report.text(results) + report.markdown(results)
+    results["rows"][0]["others_share_of_cpu"] = 0.4
+    results["rows"][1]["others_share_of_cpu"] = 0.01
+    assert "100.0~" in report.text(results)
+    assert "**100.0~**" in report.markdown(results)
+    assert "2.00~" not in report.text(results)
+    assert "40% at most" in report.text(results)
+
+
 @pytest.mark.parametrize(
-    ("value", "shown"), [(0.5, "500 ms"), (0.0123456, "12.3 ms"), (0.001, "1.00 ms"), (0.00009876, "98.8 us")]
+    ("value", "shown"),
+    [(3.361, "3.36 s"), (0.5, "500 ms"), (0.0123456, "12.3 ms"), (0.001, "1.00 ms"), (0.00009876, "98.8 us")],
 )
 def test_seconds(value, shown):
     assert report.seconds(value) == shown
@@ -440,10 +458,13 @@ def test_compare_refuses_senseless_arguments(arguments, capsys):
     assert capsys.readouterr().err
 
 
-def test_reading_speed_is_the_better_of_two():
+def test_reading_speed_is_the_best_of_two_readers_before_and_after(monkeypatch):
     speed = compare.reading_speed(FAST)
     assert speed["bytes_per_s"] == max(speed["all"].values()) == speed["all"][speed["by"]]
     assert speed["elements"] == FAST.reading_elements
+    speeds = iter([{**speed, "bytes_per_s": 1.0}, {**speed, "bytes_per_s": 2.0}])
+    monkeypatch.setattr(compare, "reading_speed", lambda _: next(speeds))
+    assert run()["reading_speed"]["bytes_per_s"] == 2.0
 
 
 def test_machine_facts():
@@ -455,6 +476,18 @@ def test_machine_facts():
     assert machine.last_level_cache_bytes() is None or machine.last_level_cache_bytes() > 1 << 16
     assert machine._chosen("always [madvise] never") == "madvise"
     assert machine._chosen("") == "unknown"
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="needs /proc/stat")
+def test_the_work_of_other_processes_is_seen(monkeypatch):
+    machine = bench("machine")
+    assert machine.Others().share() is None  # no time has passed
+    readings = iter([(100.0, 50.0, 7.0), (110.0, 58.0, 9.0)])  # all CPUs, working, this process
+    monkeypatch.setattr(machine.Others, "_ticks", lambda _: next(readings))
+    assert machine.Others().share() == pytest.approx(0.6)
+    monkeypatch.undo()
+    total, busy, own = machine.Others()._ticks()
+    assert total > busy > own > 0
 
 
 def test_kernel_suite_covers_what_it_names():

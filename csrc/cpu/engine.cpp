@@ -104,7 +104,7 @@ double least_trusted_sum(DType dtype) {
 static_assert(kChunkElements <= 1 << 16, "least_trusted_sum counts on it");
 
 double norm_2(const Kernels& k, DType dtype, const void* data, std::int64_t size, double max_abs) {
-  const double scale = unit_scale(max_abs);
+  const double scale = unit_scale(max_abs, dtype == DType::bf16 ? kFloatExponents : kDoubleExponents);
   return saturate(std::sqrt(k.sum_squares(dtype, data, size, scale)) / scale);
 }
 

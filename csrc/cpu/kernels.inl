@@ -436,15 +436,16 @@ static inline void store_half(Bf16, std::uint16_t* x, vf values) {
 }
 static inline void store_half(F16, std::uint16_t* x, vf values) { store_f16(x, values); }
 
+// Multiplies by first * second, of which `first` is a power of two.
 template <class Format>
-static void scale_half(Format format, std::uint16_t* x, std::int64_t size, float factor) {
+static void scale_half(Format format, std::uint16_t* x, std::int64_t size, float first, float second) {
   constexpr int kStep = 2 * kWide;
   std::int64_t i = 0;
-  for (; i + kStep <= size; i += kStep) store_half(format, x + i, load_half(format, x + i) * factor);
+  for (; i + kStep <= size; i += kStep) store_half(format, x + i, load_half(format, x + i) * first * second);
   if (i < size) {
     std::uint16_t tail[kStep] = {};
     __builtin_memcpy(tail, x + i, (size - i) * sizeof *x);
-    store_half(format, tail, load_half(format, tail) * factor);
+    store_half(format, tail, load_half(format, tail) * first * second);
     __builtin_memcpy(x + i, tail, (size - i) * sizeof *x);
   }
 }
@@ -452,19 +453,20 @@ static void scale_half(Format format, std::uint16_t* x, std::int64_t size, float
 constexpr double kSmallestNormalFloat = 1.1754943508222875e-38;
 
 static void scale(DType dtype, void* data, std::int64_t size, double factor) {
+  // A factor below float32's normal range, from a norm above 1e38, would lose its bits as a float.
+  const bool tiny = factor != 0.0 && __builtin_fabs(factor) < kSmallestNormalFloat;
   visit(dtype, [&](auto format) {
     using Format = decltype(format);
     auto* x = static_cast<typename Format::Storage*>(data);
     if constexpr (sizeof(typename Format::Storage) == 8) {
       scale_reals(x, size * kParts<Format>, factor);
     } else if constexpr (sizeof(typename Format::Storage) == 4) {
-      // A factor below float32's normal range, from a norm above 1e38, would lose its bits.
-      if (factor != 0.0 && __builtin_fabs(factor) < kSmallestNormalFloat)
+      if (tiny)
         scale_reals(x, size * kParts<Format>, factor);
       else
         scale_reals(x, size * kParts<Format>, static_cast<float>(factor));
     } else if constexpr (sizeof(typename Format::Storage) == 2) {
-      scale_half(format, x, size, static_cast<float>(factor));
+      scale_half(format, x, size, tiny ? 0x1p-64f : 1.0f, static_cast<float>(tiny ? factor * 0x1p64 : factor));
     }
   });
 }

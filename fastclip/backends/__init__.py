@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from dataclasses import dataclass
@@ -48,10 +49,15 @@ class Part:
         return index if self.positions is None else self.positions[index]
 
 
+@functools.cache
+def _runnable() -> tuple[Backend, ...]:
+    return tuple(backend for backend in BACKENDS if not backend.unavailable())
+
+
 def candidates() -> tuple[Backend, ...]:
     """The backends that can run here, best first; exactly the forced one where one is forced."""
     if forced is None:
-        return tuple(backend for backend in BACKENDS if not backend.unavailable())
+        return _runnable()
     for backend in BACKENDS:
         if backend.name == forced:
             if reason := backend.unavailable():

@@ -49,7 +49,7 @@ def table_of(grads: list[Tensor], native: Any = None) -> ReferenceTable:
         if reason:
             table.refused[position] = reason
             continue
-        values = tensors.dense(grad.detach())
+        values = tensors.dense(grad.detach())  # no autograd below this line
         if reason := tensors.read_only(values):
             table.readonly[position] = reason
         table.grads.append(values)
@@ -98,6 +98,8 @@ def scale_(table: ReferenceTable, factor: float | Tensor) -> None:
 
 def clamp_(table: ReferenceTable, bound: float) -> None:
     for grad, source in zip(table.grads, table.sources, strict=True):
+        if bound > torch.finfo(grad.dtype).max:
+            continue  # nothing finite exceeds it, and Inf clamped to it would round back to Inf
         grad.clamp_(min=-bound, max=bound)
         tensors.write_back(source, grad)
 
