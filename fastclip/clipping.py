@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastclip.backends import plan
-from fastclip.stats import GradStats, Reading, read, stats_of
+from fastclip.stats import GradStats, read, stats_of
 from fastclip.tensors import Grads
 from fastclip.types import CLIP_COEF, TOTAL_INFS, TOTAL_NANS, Request, wide_dtype
 

@@ -13,16 +13,22 @@ from fastclip.stats import GradStats
 from fastclip.tensors import TensorOrTensors, grads_among, grads_of, grads_or_parameters
 from fastclip.types import NONFINITE, Request
 
-def number(name: str, value: float | Tensor, least: float = 0.0) -> float:
-    """``value`` as a float; raises where a bound makes no sense."""
+
+def real(name: str, value: float | Tensor) -> float:
+    """``value``, a number or a tensor with one element, as a float."""
     if isinstance(value, Tensor) and value.numel() != 1:
         raise TypeError(f"{name}: expected a number or a tensor with one element, got shape {tuple(value.shape)}")
     if isinstance(value, bool) or not hasattr(value, "__float__"):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    number = float(value)
-    if not number >= least:
-        raise ValueError(f"{name} must be at least {least:g}, got {number}")
-    return number
+    return float(value)
+
+
+def number(name: str, value: float | Tensor) -> float:
+    """A bound: not negative, not NaN."""
+    bound = real(name, value)
+    if not bound >= 0:
+        raise ValueError(f"{name} must be at least 0, got {bound}")
+    return bound
 
 
 def norm_type_number(value: float | str) -> float:
@@ -171,7 +177,9 @@ def clip_grads_with_norm_(
     Writes: each ``p.grad``, if ``total_norm`` exceeds ``max_norm``.
     """
     request = Request(max_norm=number("max_norm", max_norm))
-    if isinstance(total_norm, Tensor) and total_norm.numel() != 1:
+    if not isinstance(total_norm, Tensor):
+        total_norm = real("total_norm", total_norm)
+    elif total_norm.numel() != 1:
         raise TypeError(f"total_norm: expected one element, got shape {tuple(total_norm.shape)}")
     if torch.compiler.is_compiling():
         compiled.clip_grads_with_norm_(parameters, request, total_norm)

@@ -26,7 +26,6 @@ from fastclip.types import (
     wide_dtype,
 )
 
-
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
 

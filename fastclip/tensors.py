@@ -23,6 +23,9 @@ FLOAT8 = tuple(
 )
 
 
+LAYOUTS = (torch.strided, torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+
+
 @dataclass(frozen=True, slots=True)
 class Grads:
     """Every gradient once, however often its parameter was listed.
@@ -153,8 +156,8 @@ def unserved(grad: Tensor) -> str:
     """Why plain torch operations can't work on this gradient; "" if they can."""
     if not (grad.is_floating_point() or grad.is_complex()) or (grad.dtype.itemsize == 1 and grad.dtype not in FLOAT8):
         return f"{grad.dtype} gradients have no norm"
-    if grad.is_quantized or grad.is_nested:
-        return "quantized and nested tensors are not served"
+    if grad.is_quantized or grad.is_nested or grad.layout not in LAYOUTS:
+        return f"tensors that are quantized, nested or of layout {grad.layout} are not served"
     if type(grad).__name__ == "DTensor":
         return "sharded gradients (DTensor) are not served; pass local tensors"
     return ""
@@ -163,8 +166,12 @@ def unserved(grad: Tensor) -> str:
 def dense(grad: Tensor) -> Tensor:
     """The numbers of a gradient as a strided tensor; shared memory, except for uncoalesced sparse ones.
 
-    A sparse gradient's norms are those of its values: what it doesn't list is 0.
+    A sparse gradient's norms are those of its values: what it doesn't list is 0. A subclass that only adds
+    Python behaviour is taken off; one that implements the operations itself (fake tensors) stays.
     """
+    if type(grad) is not Tensor and type(grad).__torch_dispatch__ is Tensor.__torch_dispatch__:
+        with torch._C.DisableTorchFunctionSubclass():
+            grad = grad.as_subclass(Tensor)
     if grad.layout == torch.strided:
         return grad
     if grad.layout == torch.sparse_coo:
@@ -185,12 +192,29 @@ def read_only(grad: Tensor) -> str:
     """Why this strided gradient can't be written in place; "" if it can."""
     if grad.dtype in FLOAT8:
         return "8-bit floats are read for statistics only; torch has no arithmetic that writes them"
-    span = 1
-    for stride, size in sorted(zip(grad.stride(), grad.shape, strict=True)):
-        if size > 1 and stride < span:
-            return "several of its elements share one place in memory (an expanded or overlapping view); clone() it"
-        span += stride * (size - 1)
+    if grad._is_zerotensor():
+        return "it is a zero without memory of its own; clone() it"
+    if _shares_memory(grad):
+        return "several of its elements share one place in memory (an expanded or overlapping view); clone() it"
     return ""
+
+
+def _shares_memory(grad: Tensor) -> bool:
+    """Whether two elements have one address."""
+    dims = sorted((stride, size) for stride, size in zip(grad.stride(), grad.shape, strict=True) if size > 1)
+    span = 1
+    for stride, size in dims:
+        if stride < span:
+            break
+        span += stride * (size - 1)
+    else:
+        return False
+    if grad.numel() == 0 or dims[0][0] == 0:
+        return grad.numel() > 0
+    offsets = torch.zeros(1, dtype=torch.int64)
+    for stride, size in dims:
+        offsets = (offsets[:, None] + stride * torch.arange(size)).flatten()
+    return len(set(offsets.tolist())) < grad.numel()
 
 
 def check_not_inference(grads: Grads) -> None:

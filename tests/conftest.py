@@ -28,6 +28,16 @@ CAPABILITIES: list[str] = list(C.cpu_capabilities()) if C is not None else []
 BACKENDS = ["reference", *(f"cpu-{capability}" for capability in CAPABILITIES)]
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """A skipped test hides a gap, unless what it needs is a GPU."""
+    report = yield
+    if report.skipped and "needs a GPU" not in str(report.longrepr):
+        report.outcome = "failed"
+        report.longrepr = f"{item.nodeid} was skipped, and not because it needs a GPU: {report.longrepr}"
+    return report
+
+
 @pytest.fixture(autouse=True)
 def same_start() -> Iterator[None]:
     """One seed, one thread unless a test asks for more, and the process-wide settings put back."""
