@@ -24,6 +24,7 @@ from oracle import (
     magnitudes,
     norm,
     norm_dtype,
+    parameter,
     randn,
     ulps,
 )
@@ -167,6 +168,26 @@ def test_chunk_borders(backend: str, dtype: torch.dtype) -> None:
             grad[0], grad[-1] = 5, 6  # an element at either end that is left out would show
             for p in (2.0, 3.0) if backend != "reference" else (2.0,):
                 assert_norm(fastclip.get_total_norm(grad, p), norm(grad, p), p, norm_dtype(dtype))
+
+
+@pytest.mark.parametrize("shape", [(1000,), (7, 50), (50, 7), (1, 900), (3, 1)])
+def test_the_reference_joins_its_pieces(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...]) -> None:
+    monkeypatch.setattr(fastclip.backends, "forced", "reference")
+    monkeypatch.setattr(reference, "PIECE", 64)
+    grad = randn(*shape)
+    grad.view(-1)[-1] = 0
+    for p in NORM_TYPES:
+        rows = rows_of([grad], p)[:, 0]
+        torch.testing.assert_close(float(rows[0]), norm(grad, p), rtol=1e-12, atol=0)
+        assert rows[1:4].tolist() == [0, 0, float(grad.abs().max())]
+        assert int(rows[5]) == 1
+    faulty = grad.clone()
+    faulty.view(-1)[0], faulty.view(-1)[1] = INF, NAN
+    assert rows_of([faulty], 2.0)[1:3, 0].tolist() == [1, 1]
+    assert rows_of([faulty], 2.0)[[0, 3], 0].isnan().all()
+    params = parameter(grad.clone())
+    fastclip.clip_grads_with_norm_([params], 1.0, 2 - 1e-6)
+    assert torch.equal(params.grad, grad / 2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
