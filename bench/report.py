@@ -152,28 +152,31 @@ def draw(results: Results, file: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     rows = [row for row in results["rows"] if row["verdict"] != "wrong"][::-1]
-    figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.3 * len(rows)))
+    figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.27 * len(rows)))
+    ends = [1.0, *(row["ratio"] for row in rows), *(row["floor"] for row in rows if row["floor"] is not None)]
     for y, row in enumerate(rows):
         axes.barh(y, row["ratio"] - 1.0, left=1.0, color=COLOURS[row["verdict"]], height=0.7)
-        end = max(row["ratio"], 1.0)
-        axes.annotate(f"{multiple(row['ratio'])}x", (end, y), (4, 0), textcoords="offset points", va="center", size=8)
+        beside = max(row["ratio"], 1.0)
         if row["floor"] is not None:
             axes.plot([row["floor"]] * 2, [y - 0.42, y + 0.42], color="black", linewidth=1.5)
+            beside = row["floor"] if beside < row["floor"] < 1.5 * beside else beside
+        axes.annotate(marked_ratio(row), (beside, y), (4, 0), textcoords="offset points", va="center", size=8)
     axes.set_xscale("log")
-    ratios = [row["ratio"] for row in rows] or [1.0]
-    floors = [row["floor"] for row in rows if row["floor"] is not None] or [1.0]
-    axes.set_xlim(min(0.8, 0.9 * min(ratios)), 1.6 * max(2.0, *ratios, *floors))
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+    axes.set_xlim(0.8 * min(ends), 1.6 * max(ends))
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_minor_locator(ticker.NullLocator())
+    axes.set_ylim(-0.7, max(len(rows), 1) - 0.3)
     axes.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize=8)
     axes.axvline(1.0, color="grey", linewidth=0.8)
-    axes.set_xlabel("times faster (time of the other / time of fastclip); black mark: floor")
+    axes.set_xlabel("ratio: time of the other / time of fastclip; black mark: floor")
     used = [verdict for verdict in COLOURS if any(row["verdict"] == verdict for row in rows)]
     patches = [pyplot.Rectangle((0, 0), 1, 1, color=COLOURS[verdict]) for verdict in used]
     if used:
-        labels = {"ok": "floor kept", "faster": "faster, no floor"}
+        labels = {"ok": "floor kept", "faster": "faster, no floor", "slower": "slower, no floor"}
         axes.legend(patches, [labels.get(verdict, verdict) for verdict in used], loc="lower right", fontsize=8)
     versions = results["versions"]
     axes.set_title(

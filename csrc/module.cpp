@@ -245,19 +245,15 @@ void cpu_scale_each(const GradTable& table, const py::object& factors, int threa
   cpu::scale(table.tensors, in, threads);
 }
 
-// -> one bool per tensor: was anything in it written?
+// Both -> one bool per tensor: was anything in it written?
 std::vector<bool> cpu_clamp(const GradTable& table, double bound, int threads) {
-  std::vector<char> written;
-  {
-    const py::gil_scoped_release release;
-    cpu::clamp(table.tensors, bound, written, threads);
-  }
-  return {written.begin(), written.end()};
+  const py::gil_scoped_release release;
+  return cpu::clamp(table.tensors, bound, threads);
 }
 
-void cpu_zero_nonfinite(const GradTable& table, int threads) {
+std::vector<bool> cpu_zero_nonfinite(const GradTable& table, int threads) {
   const py::gil_scoped_release release;
-  cpu::zero_nonfinite(table.tensors, threads);
+  return cpu::zero_nonfinite(table.tensors, threads);
 }
 
 }  // namespace

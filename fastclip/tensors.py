@@ -149,6 +149,9 @@ def _names(names: Iterable[str] | None, count: int) -> list[str] | None:
     listed = list(names)
     if len(listed) != count:
         raise ValueError(f"names: {len(listed)} names for {count} tensors")
+    if len(set(listed)) < count:
+        twice = next(name for name in listed if listed.count(name) > 1)
+        raise ValueError(f"names: {twice!r} stands for more than one tensor")
     return listed
 
 

@@ -506,3 +506,13 @@ def test_numpy_numbers_are_numbers() -> None:
     torch.testing.assert_close(p.grad, torch.tensor([1.5, 2.0]))
     fastclip.clip_grads_with_norm_([p], 1.0, np.float64(2.0))
     torch.testing.assert_close(p.grad, torch.tensor([0.75, 1.0]))
+
+
+def test_a_pure_read_may_read_what_it_could_not_write(route: str) -> None:
+    grads = [torch.ones(1).expand(4), torch.full((4,), 2.0).to(torch.float8_e4m3fn)]
+    assert float(fastclip.clip_grad_norm_(parameters(grads), INF)) == pytest.approx(math.sqrt(20))
+
+
+def test_a_name_stands_for_one_tensor() -> None:
+    with pytest.raises(ValueError, match=r"names: 'a' stands for more than one tensor"):
+        fastclip.grad_stats([torch.ones(1), torch.ones(2)], ["a", "a"])

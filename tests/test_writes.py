@@ -259,3 +259,12 @@ def test_threads_write_the_same_bits(backend: str, work: str) -> None:
             fastclip.clip_grad_norm_(params, INF, nonfinite="zero")
         seen.append(torch.cat([bits(p.grad) for p in params]))
     assert all(torch.equal(seen[0], other) for other in seen[1:])
+
+
+def test_zeroing_writes_only_where_something_is_bad(backend: str) -> None:
+    good, bad = parameter(torch.ones(3)), parameter(torch.tensor([1.0, float("nan")]))
+    versions = good.grad._version, bad.grad._version
+    fastclip.clip_grad_norm_([good, bad], INF, nonfinite="zero")
+    assert bad.grad.tolist() == [1.0, 0.0]
+    if backend != "reference":
+        assert (good.grad._version, bad.grad._version) == (versions[0], versions[1] + 1)

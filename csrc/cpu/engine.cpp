@@ -82,6 +82,21 @@ void prefetch(const Tensors& tensors, const Chunk& chunk) {
   for (int line = 0; line < 4; ++line) __builtin_prefetch(start + 64 * line);
 }
 
+// Calls write(dtype, data, size) for every chunk; which tensors did it write to?
+template <class Write>
+std::vector<bool> write_chunks(const Tensors& tensors, int threads, const Write& write) {
+  const std::vector<Chunk> chunks = chunks_of(tensors);
+  std::vector<char> chunk_written(chunks.size());
+  for_chunks(chunks, threads, [&](std::int64_t i, const Chunk& chunk) {
+    const TensorRef& tensor = tensors[chunk.tensor];
+    chunk_written[i] = write(tensor.dtype, address(tensor, chunk), chunk.size);
+  });
+  std::vector<bool> written(tensors.size());
+  for (std::size_t i = 0; i < chunks.size(); ++i)
+    if (chunk_written[i]) written[chunks[i].tensor] = true;
+  return written;
+}
+
 // ---- one chunk ------------------------------------------------------------------------------------
 
 struct ChunkStats {
@@ -219,24 +234,15 @@ void scale(const Tensors& tensors, double factor, int threads) {
   scale(tensors, factors.data(), threads);
 }
 
-void clamp(const Tensors& tensors, double bound, std::vector<char>& written, int threads) {
+std::vector<bool> clamp(const Tensors& tensors, double bound, int threads) {
   const Kernels& k = kernels();
-  const std::vector<Chunk> chunks = chunks_of(tensors);
-  std::vector<char> chunk_written(chunks.size());
-  for_chunks(chunks, threads, [&](std::int64_t i, const Chunk& chunk) {
-    const TensorRef& tensor = tensors[chunk.tensor];
-    chunk_written[i] = k.clamp(tensor.dtype, address(tensor, chunk), chunk.size, bound);
+  return write_chunks(tensors, threads, [&](DType dtype, void* data, std::int64_t size) {
+    return k.clamp(dtype, data, size, bound);
   });
-  written.assign(tensors.size(), 0);
-  for (std::size_t i = 0; i < chunks.size(); ++i) written[chunks[i].tensor] |= chunk_written[i];
 }
 
-void zero_nonfinite(const Tensors& tensors, int threads) {
-  const Kernels& k = kernels();
-  for_chunks(chunks_of(tensors), threads, [&](std::int64_t, const Chunk& chunk) {
-    const TensorRef& tensor = tensors[chunk.tensor];
-    k.zero_nonfinite(tensor.dtype, address(tensor, chunk), chunk.size);
-  });
+std::vector<bool> zero_nonfinite(const Tensors& tensors, int threads) {
+  return write_chunks(tensors, threads, kernels().zero_nonfinite);
 }
 
 }  // namespace fastclip::cpu

@@ -31,8 +31,8 @@ void finish(const double* rows, std::int64_t count, double norm_type, double max
 void scale(const Tensors& tensors, const double* factors, int threads);
 void scale(const Tensors& tensors, double factor, int threads);
 
-// written: out, one flag per tensor.
-void clamp(const Tensors& tensors, double bound, std::vector<char>& written, int threads);
-void zero_nonfinite(const Tensors& tensors, int threads);
+// Both return one flag per tensor: was anything in it written?
+std::vector<bool> clamp(const Tensors& tensors, double bound, int threads);
+std::vector<bool> zero_nonfinite(const Tensors& tensors, int threads);
 
 }  // namespace fastclip::cpu

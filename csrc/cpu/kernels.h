@@ -26,9 +26,9 @@ struct Kernels {
   double (*sum_powers)(DType, const void* data, std::int64_t size, double unit, double power);
   Survey (*survey)(DType, const void* data, std::int64_t size);
   void (*scale)(DType, void* data, std::int64_t size, double factor);
-  // |x| > bound becomes sign(x) * bound, NaN stays; returns whether anything was written.
+  // |x| > bound becomes sign(x) * bound, NaN stays. Like the next: returns whether anything was written.
   bool (*clamp)(DType, void* data, std::int64_t size, double bound);
-  void (*zero_nonfinite)(DType, void* data, std::int64_t size);
+  bool (*zero_nonfinite)(DType, void* data, std::int64_t size);
 };
 
 const Kernels& kernels_default();

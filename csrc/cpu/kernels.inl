@@ -523,25 +523,31 @@ static bool clamp(DType dtype, void* data, std::int64_t size, double bound) {
 
 // A number of kCount parts is zeroed when any of its parts isn't finite.
 template <int kCount, class Bits>
-static void zero_nonfinite_bits(Bits* x, std::int64_t size, Bits inf) {
+static bool zero_nonfinite_bits(Bits* x, std::int64_t size, Bits inf) {
   constexpr Bits kMagnitude = static_cast<Bits>(static_cast<Bits>(~Bits{0}) >> 1);
+  bool written = false;
   for (std::int64_t i = 0; i < size * kCount; i += kCount) {
     bool finite = true;
     for (int k = 0; k < kCount; ++k) finite &= (x[i + k] & kMagnitude) < inf;
-    for (int k = 0; k < kCount; ++k) x[i + k] = finite ? x[i + k] : Bits{0};
+    if (finite) continue;
+    written = true;
+    for (int k = 0; k < kCount; ++k) x[i + k] = Bits{0};
   }
+  return written;
 }
 
-static void zero_nonfinite(DType dtype, void* data, std::int64_t size) {
-  visit(dtype, [&](auto format) {
+static bool zero_nonfinite(DType dtype, void* data, std::int64_t size) {
+  return visit(dtype, [&](auto format) -> bool {
     using Format = decltype(format);
     using Storage = typename Format::Storage;
     if constexpr (sizeof(Storage) == 2) {
-      zero_nonfinite_bits<1>(static_cast<Storage*>(data), size, half_inf(format));
+      return zero_nonfinite_bits<1>(static_cast<Storage*>(data), size, half_inf(format));
     } else if constexpr (sizeof(Storage) >= 4) {
       using Layout = BitsOf<Storage>;
       using Bits = typename Layout::Unsigned;
-      zero_nonfinite_bits<kParts<Format>>(static_cast<Bits*>(data), size, static_cast<Bits>(Layout::kInf));
+      return zero_nonfinite_bits<kParts<Format>>(static_cast<Bits*>(data), size, static_cast<Bits>(Layout::kInf));
+    } else {
+      return false;  // refused at the border
     }
   });
 }

@@ -40,17 +40,20 @@ def scale_(table: Any, factor: float | Tensor) -> None:
         factor = float(factor)
     if isinstance(factor, Tensor):
         C.cpu_scale_each(table, factor, torch.get_num_threads())
-        increment_version([grad for grad, f in zip(table.grads, factor.tolist(), strict=True) if f != 1.0])
+        _bump(table, (factor != 1.0).tolist())
     elif factor != 1.0:
         C.cpu_scale(table, factor, torch.get_num_threads())
-        increment_version(table.grads)  # autograd can't see a write through a pointer
+        increment_version(table.grads)
 
 
 def clamp_(table: Any, bound: float) -> None:
-    written = C.cpu_clamp(table, bound, torch.get_num_threads())
-    increment_version([grad for grad, w in zip(table.grads, written, strict=True) if w])
+    _bump(table, C.cpu_clamp(table, bound, torch.get_num_threads()))
 
 
 def zero_nonfinite_(table: Any) -> None:
-    C.cpu_zero_nonfinite(table, torch.get_num_threads())
-    increment_version(table.grads)
+    _bump(table, C.cpu_zero_nonfinite(table, torch.get_num_threads()))
+
+
+def _bump(table: Any, written: list[bool]) -> None:
+    """Autograd can't see a write through a pointer."""
+    increment_version([grad for grad, was in zip(table.grads, written, strict=True) if was])
