@@ -128,6 +128,7 @@ def _times(contestant: Contestant, times: list[float], error: float | None) -> R
         "name": contestant.name,
         "median_s": median,
         "fastest_s": min(times),
+        "seconds": times,
         "moved_bytes": contestant.moved_bytes,
         "bytes_per_s": contestant.moved_bytes / median,
         "relative_error": error,

@@ -187,9 +187,7 @@ py::tuple gather(const py::list& tensors, bool take_grad) {
   found.reserve(count);
   positions.reserve(count);
   Seen seen(static_cast<std::size_t>(count));
-  constexpr Py_ssize_t kAhead = 8;  // objects whose headers are on their way while one is looked at
   for (Py_ssize_t i = 0; i < count && i < PyList_GET_SIZE(tensors.ptr()); ++i) {
-    if (i + kAhead < count) __builtin_prefetch(PyList_GET_ITEM(tensors.ptr(), i + kAhead));
     PyObject* tensor = PyList_GET_ITEM(tensors.ptr(), i);
     if (tensor == Py_None && !take_grad) continue;
     if (!PyObject_TypeCheck(tensor, torch.tensor))
@@ -217,6 +215,17 @@ double* doubles(const py::object& tensor, std::int64_t size, const char* name) {
   if (ref.dtype != DType::f64 || ref.size != size)
     throw py::value_error(std::string(name) + " must hold " + std::to_string(size) + " float64 numbers");
   return static_cast<double*>(ref.data);
+}
+
+// -> index of the first inference tensor, None if there is none.
+py::object first_inference(const py::list& tensors) {
+  static PyObject* const name = PyUnicode_InternFromString("is_inference");
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tensors.ptr()); ++i) {
+    const auto answer = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(PyList_GET_ITEM(tensors.ptr(), i), name));
+    if (!answer) throw py::error_already_set();
+    if (answer.ptr() == Py_True) return py::int_(i);
+  }
+  return py::none();
 }
 
 // ---- the CPU backend's entries: derive, then launch with the GIL released --------------------------
@@ -262,6 +271,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "fastclip's native core; use it through fastclip.backends.";
   m.def("bind", &bind, py::arg("tensor"), py::arg("parameter"));
   m.def("gather", &gather, py::arg("tensors"), py::arg("take_grad"));
+
+  m.def("first_inference", &first_inference, py::arg("tensors"));
 
   py::class_<GradTable>(m, "GradTable")
       .def(py::init(&table_of), py::arg("grads"))

@@ -224,12 +224,15 @@ def check_not_inference(grads: Grads) -> None:
     """Raises ``RuntimeError`` when an inference tensor would be written outside of inference mode."""
     if torch.is_inference_mode_enabled():
         return
-    for index, grad in enumerate(grads.tensors):
-        if grad.is_inference():
-            raise RuntimeError(
-                f"the gradient of {grads.describe(index)} is an inference tensor, which can only be written "
-                "inside torch.inference_mode(); nothing was written"
-            )
+    if C is not None:
+        index = C.first_inference(grads.tensors)
+    else:
+        index = next((i for i, grad in enumerate(grads.tensors) if grad.is_inference()), None)
+    if index is not None:
+        raise RuntimeError(
+            f"the gradient of {grads.describe(index)} is an inference tensor, which can only be written "
+            "inside torch.inference_mode(); nothing was written"
+        )
 
 
 def check_writable(grads: Grads, readonly: dict[int, str]) -> None:

@@ -74,14 +74,6 @@ void* address(const TensorRef& tensor, const Chunk& chunk) {
   return static_cast<char*>(tensor.data) + chunk.begin * element_bytes(tensor.dtype);
 }
 
-// The start of a chunk that is read soon: a list of small tensors is nothing but starts.
-constexpr int kChunksAhead = 4;
-void prefetch(const Tensors& tensors, const Chunk& chunk) {
-  const TensorRef& tensor = tensors[chunk.tensor];
-  const char* start = static_cast<const char*>(address(tensor, chunk));
-  for (int line = 0; line < 4; ++line) __builtin_prefetch(start + 64 * line);
-}
-
 // Calls write(dtype, data, size) for every chunk; which tensors did it write to?
 template <class Write>
 std::vector<bool> write_chunks(const Tensors& tensors, int threads, const Write& write) {
@@ -145,6 +137,8 @@ ChunkStats stats_of(const Kernels& k, DType dtype, const void* data, std::int64_
     const double sum = k.sum_squares(dtype, data, size, 1.0);
     if (sum >= least_trusted_sum(dtype) && sum <= DBL_MAX) return {std::sqrt(sum), 0.0, 0.0, 0, 0, 0};
   }
+  // Most chunks of an embedding's gradient are zeros: they must not cost more than the others.
+  if (p == 2.0 && !extras && k.all_zero(dtype, data, size)) return {0.0, 0.0, 0.0, size, 0, 0};
   // The second look, while the chunk is in cache: tells NaN, Inf, overflow and underflow apart.
   const Survey seen = k.survey(dtype, data, size);
   const double norm = norm_of_survey(k, dtype, data, size, p, seen);
@@ -175,7 +169,6 @@ void read(const Tensors& tensors, double norm_type, bool extras, double* rows, i
   std::vector<ChunkStats> partials(chunks.size());
   const Kernels& k = kernels();
   for_chunks(chunks, threads, [&](std::int64_t i, const Chunk& chunk) {
-    if (i + kChunksAhead < static_cast<std::int64_t>(chunks.size())) prefetch(tensors, chunks[i + kChunksAhead]);
     const TensorRef& tensor = tensors[chunk.tensor];
     // one slot per chunk, joined below in index order: the same gradients give the same bits
     partials[i] = stats_of(k, tensor.dtype, address(tensor, chunk), chunk.size, norm_type, extras);

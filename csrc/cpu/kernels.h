@@ -24,6 +24,7 @@ struct Kernels {
   double (*sum_squares)(DType, const void* data, std::int64_t size, double scale);
   // Sum of (|x| / unit)^power; power finite, not 0.
   double (*sum_powers)(DType, const void* data, std::int64_t size, double unit, double power);
+  bool (*all_zero)(DType, const void* data, std::int64_t size);
   Survey (*survey)(DType, const void* data, std::int64_t size);
   void (*scale)(DType, void* data, std::int64_t size, double factor);
   // |x| > bound becomes sign(x) * bound, NaN stays. Like the next: returns whether anything was written.

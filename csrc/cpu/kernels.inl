@@ -6,7 +6,8 @@
 //   load_wide(p)        kWide floats or doubles -> vd
 //   load_bf16(p), load_f16(p)   2 * kWide 16-bit numbers -> vf
 //   widen_low(f), widen_high(f) the halves of vf -> vd
-//   store_f16(p, f)     vf -> 2 * kWide 16-bit numbers, rounded to nearest even
+//   store_bf16(p, f), store_f16(p, f) vf -> 2 * kWide 16-bit numbers, rounded to nearest even; a NaN
+//                       stays one (in bfloat16 it becomes 0x7fc0, as in torch: rounding could carry it to 0)
 //
 // Every sum runs over the same 64 double lanes whatever the width of a vector, products of narrow
 // types are exact in the wider one, and contraction to FMA is off: all instruction sets give the
@@ -21,9 +22,11 @@ constexpr int kStreams = 8;
 constexpr int kLanes = 8;                          // doubles per stream
 constexpr int kVectors = kLanes / kWide;           // vectors per stream
 constexpr int kPrefetchBytes = 512;
+constexpr int kHalfPrefetchBytes = 1024;           // a 16-bit stream takes 256 bytes at a time
 constexpr int kHalfLanes = 2 * kLanes;             // floats per stream, for 16-bit numbers
 constexpr int kHalfVectors = kHalfLanes / (2 * kWide);
 constexpr int kMaxFloatAdditions = 8;              // then float32 lanes are widened to float64
+constexpr int kStep = 2 * kWide;                   // floats per vector
 constexpr std::int64_t kBlock = 512;               // elements decoded at a time, in registers and L1
 static_assert(kLanes % kWide == 0 && kBlock % kLanes == 0);
 
@@ -126,7 +129,6 @@ static inline const float* decode(Bf16, const std::uint16_t* x, std::int64_t siz
   return out;
 }
 static inline const float* decode(F16, const std::uint16_t* x, std::int64_t size, float* out) {
-  constexpr int kStep = 2 * kWide;
   std::int64_t i = 0;
   for (; i + kStep <= size; i += kStep) {
     const vf values = load_f16(x + i);
@@ -269,7 +271,7 @@ static double sum_squares_half(Format format, const std::uint16_t* x, std::int64
     unrolled<kStreams>([&](auto s) FASTCLIP_INLINE {
       const std::uint16_t* at = x + s * stream + i;
       for (int line = 0; line < 4; ++line)
-        __builtin_prefetch(reinterpret_cast<const char*>(at) + kPrefetchBytes + 64 * line);
+        __builtin_prefetch(reinterpret_cast<const char*>(at) + kHalfPrefetchBytes + 64 * line);
       add_half_squares<kScaled>(format, at, kMaxFloatAdditions, lanes[s], scale);
     });
   if (const int steps = static_cast<int>((stream - i) / kHalfLanes); steps > 0)
@@ -350,7 +352,7 @@ template <class Real>
 static inline auto count_bits(const Real* values, std::int64_t count) {
   using Layout = BitsOf<Real>;
   using Bits = typename Layout::type;
-  constexpr int kStep = 8 * kWide / sizeof(Bits);
+  constexpr int kCount = 8 * kWide / sizeof(Bits);
   typedef Bits Lanes __attribute__((vector_size(8 * kWide)));
   const Lanes inf = Lanes{} + Layout::kInf;
   Lanes largest = {}, smallest = inf, zeros = {}, nans = {}, infs = {};
@@ -368,17 +370,17 @@ static inline auto count_bits(const Real* values, std::int64_t count) {
     nans -= nan;
     infs -= bits == inf;
   };
-  const std::int64_t whole = count / kStep * kStep;
-  for (std::int64_t i = 0; i < whole; i += kStep) add(values + i);
+  const std::int64_t whole = count / kCount * kCount;
+  for (std::int64_t i = 0; i < whole; i += kCount) add(values + i);
   std::int64_t padding = 0;
   if (whole < count) {
-    Real tail[kStep];
-    for (int k = 0; k < kStep; ++k) tail[k] = values[whole + k < count ? whole + k : whole];
+    Real tail[kCount];
+    for (int k = 0; k < kCount; ++k) tail[k] = values[whole + k < count ? whole + k : whole];
     add(tail);
-    padding = kStep - (count - whole);  // the first of the tail was counted that often too much
+    padding = kCount - (count - whole);  // the first of the tail was counted that often too much
   }
   BitCounts<Bits> sum{0, Layout::kInf, 0, 0, 0};
-  for (int k = 0; k < kStep; ++k) {
+  for (int k = 0; k < kCount; ++k) {
     sum.largest = largest[k] > sum.largest ? largest[k] : sum.largest;
     sum.smallest = smallest[k] < sum.smallest ? smallest[k] : sum.smallest;
     sum.zeros += zeros[k];
@@ -415,39 +417,86 @@ static Survey survey(DType dtype, const void* data, std::int64_t size) {
   });
 }
 
+// Whether every element is 0, of either sign. The sign of a 4-, 2- or 1-byte element is masked in
+// each of the 8 bytes looked at together.
+static bool all_zero(DType dtype, const void* data, std::int64_t size) {
+  return visit(dtype, [&](auto format) -> bool {
+    using Format = decltype(format);
+    constexpr int kBits = 8 * sizeof(typename Format::Storage);
+    constexpr std::uint64_t kSigns = ~std::uint64_t{0} / (kBits == 64 ? ~std::uint64_t{0} : (std::uint64_t{1} << kBits % 64) - 1) << (kBits - 1);
+    const auto* bytes = static_cast<const char*>(data);
+    const std::int64_t count = size * kParts<Format> * static_cast<std::int64_t>(sizeof(typename Format::Storage));
+    std::uint64_t seen = 0;
+    std::int64_t i = 0;
+    for (; i + 8 <= count; i += 8) {
+      std::uint64_t word;
+      __builtin_memcpy(&word, bytes + i, sizeof word);
+      seen |= word;
+    }
+    if (i < count) {
+      std::uint64_t word = 0;
+      __builtin_memcpy(&word, bytes + i, count - i);
+      seen |= word;
+    }
+    return (seen & ~kSigns) == 0;
+  });
+}
+
 // ---- writes ---------------------------------------------------------------------------------------
 
-template <class Real, class Factor>
-static void scale_reals(Real* x, std::int64_t size, Factor factor) {
-  for (std::int64_t i = 0; i < size; ++i) x[i] = static_cast<Real>(x[i] * factor);
+// Stores map(load(at)) at every vector's place: side by side in a few streams, for the same reason as
+// in the sums. The streams lie a multiple of 4 KiB apart, where a load waits for an earlier store to the
+// same offset: so all load before any stores. The last vector works on a padded copy.
+constexpr int kWriteStreams = 4;
+
+template <class Vector, class Storage, class Load, class Map, class Store>
+FASTCLIP_INLINE static inline void map_vectors(Storage* x, std::int64_t size, Load load, Map map, Store store) {
+  constexpr int kCount = sizeof(Storage) == 8 ? kWide : 2 * kWide;
+  const std::int64_t stream = size / (kWriteStreams * kCount) * kCount;
+  for (std::int64_t i = 0; i < stream; i += kCount) {
+    Vector values[kWriteStreams];
+    unrolled<kWriteStreams>([&](auto s) FASTCLIP_INLINE { values[s] = map(load(x + s * stream + i)); });
+    unrolled<kWriteStreams>([&](auto s) FASTCLIP_INLINE { store(x + s * stream + i, values[s]); });
+  }
+  std::int64_t done = kWriteStreams * stream;
+  for (; done + kCount <= size; done += kCount) store(x + done, map(load(x + done)));
+  if (done < size) {
+    Storage tail[kCount] = {};
+    __builtin_memcpy(tail, x + done, (size - done) * sizeof *x);
+    store(tail, map(load(tail)));
+    __builtin_memcpy(x + done, tail, (size - done) * sizeof *x);
+  }
 }
 
-typedef std::uint32_t vu __attribute__((vector_size(8 * kWide)));
-typedef std::uint16_t vh __attribute__((vector_size(4 * kWide)));
-
-static inline void store_half(Bf16, std::uint16_t* x, vf values) {
-  const vu bits = reinterpret_cast<vu>(values);
-  const vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest even
-  const vu quiet_nan = (bits >> 16) | 0x40u;                        // rounding must not carry a NaN to Inf
-  typedef std::int32_t Lanes __attribute__((vector_size(8 * kWide)));
-  const vu nan = reinterpret_cast<vu>((reinterpret_cast<Lanes>(bits) & 0x7fffffff) > 0x7f800000);
-  const vh stored = __builtin_convertvector((quiet_nan & nan) | (rounded & ~nan), vh);
-  __builtin_memcpy(x, &stored, sizeof stored);
+template <class Vector, class Real>
+static inline void scale_vectors(Real* x, std::int64_t size, Real factor) {
+  map_vectors<Vector>(
+      x, size,
+      [](const Real* at) FASTCLIP_INLINE {
+        Vector values;
+        __builtin_memcpy(&values, at, sizeof values);
+        return values;
+      },
+      [factor](Vector values) FASTCLIP_INLINE { return values * factor; },
+      [](Real* at, Vector values) FASTCLIP_INLINE { __builtin_memcpy(at, &values, sizeof values); });
 }
+static void scale_reals(float* x, std::int64_t size, float factor) { scale_vectors<vf>(x, size, factor); }
+static void scale_reals(double* x, std::int64_t size, double factor) { scale_vectors<vd>(x, size, factor); }
+
+static void scale_in_double(float* x, std::int64_t size, double factor) {
+  for (std::int64_t i = 0; i < size; ++i) x[i] = static_cast<float>(x[i] * factor);
+}
+
+static inline void store_half(Bf16, std::uint16_t* x, vf values) { store_bf16(x, values); }
 static inline void store_half(F16, std::uint16_t* x, vf values) { store_f16(x, values); }
 
 // Multiplies by first * second, of which `first` is a power of two.
 template <class Format>
 static void scale_half(Format format, std::uint16_t* x, std::int64_t size, float first, float second) {
-  constexpr int kStep = 2 * kWide;
-  std::int64_t i = 0;
-  for (; i + kStep <= size; i += kStep) store_half(format, x + i, load_half(format, x + i) * first * second);
-  if (i < size) {
-    std::uint16_t tail[kStep] = {};
-    __builtin_memcpy(tail, x + i, (size - i) * sizeof *x);
-    store_half(format, tail, load_half(format, tail) * first * second);
-    __builtin_memcpy(x + i, tail, (size - i) * sizeof *x);
-  }
+  map_vectors<vf>(
+      x, size, [=](const std::uint16_t* at) FASTCLIP_INLINE { return load_half(format, at); },
+      [=](vf values) FASTCLIP_INLINE { return values * first * second; },
+      [=](std::uint16_t* at, vf values) FASTCLIP_INLINE { store_half(format, at, values); });
 }
 
 constexpr double kSmallestNormalFloat = 1.1754943508222875e-38;
@@ -462,7 +511,7 @@ static void scale(DType dtype, void* data, std::int64_t size, double factor) {
       scale_reals(x, size * kParts<Format>, factor);
     } else if constexpr (sizeof(typename Format::Storage) == 4) {
       if (tiny)
-        scale_reals(x, size * kParts<Format>, factor);
+        scale_in_double(x, size * kParts<Format>, factor);
       else
         scale_reals(x, size * kParts<Format>, static_cast<float>(factor));
     } else if constexpr (sizeof(typename Format::Storage) == 2) {
@@ -553,7 +602,7 @@ static bool zero_nonfinite(DType dtype, void* data, std::int64_t size) {
 }
 
 static constexpr Kernels table(const char* name) {
-  return {name, sum_squares, sum_powers, survey, scale, clamp, zero_nonfinite};
+  return {name, sum_squares, sum_powers, all_zero, survey, scale, clamp, zero_nonfinite};
 }
 
 }  // namespace FASTCLIP_ISA

@@ -21,6 +21,15 @@ static inline vf load_f16(const std::uint16_t* p) {
 static inline void store_f16(std::uint16_t* p, vf values) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT));
 }
+static inline void store_bf16(std::uint16_t* p, vf values) {
+  const __m256i bits = _mm256_castps_si256(values);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd), 16);
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(values, values, _CMP_UNORD_Q));
+  const __m256i stored = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), nan);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm_packus_epi32(_mm256_castsi256_si128(stored), _mm256_extracti128_si256(stored, 1)));
+}
 static inline vd widen_low(vf values) { return _mm256_cvtps_pd(_mm256_castps256_ps128(values)); }
 static inline vd widen_high(vf values) { return _mm256_cvtps_pd(_mm256_extractf128_ps(values, 1)); }
 

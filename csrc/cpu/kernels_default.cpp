@@ -61,6 +61,14 @@ static inline void store_f16(std::uint16_t* p, vf values) {
   }
 }
 
+static inline void store_bf16(std::uint16_t* p, vf values) {
+  const vu bits = reinterpret_cast<vu>(values);
+  const vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const vu nan = reinterpret_cast<vu>(values != values);
+  const vh stored = __builtin_convertvector((nan & 0x7fc0u) | (rounded & ~nan), vh);
+  __builtin_memcpy(p, &stored, sizeof stored);
+}
+
 static inline vd widen_low(vf values) { return vd{values[0], values[1]}; }
 static inline vd widen_high(vf values) { return vd{values[2], values[3]}; }
 
