@@ -46,23 +46,26 @@ using Tensors = std::vector<TensorRef>;
 struct Chunk {
   std::int64_t tensor;  // index into Tensors
   std::int64_t begin;   // elements
-  std::int64_t size;    // elements, 0 < size <= kChunkElements
+  std::int64_t size;    // elements, 0 < size <= chunk_elements(dtype)
 };
 
-// 64Ki elements: 256 KiB of float32, which is still in a core's second-level cache when a second
-// look is needed. Larger chunks gained nothing on a measured 2-core AVX-512 machine, smaller ones
-// lose to the start of each stream (see bench/NOTES.md).
-inline constexpr std::int64_t kChunkElements = 1 << 16;
+// 256 KiB: still in a core's second-level cache when a second look is needed. Larger chunks gained
+// nothing on a measured 2-core AVX-512 machine, smaller ones lose to the start of each stream (see
+// bench/NOTES.md).
+inline constexpr std::int64_t kChunkBytes = 1 << 18;
+inline std::int64_t chunk_elements(DType dtype) { return kChunkBytes / element_bytes(dtype); }
 
-// Borders depend on sizes only, so the same gradients are always cut, and therefore summed, alike.
+// Borders depend on sizes and dtypes only, so the same gradients are always cut, and therefore summed, alike.
 inline std::vector<Chunk> chunks_of(const Tensors& tensors) {
   std::vector<Chunk> chunks;
   chunks.reserve(tensors.size());
-  for (std::size_t t = 0; t < tensors.size(); ++t)
-    for (std::int64_t begin = 0; begin < tensors[t].size; begin += kChunkElements) {
+  for (std::size_t t = 0; t < tensors.size(); ++t) {
+    const std::int64_t most = chunk_elements(tensors[t].dtype);
+    for (std::int64_t begin = 0; begin < tensors[t].size; begin += most) {
       const std::int64_t left = tensors[t].size - begin;
-      chunks.push_back({static_cast<std::int64_t>(t), begin, left < kChunkElements ? left : kChunkElements});
+      chunks.push_back({static_cast<std::int64_t>(t), begin, left < most ? left : most});
     }
+  }
   return chunks;
 }
 

@@ -48,9 +48,11 @@ const int watch_forks = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 // Up to this many elements in all one thread works alone: reading them takes about 50 us, and where
 // another program holds a core, waiting for a second thread has taken milliseconds.
 constexpr std::int64_t kSerialElements = 1 << 17;
+// Short chunks are handed out in groups of at least so many elements, about one full chunk.
+constexpr std::int64_t kGroupElements = 1 << 16;
 
-// Calls work(index, chunk) for every chunk. Short chunks are handed out in groups as large as one
-// full chunk. Which thread takes which group is left to chance; no result depends on it.
+// Calls work(index, chunk) for every chunk. Which thread takes which group is left to chance; no result
+// depends on it.
 template <class Work>
 void for_chunks(const std::vector<Chunk>& chunks, int threads, const Work& work) {
   std::vector<std::int64_t> groups{0};
@@ -58,7 +60,7 @@ void for_chunks(const std::vector<Chunk>& chunks, int threads, const Work& work)
   for (std::size_t i = 0; i < chunks.size(); ++i) {
     total += chunks[i].size;
     in_group += chunks[i].size;
-    if (in_group >= kChunkElements || i + 1 == chunks.size()) {
+    if (in_group >= kGroupElements || i + 1 == chunks.size()) {
       groups.push_back(static_cast<std::int64_t>(i) + 1);
       in_group = 0;
     }
@@ -101,14 +103,14 @@ struct ChunkStats {
 // type they are summed in, and can't underflow.
 double least_trusted_sum(DType dtype) {
   switch (dtype) {
-    // float64 in float64: at most 2^17 parts lose 2^-1022 each, 2^-1005 in all; 2^-55 of the sum.
+    // float64 in float64: at most 2^15 parts lose 2^-1022 each, 2^-1007 in all; 2^-57 of the sum.
     case DType::f64: case DType::c128: return 0x1p-950;
-    // bfloat16 in float32: at most 2^16 elements lose 2^-126 each, 2^-110 in all; 2^-30 of the sum.
+    // bfloat16 in float32: at most 2^17 elements lose 2^-126 each, 2^-109 in all; 2^-29 of the sum.
     case DType::bf16: return 0x1p-80;
     default: return 0.0;
   }
 }
-static_assert(kChunkElements <= 1 << 16, "least_trusted_sum counts on it");
+static_assert(kChunkBytes <= 1 << 18, "least_trusted_sum counts on it");
 
 double norm_2(const Kernels& k, DType dtype, const void* data, std::int64_t size, double max_abs) {
   const double scale = unit_scale(max_abs, dtype == DType::bf16 ? kFloatExponents : kDoubleExponents);
