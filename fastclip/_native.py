@@ -31,6 +31,8 @@ def _why_missing(error: ImportError) -> str:
 def _load() -> tuple[Any, str]:
     try:
         _C = importlib.import_module("fastclip._C")
+        if Path(_C.__file__ or "").parent != HERE:  # an editable install lends its own to any copy of the package
+            raise ImportError(f"No module named 'fastclip._C' in {HERE}, only in {_C.__file__}")
     except ImportError as error:
         return None, _why_missing(error)
     _C.bind(torch.Tensor, torch.nn.Parameter)

@@ -4,6 +4,8 @@ import ast
 import doctest
 import importlib
 import inspect
+import json
+import os
 import re
 import shutil
 import subprocess
@@ -67,7 +69,7 @@ def run(code, cwd=None, **environment):
         capture_output=True,
         text=True,
         cwd=cwd,
-        env={**__import__("os").environ, **environment},
+        env={**os.environ, **environment},
     )
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
@@ -137,6 +139,47 @@ def test_an_install_without_a_compiler_says_so(tmp_path):
     assert result.stdout.startswith("tensor(5.) [0.6, 0.8]")
     assert "cpu: not available: no C++ compiler was found" in result.stdout
     assert "reference: available; serves 1 of 1 gradients" in result.stdout
+
+
+def build(tmp_path, **environment):
+    """Runs setup.py's build in a copy of the tree."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("csrc", "fastclip", "kernels", "bench"):
+        shutil.copytree(
+            ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "_build.json")
+        )
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "setup.py", "-q", "build", "--build-lib", "out"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={k: v for k, v in os.environ.items() if k not in ("CXX", "LD_PRELOAD")} | environment,
+    )
+
+
+def test_a_missing_compiler_skips_the_extension(tmp_path):
+    result = build(tmp_path, PATH=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert not list((tmp_path / "out" / "fastclip").glob("_C*"))
+    facts = json.loads((tmp_path / "out" / "fastclip" / "_build.json").read_text())
+    assert facts == {"extension": False, "why": "no C++ compiler was found when fastclip was installed"}
+
+
+def test_a_compiler_that_fails_stops_the_install(tmp_path):
+    broken = tmp_path / "broken-c++"
+    broken.write_text("#!/bin/sh\necho this compiler is out of order >&2\nexit 3\n")
+    broken.chmod(0o755)
+    result = build(tmp_path, CXX=str(broken))
+    assert result.returncode != 0
+    assert "this compiler is out of order" in result.stderr
+
+
+def test_an_unknown_backend_is_named_with_the_known_ones():
+    code = "import fastclip; print(fastclip.backends.explain())"
+    assert run(code, FASTCLIP_BACKEND="gpu").startswith(
+        "FASTCLIP_BACKEND=gpu: no such backend; known are cpu, reference"
+    )
 
 
 def test_readme_snippets_print_what_it_says():

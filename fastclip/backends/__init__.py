@@ -140,10 +140,14 @@ def explain(params: torch.nn.Module | TensorOrTensors | None = None) -> str:
         params: a module, parameters, or gradients; None asks about the machine alone.
 
     Returns:
-        One line per backend, best first.
+        One line per backend, best first; before them why ``FASTCLIP_BACKEND`` can't be obeyed, if so.
     """
     grads = grads_or_parameters(params) if params is not None else Grads([], None)
     lines = []
+    try:
+        candidates()
+    except BackendUnavailableError as error:
+        lines.append(str(error))
     for backend in BACKENDS:
         reason = backend.unavailable()
         if reason:
