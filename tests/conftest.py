@@ -30,9 +30,9 @@ BACKENDS = ["reference", *(f"cpu-{capability}" for capability in CAPABILITIES)]
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
-    """A skipped test hides a gap, unless what it needs is a GPU."""
+    """In CI a skipped test fails: it hides a gap, unless what it needs is a GPU."""
     report = yield
-    if report.skipped and "needs a GPU" not in str(report.longrepr):
+    if os.environ.get("CI") and report.skipped and "needs a GPU" not in str(report.longrepr):
         report.outcome = "failed"
         report.longrepr = f"{item.nodeid} was skipped, and not because it needs a GPU: {report.longrepr}"
     return report
