@@ -1,0 +1,171 @@
+// Sums of squares and of powers. A part of kernels.inl.
+
+namespace fastclip::cpu {
+namespace FASTCLIP_ISA {
+
+template <int... kIndex, class Fn>
+FASTCLIP_INLINE static inline void call_each(Indices<kIndex...>, Fn fn) {
+  (fn(Index<kIndex>{}), ...);
+}
+// fn(Index<0>), fn(Index<1>), ...: unrolled before the optimiser sees it, so that an array of vectors
+// indexed by it lives in registers. A pragma comes too late for that.
+template <int kCount, class Fn>
+FASTCLIP_INLINE static inline void unrolled(Fn fn) {
+  call_each(typename IndicesBelow<kCount>::type{}, fn);
+}
+
+template <class Real, class Term>
+FASTCLIP_INLINE static inline void add_terms(const Real* x, vd (&lanes)[kVectors], Term term) {
+  unrolled<kVectors>([&](auto v) FASTCLIP_INLINE { lanes[v] += term(load_wide(x + v * kWide)); });
+}
+
+FASTCLIP_INLINE static inline void clear(vd (&streams)[kStreams][kVectors]) {
+  unrolled<kStreams>([&](auto s) FASTCLIP_INLINE { unrolled<kVectors>([&](auto v) FASTCLIP_INLINE { streams[s][v] = vd{}; }); });
+}
+
+// Adds the lanes in a fixed tree: the streams, then the 8 lanes that are left.
+static_assert(kStreams == 8 && kLanes == 8);
+FASTCLIP_INLINE static inline double sum_of_streams(const vd (&streams)[kStreams][kVectors]) {
+  vd lanes[kVectors];
+  unrolled<kVectors>([&](auto v) FASTCLIP_INLINE {
+    lanes[v] = ((streams[0][v] + streams[4][v]) + (streams[2][v] + streams[6][v])) +
+               ((streams[1][v] + streams[5][v]) + (streams[3][v] + streams[7][v]));
+  });
+  double row[kLanes];
+  __builtin_memcpy(row, lanes, sizeof row);
+  return ((row[0] + row[4]) + (row[2] + row[6])) + ((row[1] + row[5]) + (row[3] + row[7]));
+}
+
+// Sum of term(x) over all x. term(0) must be 0: the last row of lanes is padded with zeros.
+template <class Real, class Term>
+static inline double sum_terms(const Real* x, std::int64_t size, Term term) {
+  const std::int64_t stream = size / (kStreams * kLanes) * kLanes;
+  vd lanes[kStreams][kVectors];
+  clear(lanes);
+  for (std::int64_t i = 0; i < stream; i += kLanes)
+    unrolled<kStreams>([&](auto s) FASTCLIP_INLINE {
+      const Real* at = x + s * stream + i;
+      __builtin_prefetch(reinterpret_cast<const char*>(at) + kPrefetchBytes);
+      add_terms(at, lanes[s], term);
+    });
+  if (const std::int64_t done = stream * kStreams; done < size) {
+    Real tail[kStreams * kLanes] = {};
+    __builtin_memcpy(tail, x + done, (size - done) * sizeof *x);
+    unrolled<kStreams>([&](auto s) FASTCLIP_INLINE { add_terms(tail + s * kLanes, lanes[s], term); });
+  }
+  return sum_of_streams(lanes);
+}
+
+template <bool kScaled, class Real>
+static double sum_squares_wide(const Real* x, std::int64_t size, double scale) {
+  return sum_terms(x, size, [scale](vd values) {
+    if (kScaled) values *= scale;
+    return values * values;
+  });
+}
+
+static inline vd magnitude(vd x) {
+  typedef std::int64_t Lanes __attribute__((vector_size(8 * kWide)));
+  return reinterpret_cast<vd>(reinterpret_cast<Lanes>(x) & BitsOf<double>::kAbs);
+}
+
+static inline vf load_half(Bf16, const std::uint16_t* x) { return load_bf16(x); }
+static inline vf load_half(F16, const std::uint16_t* x) { return load_f16(x); }
+
+// `steps` <= kMaxFloatAdditions steps of kHalfLanes numbers: float32 sums, widened once.
+template <bool kScaled, class Format>
+FASTCLIP_INLINE static inline void add_half_squares(Format format, const std::uint16_t* x, int steps, vd (&lanes)[kVectors], float scale) {
+  vf sums[kHalfVectors];
+  unrolled<kHalfVectors>([&](auto v) FASTCLIP_INLINE { sums[v] = vf{}; });
+  for (int step = 0; step < steps; ++step)
+    unrolled<kHalfVectors>([&](auto v) FASTCLIP_INLINE {
+      vf values = load_half(format, x + step * kHalfLanes + v * 2 * kWide);
+      if (kScaled) values *= scale;
+      sums[v] += values * values;
+    });
+  unrolled<kHalfVectors>([&](auto v) FASTCLIP_INLINE {
+    lanes[(2 * v) % kVectors] += widen_low(sums[v]);
+    lanes[(2 * v + 1) % kVectors] += widen_high(sums[v]);
+  });
+}
+
+template <bool kScaled, class Format>
+static double sum_squares_half(Format format, const std::uint16_t* x, std::int64_t size, float scale) {
+  constexpr std::int64_t kRun = kMaxFloatAdditions * kHalfLanes;
+  const std::int64_t stream = size / (kStreams * kHalfLanes) * kHalfLanes;
+  vd lanes[kStreams][kVectors];
+  clear(lanes);
+  std::int64_t i = 0;
+  for (; i + kRun <= stream; i += kRun)
+    unrolled<kStreams>([&](auto s) FASTCLIP_INLINE {
+      const std::uint16_t* at = x + s * stream + i;
+      for (int line = 0; line < 4; ++line)
+        __builtin_prefetch(reinterpret_cast<const char*>(at) + kHalfPrefetchBytes + 64 * line);
+      add_half_squares<kScaled>(format, at, kMaxFloatAdditions, lanes[s], scale);
+    });
+  if (const int steps = static_cast<int>((stream - i) / kHalfLanes); steps > 0)
+    unrolled<kStreams>([&](auto s) FASTCLIP_INLINE {
+      add_half_squares<kScaled>(format, x + s * stream + i, steps, lanes[s], scale);
+    });
+  if (const std::int64_t done = stream * kStreams; done < size) {
+    std::uint16_t tail[kStreams * kHalfLanes] = {};
+    __builtin_memcpy(tail, x + done, (size - done) * sizeof *x);
+    unrolled<kStreams>([&](auto s) FASTCLIP_INLINE {
+      add_half_squares<kScaled>(format, tail + s * kHalfLanes, 1, lanes[s], scale);
+    });
+  }
+  return sum_of_streams(lanes);
+}
+
+template <bool kScaled>
+static double sum_squares_of(DType dtype, const void* data, std::int64_t size, double scale) {
+  return visit(dtype, [&](auto format) -> double {
+    using Format = decltype(format);
+    const auto* x = static_cast<const typename Format::Storage*>(data);
+    if constexpr (sizeof(typename Format::Storage) >= 4) {  // re and im are summed as two numbers
+      return sum_squares_wide<kScaled>(x, size * kParts<Format>, scale);
+    } else if constexpr (sizeof(typename Format::Storage) == 2) {
+      return sum_squares_half<kScaled>(format, x, size, static_cast<float>(scale));
+    } else {
+      double sum = 0.0;
+      for_blocks(format, data, size, [&](const float* values, std::int64_t count) {
+        sum += sum_squares_wide<kScaled>(values, count, scale);
+      });
+      return sum;
+    }
+  });
+}
+
+static double sum_squares(DType dtype, const void* data, std::int64_t size, double scale) {
+  return scale == 1.0 ? sum_squares_of<false>(dtype, data, size, scale) : sum_squares_of<true>(dtype, data, size, scale);
+}
+
+constexpr int kLargestMultipliedPower = 16;
+
+static double sum_powers(DType dtype, const void* data, std::int64_t size, double unit, double power) {
+  const int whole = power >= 1 && power <= kLargestMultipliedPower ? static_cast<int>(power) : 0;
+  return visit(dtype, [&](auto format) -> double {
+    using Format = decltype(format);
+    if (whole == power) {
+      double sum = 0.0;
+      for_blocks(format, data, size, [&](const typename Format::Real* values, std::int64_t count) {
+        sum += sum_terms(values, count, [=](vd x) {
+          const vd ratio = magnitude(x) / unit;
+          vd result = ratio;
+          for (int k = 1; k < whole; ++k) result *= ratio;
+          return result;
+        });
+      });
+      return sum;
+    }
+    double sum = 0.0;
+    for_blocks(format, data, size, [&](const typename Format::Real* values, std::int64_t count) {
+      for (std::int64_t i = 0; i < count; ++i)
+        sum += __builtin_pow(__builtin_fabs(static_cast<double>(values[i])) / unit, power);
+    });
+    return sum;
+  });
+}
+
+}  // namespace FASTCLIP_ISA
+}  // namespace fastclip::cpu
