@@ -1,62 +1,101 @@
-"""Stats -> coefficient -> gradients: what the functions and the optimizer wrapper do after their checks."""
+"""Gradients -> reading -> verdict -> write: what the functions and the optimizer wrapper do after their checks."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fastclip.backends import plan
-from fastclip.stats import GradStats, read, stats_of
+from fastclip.policies import Policy
+from fastclip.stats import GradStats, Reading, known_to_host, read, stats_of
 from fastclip.tensors import Grads
-from fastclip.types import CLIP_COEF, TOTAL_INFS, TOTAL_NANS, Request, wide_dtype
+from fastclip.types import Request, wide_dtype
 
 
-class Outcome(NamedTuple):
-    """What one clip did.
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a policy decided for its gradients; they are not clipped yet.
 
     Attributes:
-        total_norm: before clipping, as the caller gets it.
-        clip_coef: what the gradients were multiplied by; 1.0 if they are untouched. A tensor where the host
-            would have to wait for it.
-        found_inf: whether a gradient is not finite; a 0-d float32 tensor where the host would have to wait.
+        reading: what it saw; ``reading.plan`` is the way to the gradients.
+        clip_coef: multiplier of the unscaled gradients; a 0-d tensor where the host would have to wait for it.
+        skip: the policy's own reason to leave the step out, likewise.
     """
 
-    total_norm: Tensor
+    reading: Reading
     clip_coef: float | Tensor
+    skip: bool | Tensor
+
+    def apply(self, grad_scale: float | Tensor | None = None, skip: bool | Tensor = False) -> None:
+        """Multiplies the gradients by ``clip_coef``, divided by ``grad_scale`` if they are scaled; not if ``skip``."""
+        if skip is True:
+            return
+        factor = self.clip_coef if grad_scale is None else self.clip_coef / grad_scale
+        if isinstance(skip, Tensor):  # selected, not multiplied by 0: 0 x NaN is NaN
+            factor = torch.where(skip > 0, 1.0, factor)
+        if isinstance(factor, Tensor) or factor != 1.0:
+            self.reading.plan.scale_(factor)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What was read for one policy.
+
+    Attributes:
+        policy: the rule that asked.
+        reading: what it gets to see.
+        found_inf: whether a gradient is not finite, or was not before "zero"; a 0-d tensor where the host would have
+            to wait for it.
+    """
+
+    policy: Policy
+    reading: Reading
     found_inf: bool | Tensor
 
+    def decide(self) -> Verdict:
+        """Has the policy decide, once: it may learn from what it sees."""
+        decision = self.policy.decide(self.reading)
+        return Verdict(self.reading, decision.clip_coef, decision.skip)
 
-def clip_(grads: Grads, request: Request, nonfinite: str) -> Outcome:
-    """Clips by the joint norm, under one of the rules of NONFINITE."""
-    if not grads.tensors:
-        return Outcome(torch.tensor(0.0), 1.0, False)
-    work = plan(grads)
-    if request.max_norm != math.inf or nonfinite == "zero":
-        work.check_writable()
-    reading = read(work, request)
+
+def examine(
+    shares: list[tuple[Grads, Policy]], nonfinite: str, grad_scale: float | Tensor | None = None
+) -> list[Finding]:
+    """Reads for each policy its own gradients, under one of the rules of NONFINITE for all. No share is empty.
+
+    Every check comes before the first write, and "zero" is the only rule that writes here.
+
+    Raises:
+        UnsupportedGradientError: a gradient can't be read, or can't be written though that might be needed.
+        NonFiniteGradientError: with "raise".
+    """
+    asked = [(plan(grads), policy.request()) for grads, policy in shares]
+    for (work, _), (_, policy) in zip(asked, shares, strict=True):
+        if policy.writes or grad_scale is not None or nonfinite == "zero":
+            work.check_writable()
+    readings = [read(work, request, grad_scale) for work, request in asked]
     if nonfinite == "raise":
-        reading.check_finite()
-    found_inf: bool | Tensor
-    if reading.on_host is not None:
-        found_inf = reading.on_host[TOTAL_NANS] + reading.on_host[TOTAL_INFS] > 0
-    else:
-        found_inf = reading.found_inf
-    if nonfinite == "zero" and found_inf is not False:
-        work.zero_nonfinite_()
-        reading = read(work, request)
-    clip_coef: float | Tensor
-    if reading.on_host is not None:
-        clip_coef = 1.0 if nonfinite == "skip" and found_inf else reading.on_host[CLIP_COEF]
-    else:
-        clip_coef = reading.totals[CLIP_COEF]
-        if nonfinite == "skip":
-            clip_coef = torch.where(reading.found_inf > 0, 1.0, clip_coef)
-    if isinstance(clip_coef, Tensor) or clip_coef != 1.0:
-        work.scale_(clip_coef)
-    return Outcome(reading.total_norm, clip_coef, found_inf)
+        for reading in readings:
+            reading.check_finite()
+    found = [reading.found_inf for reading in readings]
+    if nonfinite == "zero":
+        for i, (work, request) in enumerate(asked):
+            if found[i] is not False:
+                work.zero_nonfinite_()
+                readings[i] = read(work, request, grad_scale)
+    return [Finding(policy, r, f) for (_, policy), r, f in zip(shares, readings, found, strict=True)]
+
+
+def clip_(grads: Grads, policy: Policy, nonfinite: str) -> Tensor:
+    """Clips under one of the rules of NONFINITE; returns the total norm before clipping."""
+    if not grads.tensors:
+        return torch.tensor(0.0)
+    (finding,) = examine([(grads, policy)], nonfinite)
+    finding.decide().apply(skip=finding.found_inf if nonfinite == "skip" else False)
+    return finding.reading.total_norm
 
 
 def clamp_(grads: Grads, bound: float) -> None:
@@ -94,11 +133,11 @@ def scale_by_norm_(grads: Grads, request: Request, total_norm: Tensor | float) -
         norm = torch.tensor(float(total_norm), dtype=torch.float64)
     clip_coef = torch.where(norm <= request.max_norm, 1.0, request.max_norm / (norm + request.eps))
     # a norm on a device is not waited for, a meta or fake one has no value
-    on_host = clip_coef.device.type == "cpu" and type(clip_coef) is Tensor
+    on_host = known_to_host(clip_coef)
     if not on_host or float(clip_coef) != 1.0:
         work.scale_(float(clip_coef) if on_host else clip_coef)
 
 
 def grad_stats(grads: Grads, request: Request) -> GradStats:
     """Statistics alone; writes nothing."""
-    return stats_of(read(plan(grads), request), request)
+    return stats_of(read(plan(grads), request))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastclip import clipping
+from fastclip.policies import GlobalNorm
 from fastclip.stats import GradStats
 from fastclip.tensors import Grads, TensorOrTensors
 from fastclip.types import Request
@@ -101,8 +102,7 @@ def _norm_like(grads: list[Tensor]) -> Tensor:
 def _clip_grad_norm_(
     grads: list[Tensor], positions: list[int], norm_type: float, max_norm: float, eps: float, nonfinite: str
 ) -> Tensor:
-    request = Request(norm_type, max_norm, eps)
-    return clipping.clip_(Grads(grads, positions), request, nonfinite).total_norm
+    return clipping.clip_(Grads(grads, positions), GlobalNorm(max_norm, norm_type=norm_type, eps=eps), nonfinite)
 
 
 @_clip_grad_norm_.register_fake

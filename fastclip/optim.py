@@ -1,46 +1,86 @@
-"""The optimizer wrapper: clip, guard, step."""
+"""The optimizer wrapper and its two other forms: a class, and an attachment to the very same object."""
 
 from __future__ import annotations
 
-import inspect
+import copy
+import copyreg
+import functools
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
-from fastclip import clipping
-from fastclip.functional import nonfinite_rule, norm_type_number, number
-from fastclip.tensors import grads_of
-from fastclip.types import Request
+from fastclip.amp import GUARD, scalers_marks
+from fastclip.checks import norm_type_number
+from fastclip.guard import Guard, can_unscale
+from fastclip.policies import Bound, GlobalNorm, Policy
+from fastclip.record import Record, Reports
+from fastclip.riding import RIDERS
+
+STATE = "fastclip"  # the key of a state_dict under which policies that learn keep what they know
+
+# Frameworks' own wrappers: stepping one from outside would clip gradients that it hasn't unscaled, synchronised
+# or accumulated yet.
+FOREIGN = {
+    "AcceleratedOptimizer": "accelerator.prepare(fastclip.ClippedOptimizer(optimizer, ...))",
+    "LightningOptimizer": "return fastclip.ClippedOptimizer(optimizer, ...) from configure_optimizers",
+    "_FabricOptimizer": "fabric.setup(model, fastclip.ClippedOptimizer(optimizer, ...))",
+}
+FRAMEWORKS = ("accelerate", "lightning", "lightning_fabric", "pytorch_lightning")
 
 
-class ClippedOptimizer(Optimizer):
+def _check_optimizer(optimizer: Any) -> None:
+    for cls in type(optimizer).__mro__:
+        if cls.__name__ in FOREIGN and cls.__module__.split(".")[0] in FRAMEWORKS:
+            raise TypeError(
+                f"optimizer: {cls.__name__} of {cls.__module__.split('.')[0]} is around it already, and decides when "
+                f"it steps. Put fastclip inside: {FOREIGN[cls.__name__]}"
+            )
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+
+
+def _policy(max_norm: Bound | None, norm_type: float, policy: Policy | None) -> Policy:
+    if policy is None:
+        return GlobalNorm(1.0 if max_norm is None else max_norm, norm_type=norm_type)
+    if max_norm is not None or norm_type_number(norm_type) != 2.0:
+        raise ValueError(f"policy={policy!r} brings its own bound and norm_type; leave max_norm and norm_type out")
+    return policy
+
+
+def _inners(name: str) -> Any:
+    """An attribute that belongs to the wrapped optimizer, which may rebind it: looked up anew each time."""
+    return property(lambda self: getattr(self._inner, name), lambda self, value: setattr(self._inner, name, value))
+
+
+class ClippedOptimizer(Reports, Optimizer):
     """An optimizer whose every step clips the gradients first, and does not happen when one is not finite.
 
     It is a ``torch.optim.Optimizer`` and owns nothing: ``param_groups``, ``state`` and ``defaults`` are the
-    wrapped optimizer's own, read anew each time, so LR schedulers, ``state_dict`` and ``zero_grad`` work as
-    before. ``step(closure)`` clips inside, after the backward of the closure.
+    wrapped optimizer's own, so LR schedulers, ``state_dict``, ``zero_grad`` and ``torch.amp.GradScaler`` work as
+    before; unknown attributes are the wrapped optimizer's too. ``step(closure)`` clips inside, after the
+    backward of the closure. With ``fused=True`` torch's Adam, AdamW, SGD and Adagrad clip while they step.
 
     Args:
-        optimizer: the optimizer to wrap; its parameters' gradients are clipped together, by one joint norm.
-        max_norm: bound of the joint norm, >= 0; ``inf`` only guards against NaN and Inf.
+        optimizer: the optimizer to wrap. The gradients of all its parameters are clipped by one joint norm,
+            but for param groups with a ``group_max_norm`` (a bound) or a ``policy`` of their own: they are
+            clipped by their own norm, and don't count in the joint one.
+        max_norm: bound of the joint norm, >= 0 (default 1.0): a number, a one-element tensor, or a callable of
+            the number of the step, from 0; ``inf`` only guards against NaN and Inf. A ``max_norm`` in the param
+            groups is this bound, and comes first.
         norm_type: p of the p-norm.
         nonfinite: ``"skip"`` (default): a step whose gradients hold NaN or Inf does not happen, parameters and
             optimizer state stay bitwise unchanged, and ``skipped_steps`` counts it. ``"zero"``, ``"raise"``
-            and ``"propagate"`` as in :func:`fastclip.clip_grad_norm_`.
-
-    Attributes:
-        max_norm: the bound; may be set at any time.
-        last_norm: total norm of the latest step before clipping, 0-d tensor; None before the first.
-        steps, clipped_steps, skipped_steps: how many steps were asked for, clipped, and skipped. With an
-            optimizer that evaluates its closure several times a step (LBFGS), every evaluation counts.
+            and ``"propagate"`` as in :func:`fastclip.clip_grad_norm_`. Under a GradScaler such a step is skipped.
+        policy: a rule of :mod:`fastclip.policies` instead of ``max_norm`` and ``norm_type``.
+        skip_limit: after so many skipped steps in a row ``SkipLimitError`` is raised; None never does. (On an
+            accelerator nothing is waited for, so it comes some steps late.)
 
     Raises:
-        TypeError: ``optimizer`` is not a ``torch.optim.Optimizer``.
-        ValueError: a negative or NaN ``max_norm``, an unknown ``nonfinite``.
+        TypeError: ``optimizer`` is not a ``torch.optim.Optimizer``, or accelerate's or Lightning's wrapper of one.
+        ValueError: a negative or NaN ``max_norm``, an unknown ``nonfinite``, a parameter in two groups.
 
     Example:
         >>> import torch, fastclip
@@ -48,71 +88,98 @@ class ClippedOptimizer(Optimizer):
         >>> opt = fastclip.ClippedOptimizer(torch.optim.AdamW(model.parameters()), max_norm=1.0)
         >>> model(torch.ones(2, 3)).sum().backward()
         >>> opt.step()
-        >>> opt.skipped_steps
-        0
+        >>> opt.last_norm, opt.skipped_steps
+        (tensor(4.), tensor(0))
     """
 
     def __init__(
-        self, optimizer: Optimizer, max_norm: float = 1.0, *, norm_type: float = 2.0, nonfinite: str = "skip"
+        self,
+        optimizer: Optimizer,
+        max_norm: Bound | None = None,
+        *,
+        norm_type: float = 2.0,
+        nonfinite: str = "skip",
+        policy: Policy | None = None,
+        skip_limit: int | None = 100,
     ) -> None:
         # Optimizer.__init__ is not called: it would build param_groups and state of its own.
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        _check_optimizer(optimizer)
         self._inner = optimizer
-        self._request = Request(norm_type_number(norm_type), number("max_norm", max_norm))
-        self._nonfinite = nonfinite_rule(nonfinite)
+        self._fastclip = Guard(optimizer, _policy(max_norm, norm_type, policy), nonfinite, skip_limit)
         self._optimizer_step_pre_hooks: OrderedDict[int, Callable[..., Any]] = OrderedDict()
         self._optimizer_step_post_hooks: OrderedDict[int, Callable[..., Any]] = OrderedDict()
-        self.last_norm: Tensor | None = None
-        self.steps = 0
-        self.clipped_steps = 0
-        self.skipped_steps = 0
         self._patch_step_function()
 
-    # ---- owned by the wrapped optimizer, which may rebind them: never kept here ------------------------
+    param_groups = _inners("param_groups")
+    state = _inners("state")
+    defaults = _inners("defaults")
+    _optimizer_state_dict_pre_hooks = _inners("_optimizer_state_dict_pre_hooks")
+    _optimizer_state_dict_post_hooks = _inners("_optimizer_state_dict_post_hooks")
+    _optimizer_load_state_dict_pre_hooks = _inners("_optimizer_load_state_dict_pre_hooks")
+    _optimizer_load_state_dict_post_hooks = _inners("_optimizer_load_state_dict_post_hooks")
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        return self._inner.param_groups
-
-    @param_groups.setter
-    def param_groups(self, value: list[dict[str, Any]]) -> None:
-        self._inner.param_groups = value
+    def inner(self) -> Optimizer:
+        """The wrapped optimizer."""
+        return self._inner
 
     @property
-    def state(self) -> Any:
-        return self._inner.state
-
-    @state.setter
-    def state(self, value: Any) -> None:
-        self._inner.state = value
+    def policy(self) -> Policy:
+        """The rule for all gradients but those of groups with their own."""
+        return self._fastclip.policy
 
     @property
-    def defaults(self) -> dict[str, Any]:
-        return self._inner.defaults
+    def max_norm(self) -> Any:
+        """The bound of the joint norm, as it was given; may be set at any time."""
+        return self._fastclip.max_norm
 
-    @defaults.setter
-    def defaults(self, value: dict[str, Any]) -> None:
-        self._inner.defaults = value
+    @max_norm.setter
+    def max_norm(self, value: Bound) -> None:
+        self._fastclip.max_norm = value
+
+    @property
+    def _record(self) -> Record:  # type: ignore[override]
+        return self._fastclip._record
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Read by GradScalers, before each step."""
+        return can_unscale(self._inner)
+
+    def __getattr__(self, name: str) -> Any:
+        # "optimizer" would have frameworks look inside; riders on the wrapped optimizer are not the wrapper's.
+        if name not in ("optimizer", "_inner", *RIDERS) and not name.startswith("__"):
+            try:
+                return getattr(self._inner, name)
+            except AttributeError:
+                pass
+        inner = type(vars(self).get("_inner")).__name__
+        raise AttributeError(f"neither {type(self).__name__} nor the {inner} in it has an attribute {name!r}")
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's own state dict: it loads into the bare optimizer, and the other way round."""
-        return self._inner.state_dict()
+        """The wrapped optimizer's own state dict: it loads into the bare optimizer, and the other way round.
+
+        A policy that learns adds what it knows under the key ``"fastclip"``, which the bare optimizer ignores.
+        """
+        state_dict: dict[str, Any] = self._inner.state_dict()
+        known = {-1: self.policy.state_dict()}
+        for index, group in enumerate(state_dict["param_groups"]):
+            if "policy" in group:  # the object stays here; what it knows travels
+                known[index] = group.pop("policy").state_dict()
+        known = {index: state for index, state in known.items() if state}
+        return {**state_dict, STATE: known} if known else state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._inner.load_state_dict(state_dict)
-
-    def register_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> Any:
-        return self._inner.register_state_dict_pre_hook(hook, prepend)
-
-    def register_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> Any:
-        return self._inner.register_state_dict_post_hook(hook, prepend)
-
-    def register_load_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> Any:
-        return self._inner.register_load_state_dict_pre_hook(hook, prepend)
-
-    def register_load_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> Any:
-        return self._inner.register_load_state_dict_post_hook(hook, prepend)
+        """Takes a state dict of this or of the bare optimizer; policies keep what they know if it tells nothing."""
+        policies = {-1: self.policy}
+        policies |= {index: group["policy"] for index, group in enumerate(self.param_groups) if "policy" in group}
+        known = state_dict.get(STATE, {})
+        self._inner.load_state_dict({key: value for key, value in state_dict.items() if key != STATE})
+        for index, policy in policies.items():
+            if index >= 0:
+                self.param_groups[index]["policy"] = policy
+            if index in known:
+                policy.load_state_dict(known[index])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         self._inner.add_param_group(param_group)
@@ -129,85 +196,132 @@ class ClippedOptimizer(Optimizer):
         self._patch_step_function()
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(max_norm={self.max_norm:g}, nonfinite={self._nonfinite!r}) of {self._inner!r}"
-
-    # ---- clip, guard, step -----------------------------------------------------------------------------
-
-    @property
-    def max_norm(self) -> float:
-        return self._request.max_norm
-
-    @max_norm.setter
-    def max_norm(self, value: float) -> None:
-        self._request = Request(self._request.norm_type, number("max_norm", value))
+        return f"{type(self).__name__}({self._fastclip!r}) of {self._inner!r}"
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Clips the gradients in place and steps; skips the step when a gradient is not finite.
+    def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+        """Clips the gradients and steps; skips the step when a gradient is not finite.
 
         Args:
             closure: re-evaluates the model and returns the loss; zero_grad and backward belong inside. The
-                gradients are clipped after it.
+                gradients are clipped after it, each time the optimizer evaluates it.
+            kwargs: what else the wrapped optimizer's ``step`` takes.
+
+        Writes: parameters and optimizer state, as the wrapped optimizer does; each ``p.grad`` that is clipped,
+        so that it holds the clipped gradient afterwards. If nothing is clipped, no gradient is written.
 
         Returns:
             The closure's loss, also of a skipped step; without a closure what the optimizer returns.
 
         Raises:
             NonFiniteGradientError: with ``nonfinite="raise"``, before anything is written; and with ``"skip"``
-                when an optimizer that evaluates the closure itself (LBFGS) has already moved the parameters.
+                when an optimizer that evaluates the closure again (LBFGS) has already moved the parameters.
+            SkipLimitError: ``skip_limit`` steps in a row were skipped.
+            TypeError: arguments that the wrapped optimizer's ``step`` doesn't take, or lacks; nothing was done.
+            RuntimeError: ``scaler.unscale_`` was called with the wrapped optimizer, ``scaler.step`` with this one.
         """
-        args: tuple[Any, ...] = () if closure is None else (closure,)
-        kwargs: dict[str, Any] = {}
-        for pre_hook in self._optimizer_step_pre_hooks.values():
-            result = pre_hook(self, args, kwargs)
-            if result is not None:
-                args, kwargs = result
-        closure = args[0] if args else kwargs.get("closure")
-        out = self._guarded_step(closure)
-        for post_hook in self._optimizer_step_post_hooks.values():
-            post_hook(self, args, kwargs)
+        args: tuple[Any, ...] = (self,) if closure is None else (self, closure)
+        with scalers_marks(self):
+            for pre_hook in self._optimizer_step_pre_hooks.values():
+                result = pre_hook(self, args, kwargs)
+                if result is not None:
+                    args, kwargs = result
+            out = self._fastclip.step(self, self._inner.step, args[1:], kwargs)
+            for post_hook in self._optimizer_step_post_hooks.values():
+                post_hook(self, args, kwargs)
         return out
 
     step.hooked = True  # type: ignore[attr-defined]  # global hooks run in the wrapped optimizer's step, once
 
-    def _guarded_step(self, closure: Callable[[], Any] | None) -> Any:
-        if closure is None:
-            return self._inner.step() if self._clip() else None
-        with torch.enable_grad():
-            loss = closure()
-        if not self._clip():
-            return loss
-        if not _evaluates_closure(self._inner):
-            self._inner.step()
-            return loss
-        first: list[Any] = [loss]  # the evaluation that has just been clipped; the optimizer asks for it again
 
-        def clipped_closure() -> Any:
-            if first:
-                return first.pop()
-            with torch.enable_grad():
-                again = closure()
-            with torch.no_grad():
-                self._clip("raise" if self._nonfinite == "skip" else self._nonfinite)
-            return again
+class _ClippedClass(type):
+    """The class of the classes that :func:`clipped` makes: they pickle by what they were made of."""
 
-        return self._inner.step(clipped_closure)
-
-    def _clip(self, nonfinite: str | None = None) -> bool:
-        """Clips in place; False when the step must not happen."""
-        nonfinite = nonfinite or self._nonfinite
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        outcome = clipping.clip_(grads_of(parameters), self._request, nonfinite)
-        self.last_norm = outcome.total_norm
-        self.steps += 1
-        if nonfinite == "skip" and bool(outcome.found_inf):
-            self.skipped_steps += 1
-            return False
-        self.clipped_steps += float(outcome.clip_coef) != 1.0
-        return True
+    made_of: tuple[type[Optimizer], tuple[tuple[str, Any], ...]]
 
 
-def _evaluates_closure(optimizer: Optimizer) -> bool:
-    """Whether the optimizer's step can't do without a closure, because it evaluates it several times."""
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
-    return closure is not None and closure.default is inspect.Parameter.empty
+def clipped(optimizer_class: type[Optimizer], **settings: Any) -> type[ClippedOptimizer]:
+    """A class whose objects are ``optimizer_class`` wrapped in :class:`ClippedOptimizer`, for code that wants a class.
+
+    Args:
+        optimizer_class: e.g. ``torch.optim.AdamW``.
+        settings: those of :class:`ClippedOptimizer`; each object gets a policy of its own.
+
+    Returns:
+        A class called with the arguments of ``optimizer_class``; a setting given there goes before the one given here.
+        It pickles, as do its objects.
+
+    Raises:
+        TypeError: not an optimizer class, or an unknown setting.
+
+    Example:
+        >>> import torch, fastclip
+        >>> ClippedAdamW = fastclip.clipped(torch.optim.AdamW, max_norm=1.0)
+        >>> opt = ClippedAdamW(torch.nn.Linear(3, 1).parameters(), lr=0.1, max_norm=0.5)
+        >>> opt.max_norm, opt.param_groups[0]["lr"]
+        (0.5, 0.1)
+    """
+    if not isinstance(optimizer_class, type) or not issubclass(optimizer_class, Optimizer):
+        raise TypeError(f"optimizer_class: expected a subclass of torch.optim.Optimizer, got {optimizer_class!r}")
+    unknown = sorted(settings.keys() - SETTINGS)
+    if unknown:
+        raise TypeError(f"unknown setting {', '.join(unknown)}; known are {', '.join(sorted(SETTINGS))}")
+    made_of: Any = (optimizer_class, tuple(sorted(settings.items())))
+    made: type[ClippedOptimizer] = _clipped(*made_of)
+    return made
+
+
+SETTINGS = frozenset({"max_norm", "norm_type", "nonfinite", "policy", "skip_limit"})
+
+
+@functools.cache
+def _clipped(optimizer_class: Any, settings: tuple[tuple[str, Any], ...]) -> Any:
+    def __init__(self: ClippedOptimizer, params: Any, *args: Any, **kwargs: Any) -> None:
+        own = {name: copy.deepcopy(value) if name == "policy" else value for name, value in settings}
+        own.update({name: kwargs.pop(name) for name in SETTINGS & kwargs.keys()})
+        ClippedOptimizer.__init__(self, optimizer_class(params, *args, **kwargs), **own)
+
+    body = {"__init__": __init__, "__module__": __name__, "__doc__": f"{optimizer_class.__name__}, clipped."}
+    made = _ClippedClass(f"Clipped{optimizer_class.__name__}", (ClippedOptimizer,), body)
+    made.made_of = (optimizer_class, settings)
+    return made
+
+
+copyreg.pickle(_ClippedClass, lambda cls: (_clipped, cls.made_of))
+
+
+def attach(
+    optimizer: Optimizer,
+    max_norm: Bound | None = None,
+    *,
+    norm_type: float = 2.0,
+    nonfinite: str = "skip",
+    policy: Policy | None = None,
+    skip_limit: int | None = 100,
+) -> Guard:
+    """Clips inside every ``optimizer.step`` of this very object, for code that checks ``type(optimizer)``.
+
+    Otherwise as :class:`ClippedOptimizer`, with its arguments. torch leaves such additions out when it pickles or
+    deep-copies an optimizer: attach again to the copy.
+
+    Returns:
+        A :class:`Guard`: ``last_norm``, ``skipped_steps`` and so on, ``max_norm``, and ``remove()``.
+
+    Raises:
+        ValueError: fastclip is in ``optimizer.step`` already.
+        TypeError, ValueError: as :class:`ClippedOptimizer`.
+
+    Example:
+        >>> import torch, fastclip
+        >>> opt = torch.optim.SGD(torch.nn.Linear(3, 1).parameters(), lr=0.1)
+        >>> guard = fastclip.attach(opt, max_norm=1.0)
+        >>> opt.step()
+        >>> type(opt).__name__, guard.steps
+        ('SGD', tensor(0))
+    """
+    _check_optimizer(optimizer)
+    if GUARD in vars(optimizer):
+        raise ValueError("fastclip is in this optimizer's step already; remove() that guard first, or use it")
+    guard = Guard(optimizer, _policy(max_norm, norm_type, policy), nonfinite, skip_limit)
+    guard.attach()
+    return guard

@@ -12,10 +12,12 @@ from torch import Tensor
 from fastclip.backends import Part, Plan, reference
 from fastclip.tensors import first_nonfinite
 from fastclip.types import (
+    CLIP_COEF,
     INFS,
     MAX_ABS,
     NANS,
     NORM,
+    SUM_ABS,
     TOTAL_INFS,
     TOTAL_NANS,
     TOTAL_NORM,
@@ -35,12 +37,14 @@ class Reading:
 
     Attributes:
         plan: what was read, and by whom.
+        request: what was asked for.
         rows: ``[request.fields, n]``, per tensor, on the first gradient's device in its widest dtype.
         totals: ``[len(TOTALS)]``, of all tensors, same device and dtype.
         on_host: ``totals`` as numbers, where looking at them waits for nothing (plain CPU memory); else None.
     """
 
     plan: Plan
+    request: Request
     rows: Tensor
     totals: Tensor
     on_host: list[float] | None
@@ -57,8 +61,15 @@ class Reading:
         return torch.tensor(self.on_host[TOTAL_NORM], dtype=self.norm_dtype)
 
     @property
-    def found_inf(self) -> Tensor:
-        """0-d float32, 1.0 if any gradient is not finite."""
+    def clip_coef(self) -> float | Tensor:
+        """What the request's bound asks for; a 0-d tensor where the host would have to wait for it."""
+        return self.totals[CLIP_COEF] if self.on_host is None else self.on_host[CLIP_COEF]
+
+    @property
+    def found_inf(self) -> bool | Tensor:
+        """Whether a gradient is not finite; a 0-d tensor, 1.0 for yes, where the host would have to wait for it."""
+        if self.on_host is not None:
+            return self.on_host[TOTAL_NANS] + self.on_host[TOTAL_INFS] > 0
         return ((self.totals[TOTAL_NANS] + self.totals[TOTAL_INFS]) > 0).to(torch.float32)
 
     def check_finite(self) -> None:
@@ -79,6 +90,11 @@ class Reading:
         )
 
 
+def known_to_host(tensor: Tensor) -> bool:
+    """Whether looking at the value waits for nothing: plain CPU memory, neither meta nor fake."""
+    return type(tensor) is Tensor and tensor.device.type == "cpu"
+
+
 def narrowed(norms: Tensor, dtype: torch.dtype) -> Tensor:
     """A copy of ``norms`` in the dtype that callers get; only a norm that is not finite becomes so.
 
@@ -89,8 +105,11 @@ def narrowed(norms: Tensor, dtype: torch.dtype) -> Tensor:
     return norms.to(dtype, copy=True)
 
 
-def read(plan: Plan, request: Request) -> Reading:
-    """Reads every gradient element once, without waiting for the device."""
+def read(plan: Plan, request: Request, grad_scale: float | Tensor | None = None) -> Reading:
+    """Reads every gradient element once, without waiting for the device.
+
+    With ``grad_scale`` the norms are those of the gradients divided by it; NaN and Inf are counted as they stand.
+    """
     if len(plan.parts) == 1 and plan.parts[0].positions is None:
         rows = _read_part(plan.parts[0], request)
         finish = plan.parts[0].backend.finish
@@ -101,10 +120,14 @@ def read(plan: Plan, request: Request) -> Reading:
         for _, positions, own in read_rows:
             rows[:, positions] = own.to(rows)
         finish = reference.finish
+    if grad_scale is not None:
+        divisor = grad_scale.detach().reshape(()).to(rows) if isinstance(grad_scale, Tensor) else grad_scale
+        for field in (NORM, MAX_ABS, SUM_ABS):
+            if field < request.fields and not (field == NORM and request.norm_type == 0):  # a count has no scale
+                rows[field] /= divisor
     totals = rows.new_empty(len(TOTALS))
     finish(rows, request, totals)
-    on_host = totals.tolist() if type(totals) is Tensor and totals.device.type == "cpu" else None
-    return Reading(plan, rows, totals, on_host)
+    return Reading(plan, request, rows, totals, totals.tolist() if known_to_host(totals) else None)
 
 
 def _read_part(part: Part, request: Request) -> Tensor:
@@ -235,18 +258,27 @@ class GradStats:
         return "\n".join(lines)
 
 
-def stats_of(reading: Reading, request: Request) -> GradStats:
+def stats_of(reading: Reading) -> GradStats:
     """What callers see of a reading."""
-    rows, dtype, extras, grads = reading.rows, reading.norm_dtype, request.extras, reading.plan.grads
+    grads = reading.plan.grads
+    sizes = [grad.numel() for grad in grads.tensors]
+    names = [grads.label(i) for i in range(len(grads.tensors))]
+    return stats_from(reading.rows, reading.total_norm, reading.request, sizes, names)
+
+
+def stats_from(rows: Tensor, total_norm: Tensor, request: Request, sizes: list[int], names: list[str]) -> GradStats:
+    """The same of a reading whose gradients are gone."""
+    dtype, extras = total_norm.dtype, request.extras
+    nans, infs = rows[NANS].to(torch.int64), rows[INFS].to(torch.int64)
     return GradStats(
-        total_norm=reading.total_norm,
+        total_norm=total_norm,
         tensor_norms=narrowed(rows[NORM], dtype),
-        found_inf=reading.found_inf,
-        nans=rows[NANS].to(torch.int64),
-        infs=rows[INFS].to(torch.int64),
+        found_inf=(nans.sum() + infs.sum() > 0).to(torch.float32),
+        nans=nans,
+        infs=infs,
         tensor_max_abs=rows[MAX_ABS].to(dtype, copy=True) if extras else None,
         zeros=rows[ZEROS].to(torch.int64) if extras else None,
-        sizes=[grad.numel() for grad in grads.tensors],
-        names=[grads.label(i) for i in range(len(grads.tensors))],
+        sizes=sizes,
+        names=names,
         norm_type=request.norm_type,
     )

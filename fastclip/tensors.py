@@ -89,7 +89,7 @@ def _gather(listed: list[Tensor], take_grad: bool) -> tuple[list[Tensor], list[i
     return grads, None if in_order else positions, None
 
 
-def _gathered(listed: list[Tensor], take_grad: bool, noun: str, names: list[str] | None = None) -> Grads:
+def _gathered(listed: list[Tensor], take_grad: bool, noun: str, names: Sequence[str] | None = None) -> Grads:
     try:
         grads, positions, native = C.gather(listed, take_grad) if C is not None else _gather(listed, take_grad)
     except TypeError as error:
@@ -116,6 +116,57 @@ def grads_of(parameters: TensorOrTensors) -> Grads:
             stacklevel=3,
         )
     return grads
+
+
+class GroupNames(Sequence[str]):
+    """Names of the parameters of an optimizer's param groups, in order; made only when one is asked for.
+
+    The caller's own where he gave the optimizer named parameters, else the way to them.
+
+    Attributes:
+        parameters: the parameters.
+    """
+
+    def __init__(self, groups: list[tuple[int, dict[str, Any]]]) -> None:
+        self._groups = groups
+        self.parameters: list[Tensor] = [parameter for _, group in groups for parameter in group["params"]]
+
+    def __len__(self) -> int:
+        return len(self.parameters)
+
+    def __getitem__(self, position: Any) -> Any:
+        for index, group in self._groups:
+            if position < len(group["params"]):
+                names = group.get("param_names")
+                return names[position] if names else f"param_groups[{index}]['params'][{position}]"
+            position -= len(group["params"])
+        raise IndexError("no such parameter")
+
+
+def grads_of_groups(groups: list[tuple[int, dict[str, Any]]]) -> tuple[Grads, bool]:
+    """The gradients of an optimizer's param groups, each with its index among all groups.
+
+    Returns:
+        The gradients, and whether an optimizer would meet one of them twice, at two parameters.
+    """
+    names = GroupNames(groups)
+    listed = names.parameters
+    grads = _gathered(listed, True, "param_groups", names)
+    if len(grads.tensors) == len(listed):
+        return grads, False
+    return grads, sum(parameter.grad is not None for parameter in listed) > len(grads.tensors)
+
+
+def check_groups_disjoint(groups: list[dict[str, Any]]) -> None:
+    """Raises ``ValueError`` for a parameter in two groups: each step would move it twice."""
+    owner: dict[int, int] = {}
+    for index, group in enumerate(groups):
+        for position, parameter in enumerate(group["params"]):
+            if owner.setdefault(id(parameter), index) != index:
+                raise ValueError(
+                    f"param_groups[{index}]['params'][{position}] is also in param_groups[{owner[id(parameter)]}]: "
+                    "each step would move it twice; take it out of one of them. Nothing was written"
+                )
 
 
 def grads_among(tensors: TensorOrTensors, names: Iterable[str] | None = None, noun: str = "tensors") -> Grads:

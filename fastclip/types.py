@@ -131,6 +131,10 @@ class NonFiniteGradientError(FastclipError, RuntimeError):
         self.tensor, self.index, self.value = tensor, index, value
 
 
+class SkipLimitError(FastclipError, RuntimeError):
+    """So many steps in a row were skipped that this is no training any more. The last one was skipped too."""
+
+
 def wide_dtype(device: torch.device) -> torch.dtype:
     """The widest real dtype of a device: MPS has no float64."""
     return torch.float32 if device.type == "mps" else torch.float64

@@ -64,7 +64,10 @@ def test_step_equals_clip_then_step(name, with_closure):
             backward(wrapped, step)
             opt.step()
         assert torch.equal(opt.last_norm, norm)
-        assert torch.equal(flat(wrapped), flat(reference))
+        if "fused" in name:  # divides by the coefficient's inverse where clipping multiplies: one rounding apart
+            torch.testing.assert_close(flat(wrapped), flat(reference), rtol=1e-5, atol=1e-6)
+        else:
+            assert torch.equal(flat(wrapped), flat(reference))
     assert (opt.steps, opt.clipped_steps, opt.skipped_steps) == (10, 10, 0)
 
 
@@ -128,7 +131,9 @@ def test_raise_names_the_tensor_and_writes_nothing():
     backward(model, 0)
     poison(model)
     before, grads = flat(model), [p.grad.clone() for p in model.parameters()]
-    with pytest.raises(fastclip.NonFiniteGradientError, match=r"parameters\[0\].*NaN at index \(0, 3\)"):
+    with pytest.raises(
+        fastclip.NonFiniteGradientError, match=r"param_groups\[0\]\['params'\]\[0\].*NaN at index \(0, 3\)"
+    ):
         opt.step()
     assert torch.equal(flat(model), before)
     assert all(torch.equal(p.grad, g) or g.isnan().any() for p, g in zip(model.parameters(), grads, strict=True))
@@ -263,7 +268,8 @@ def test_no_gradients_at_all():
     opt = ClippedOptimizer(torch.optim.Adam(small_model().parameters()))
     assert opt.step() is None
     assert opt.step(lambda: None) is None
-    assert opt.last_norm == 0
+    assert opt.last_norm is None
+    assert opt.steps == 0
 
 
 def test_max_norm_may_change():

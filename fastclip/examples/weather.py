@@ -281,8 +281,8 @@ def train(
         losses=losses,
         total_norms=total_norms,
         steps=len(losses) - math.isnan(losses[-1]),
-        skipped=wrapper.skipped_steps if wrapper else 0,
-        clip_rate=wrapper.clipped_steps / max(wrapper.steps, 1) if wrapper else None,
+        skipped=int(wrapper.skipped_steps) if wrapper else 0,
+        clip_rate=float(wrapper.clip_rate) if wrapper else None,
         validation_error=validation_error(model, task),
     )
 

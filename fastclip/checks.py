@@ -1,0 +1,46 @@
+"""Arguments that users pass -> values that can be relied on; every message names the argument."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from fastclip.types import NONFINITE
+
+
+def real(name: str, value: float | Tensor) -> float:
+    """``value``, a number or a tensor with one element, as a float."""
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise TypeError(f"{name}: expected a number or a tensor with one element, got shape {tuple(value.shape)}")
+    if isinstance(value, bool) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    return float(value)
+
+
+def number(name: str, value: float | Tensor) -> float:
+    """A bound: not negative, not NaN."""
+    bound = real(name, value)
+    if not bound >= 0:
+        raise ValueError(f"{name} must be at least 0, got {bound}")
+    return bound
+
+
+def norm_type_number(value: float | str) -> float:
+    """``value`` as a float; ``"inf"`` is one."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"norm_type: expected a number or 'inf', got {value!r}") from None
+    if math.isnan(number):
+        raise ValueError("norm_type must not be NaN")
+    return number
+
+
+def nonfinite_rule(value: str, error_if_nonfinite: bool = False) -> str:
+    """``value`` if it is one of NONFINITE; "raise" where torch's own flag asks for it."""
+    if value not in NONFINITE:
+        raise ValueError(f"nonfinite must be one of {', '.join(NONFINITE)}; got {value!r}")
+    if error_if_nonfinite and value not in ("propagate", "raise"):
+        raise ValueError(f"error_if_nonfinite=True contradicts nonfinite={value!r}")
+    return "raise" if error_if_nonfinite else value

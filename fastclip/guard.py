@@ -1,0 +1,343 @@
+"""What stands between the gradients and the step: look, record, then clip, ride or skip."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from types import MethodType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo  # torch.compiler.disable, but without importing Dynamo now (2 s)
+from torch.optim import Optimizer
+
+from fastclip import amp, riding
+from fastclip.checks import nonfinite_rule, real
+from fastclip.clipping import Finding, examine
+from fastclip.policies import GlobalNorm, Policy
+from fastclip.record import Record, Reports, Seen
+from fastclip.stats import known_to_host
+from fastclip.tensors import Grads, check_groups_disjoint, grads_of_groups
+from fastclip.types import TOTAL_NORM
+
+ATTACHED = ("step", amp.GUARD, "_step_supports_amp_scaling")  # what an attached guard sets on its optimizer
+OWN_RULES = ("policy", "group_max_norm")  # keys of a param group that take it out of the joint norm
+
+
+class StepSignature(NamedTuple):
+    """What an optimizer's ``step`` takes."""
+
+    closure: bool
+    closure_required: bool
+    names: frozenset[str] | None  # None: any
+    required: tuple[str, ...]
+
+
+def signature_of_step(optimizer: Optimizer) -> StepSignature:
+    """That of its class: an object's own ``step`` may be a scheduler's or a framework's."""
+    optimizer_class: Any = type(optimizer)
+    return _signature_of_step(optimizer_class)
+
+
+@functools.cache
+def _signature_of_step(optimizer_class: Any) -> StepSignature:
+    parameters = list(inspect.signature(optimizer_class.step).parameters.values())[1:]
+    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    required = [p.name for p in named if p.default is p.empty]
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    return StepSignature(
+        closure=takes_any or any(p.name == "closure" for p in named),
+        closure_required="closure" in required,
+        names=None if takes_any else frozenset(p.name for p in named),
+        required=tuple(name for name in required if name != "closure"),
+    )
+
+
+def can_unscale(optimizer: Optimizer) -> bool:
+    """Whether a GradScaler may leave unscaling and skipping to a guarded step: always, except around an optimizer that
+    wants the scaler itself as an argument (the older contract of apex and TransformerEngine)."""
+    names = signature_of_step(optimizer).names
+    return names is None or "grad_scaler" not in names
+
+
+class Clearance(NamedTuple):
+    """What a look at the gradients leads to: whether to step at all, and what rides."""
+
+    go: bool
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+
+class Guard(Reports):
+    """Guards the steps of one optimizer: inside a :class:`ClippedOptimizer`, or by itself after :func:`attach`.
+
+    Attributes:
+        optimizer: the guarded optimizer.
+        policy: the rule for all its gradients, but those of groups with a rule of their own.
+        nonfinite: one of ``"propagate"``, ``"skip"``, ``"zero"``, ``"raise"``.
+    """
+
+    def __init__(self, optimizer: Optimizer, policy: Policy, nonfinite: str, skip_limit: int | None) -> None:
+        if skip_limit is not None and (isinstance(skip_limit, bool) or int(skip_limit) != skip_limit or skip_limit < 1):
+            raise ValueError(f"skip_limit must be a whole number of at least 1, or None; got {skip_limit!r}")
+        self.optimizer = optimizer
+        self.policy = policy
+        self.nonfinite = nonfinite_rule(nonfinite)
+        self._record = Record(skip_limit)
+        self._report: Tensor | None = None
+        check_groups_disjoint(optimizer.param_groups)
+
+    def report_to(self, found_inf: Tensor) -> None:
+        """Has the next look written into ``found_inf``, 0-d float32: a GradScaler asks, so NaN and Inf skip."""
+        self._report = found_inf
+
+    def attach(self) -> None:
+        """Puts itself into ``step`` of the optimizer object."""
+        optimizer = self.optimizer
+        inner_step = optimizer.step
+        self._replaced = {name: vars(optimizer)[name] for name in ATTACHED if name in vars(optimizer)}
+
+        @functools.wraps(getattr(inner_step, "__func__", inner_step))
+        @torch.no_grad()
+        def step(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+            if vars(optimizer).get(amp.GUARD) is not self:  # removed, but someone else holds on to this function
+                return inner_step(*args, **kwargs)
+            with amp.scalers_marks(optimizer):
+                return self.step(optimizer, inner_step, args, kwargs)
+
+        attributes = vars(optimizer)
+        attributes["step"] = self._attached = MethodType(step, optimizer)
+        attributes[amp.GUARD] = self
+        if can_unscale(optimizer):
+            attributes["_step_supports_amp_scaling"] = True
+
+    def remove(self) -> None:
+        """Gives an attached optimizer its own ``step`` back."""
+        attributes = vars(self.optimizer)
+        if attributes.get(amp.GUARD) is not self:
+            raise RuntimeError("this guard is not attached to its optimizer")
+        untouched = attributes["step"] is self._attached
+        for name in ATTACHED if untouched else ATTACHED[1:]:
+            attributes.pop(name, None)
+            if name in self._replaced:
+                attributes[name] = self._replaced[name]
+
+    def step(
+        self, owner: Optimizer, inner_step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """One guarded call of ``inner_step``, the guarded optimizer's own, with what its caller passed.
+
+        ``owner`` is the object that the user calls, and on which a GradScaler puts ``grad_scale`` and ``found_inf``.
+        """
+        if len(args) > 1:
+            raise TypeError(f"step takes a closure and named arguments, got {len(args)} unnamed ones; nothing was done")
+        closure = args[0] if args else kwargs.get("closure")
+        kwargs = {name: value for name, value in kwargs.items() if name != "closure"}
+        takes = signature_of_step(self.optimizer)
+        self._check_arguments(takes, closure, kwargs)
+        if closure is None:
+            clearance = self.look(owner)
+            return self._call(inner_step, clearance, kwargs) if clearance.go else None
+        with torch.enable_grad():
+            loss = closure()
+        clearance = self.look(owner)
+        if not clearance.go:
+            return loss
+        if not takes.closure:
+            self._call(inner_step, clearance, kwargs)
+            return loss
+        first: list[Any] = [loss]  # the evaluation that has just been judged; the optimizer will ask for it
+        versions = self._versions()
+
+        def guarded_closure() -> Any:
+            if first:
+                loss = first.pop()
+                if versions == self._versions():
+                    return loss  # else the optimizer has moved the parameters before its first evaluation (SAM)
+            with torch.enable_grad():
+                loss = closure()
+            with torch.no_grad():
+                self.look(owner, again=True)
+            return loss
+
+        return self._call(inner_step, clearance, {**kwargs, "closure": guarded_closure})
+
+    def _check_arguments(self, takes: StepSignature, closure: Any, kwargs: dict[str, Any]) -> None:
+        name = type(self.optimizer).__name__
+        if closure is None and takes.closure_required:
+            raise TypeError(f"{name}.step needs a closure that evaluates the model and returns the loss")
+        if closure is not None and not callable(closure):
+            raise TypeError(f"closure: expected a callable, got {type(closure).__name__}")
+        if kwargs and takes.names is not None and not takes.names >= kwargs.keys():
+            unknown = ", ".join(sorted(kwargs.keys() - takes.names))
+            raise TypeError(f"{name}.step takes no argument {unknown}; nothing was done")
+        if takes.required and not kwargs.keys() >= set(takes.required):
+            missing = ", ".join(argument for argument in takes.required if argument not in kwargs)
+            raise TypeError(f"{name}.step needs the argument {missing}: pass it by name; nothing was done")
+
+    def _versions(self) -> list[int]:
+        return [parameter._version for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def _call(self, inner_step: Callable[..., Any], clearance: Clearance, kwargs: dict[str, Any]) -> Any:
+        attributes = vars(self.optimizer)
+        if clearance[1:] == (None, None) and not any(name in attributes for name in riding.RIDERS):
+            return inner_step(**kwargs)
+        with riding.aboard(self.optimizer, grad_scale=clearance.grad_scale, found_inf=clearance.found_inf):
+            return inner_step(**kwargs)
+
+    @_disable_dynamo
+    def look(self, owner: Optimizer, again: bool = False) -> Clearance:
+        """Reads the gradients, records the step, and clips in place what can't ride.
+
+        ``again`` means in the middle of a step: what would skip it has to raise.
+        """
+        report, self._report = self._report, None
+        groups = self.optimizer.param_groups
+        shares, twice = self._shares(groups)
+        if not shares:
+            return Clearance(True)
+        grad_scale, given_inf = self._given(owner)
+        nonfinite = self.nonfinite
+        if report is not None or given_inf is True:
+            nonfinite = "skip"  # a GradScaler searches for its scale by trial
+        elif again and nonfinite == "skip":
+            nonfinite = "raise"
+        findings = examine(shares, nonfinite, grad_scale)
+        if self._is_rehearsal(groups, findings):
+            return Clearance(True)
+        verdicts = [finding.decide() for finding in findings]
+        found_inf = _any(finding.found_inf for finding in findings)
+        if report is not None:
+            report.fill_(found_inf)
+        reasons = [given_inf, *(verdict.skip for verdict in verdicts)]
+        skip = _any([*reasons, found_inf] if nonfinite == "skip" else reasons)
+        clipped = _any(verdict.clip_coef != 1.0 for verdict in verdicts)
+
+        rides = riding.rides(self.optimizer)
+        if isinstance(skip, Tensor) and (not rides or riding.first_step_is_lost(self.optimizer)):
+            skip = bool(skip)  # nothing but the host can hold this step back
+        self._record.note([Seen(finding.reading) for finding in findings], clipped, skip)
+        self._record.check_streak()
+        if skip is True:
+            return Clearance(False)
+        riding_inf = skip.to(torch.float32) if isinstance(skip, Tensor) else None
+        if rides and len(verdicts) == 1 and not twice and not verdicts[0].reading.plan.wide:
+            by = riding.divisor(verdicts[0].clip_coef, grad_scale)
+            if isinstance(by, Tensor) or by == 1.0:
+                return Clearance(True, by if isinstance(by, Tensor) else None, riding_inf)
+            if by is not None:
+                return Clearance(True, torch.tensor(by, dtype=torch.float32), riding_inf)
+        for verdict in verdicts:
+            verdict.apply(grad_scale, skip)
+        return Clearance(True, None, riding_inf)
+
+    def _shares(self, groups: list[dict[str, Any]]) -> tuple[list[tuple[Grads, Policy]], bool]:
+        """Each rule with its gradients, none empty; and whether a gradient is at two parameters."""
+        self._adopt_bound(groups)
+        entries = list(enumerate(groups))
+        alone = [entry for entry in entries if any(key in entry[1] for key in OWN_RULES)]
+        joint = [entry for entry in entries if entry not in alone] if alone else entries
+        found = [(*grads_of_groups(joint), self.policy)] if joint else []
+        found += [(*grads_of_groups([entry]), self._own_rule(*entry)) for entry in alone]
+        twice = any(twice for _, twice, _ in found)
+        if twice or alone:
+            check_groups_disjoint(groups)
+        return [(grads, policy) for grads, _, policy in found if grads.tensors], twice
+
+    def _adopt_bound(self, groups: list[dict[str, Any]]) -> None:
+        """A ``max_norm`` in the param groups is the joint bound: hyperparameter tools write it into every group."""
+        bounds = [group["max_norm"] for group in groups if "max_norm" in group]
+        if any(bound is not bounds[0] and bound != bounds[0] for bound in bounds):
+            raise ValueError(
+                f"param_groups hold different values of max_norm, {bounds}: it is the bound of the joint norm; "
+                "a group's own bound is group_max_norm. Nothing was written"
+            )
+        if bounds and bounds[0] is not getattr(self.policy, "max_norm", None):
+            self.max_norm = bounds[0]
+
+    def _own_rule(self, index: int, group: dict[str, Any]) -> Policy:
+        if all(key in group for key in OWN_RULES):
+            raise ValueError(f"param_groups[{index}] has both a policy and a group_max_norm; leave one")
+        norm_type = getattr(self.policy, "norm_type", 2.0)
+        policy: Policy = group.get("policy") or GlobalNorm(group["group_max_norm"], norm_type=norm_type)
+        if getattr(policy, "norm_type", norm_type) != norm_type:
+            raise ValueError(
+                f"param_groups[{index}]['policy'] is in the {policy.norm_type:g}-norm, the optimizer's in the "  # type: ignore[attr-defined]
+                f"{norm_type:g}-norm: one total norm needs one norm_type"
+            )
+        return policy
+
+    def _given(self, owner: Optimizer) -> tuple[float | Tensor | None, bool | Tensor]:
+        """The scale of the gradients, and whether someone has already found Inf: what a GradScaler or the user says."""
+        holders = [vars(owner)]
+        if owner is not self.optimizer:
+            if all(name in holders[0] for name in riding.RIDERS):
+                amp.check_not_unscaled(self.optimizer)
+            if amp.GUARD not in vars(self.optimizer):
+                holders.append(vars(self.optimizer))
+        grad_scale: float | Tensor | None = None
+        given_inf: bool | Tensor = False
+        for holder in holders:
+            if holder.get("grad_scale") is not None:
+                scale = _on_host_if_known("grad_scale", holder["grad_scale"])
+                if isinstance(scale, float) and not 0.0 < scale < float("inf"):
+                    raise ValueError(f"grad_scale must be positive and finite, got {scale}; nothing was written")
+                grad_scale = scale if grad_scale is None else grad_scale * scale
+            if holder.get("found_inf") is not None:
+                found = _on_host_if_known("found_inf", holder["found_inf"])
+                given_inf = _any([given_inf, found > 0])
+        return grad_scale, given_inf
+
+    def _is_rehearsal(self, groups: list[dict[str, Any]], findings: list[Finding]) -> bool:
+        """Whether this is the step with zero gradients and no learning rate by which torch.distributed.checkpoint
+        brings an optimizer's state into being: nobody trains with it."""
+        return (
+            not self.optimizer.state
+            and all(_is_zero(group.get("lr")) for group in groups)
+            and all(float(finding.reading.totals[TOTAL_NORM]) == 0.0 for finding in findings)
+        )
+
+    @property
+    def max_norm(self) -> Any:
+        """The bound of the joint norm, where the policy has one; may be set at any time."""
+        for group in self.optimizer.param_groups:
+            if "max_norm" in group:
+                return group["max_norm"]
+        return self.policy.max_norm  # type: ignore[attr-defined]
+
+    @max_norm.setter
+    def max_norm(self, value: Any) -> None:
+        if not hasattr(self.policy, "max_norm"):
+            raise ValueError(f"{self.policy!r} has no max_norm")
+        self.policy.max_norm = value
+        for group in self.optimizer.param_groups:
+            if "max_norm" in group:
+                group["max_norm"] = value
+
+    def __repr__(self) -> str:
+        return f"{self.policy!r}, nonfinite={self.nonfinite!r}"
+
+
+def _any(reasons: Any) -> bool | Tensor:
+    """Whether one of them holds: bools, or 0-d tensors; a tensor unless the host knows."""
+    tensors = []
+    for reason in reasons:
+        if isinstance(reason, Tensor):
+            tensors.append(reason.detach().reshape(()) > 0)
+        elif reason:
+            return True
+    if not tensors:
+        return False
+    return torch.stack([tensor.to(tensors[0].device) for tensor in tensors]).any()
+
+
+def _on_host_if_known(name: str, value: Any) -> float | Tensor:
+    if isinstance(value, Tensor) and not known_to_host(value):
+        return value.detach().reshape(())
+    return real(name, value)
+
+
+def _is_zero(lr: Any) -> bool:
+    return (not isinstance(lr, Tensor) or known_to_host(lr)) and lr is not None and bool(lr == 0)

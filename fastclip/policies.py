@@ -1,0 +1,127 @@
+"""Policies: from what one read of the gradients says to what they are multiplied by.
+
+A policy never sees a gradient. It states what the read shall yield, and gets the reading; what it decides
+stays on the device unless the reading is already on the host.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fastclip.checks import norm_type_number, number
+from fastclip.stats import Reading, known_to_host
+from fastclip.types import TOTAL_NORM, Request
+
+Bound: TypeAlias = float | Tensor | Callable[[int], float | Tensor]
+
+
+class Decision(NamedTuple):
+    """What a policy makes of a reading.
+
+    Attributes:
+        clip_coef: multiplier of the gradients: a number, or a 0-d tensor on their device. 1 leaves them alone.
+        skip: whether the step shall not happen, for a reason of the policy's own; non-finite gradients are
+            the caller's business. A bool, or a 0-d tensor that is 1.0 for yes.
+    """
+
+    clip_coef: float | Tensor
+    skip: bool | Tensor = False
+
+
+class Policy(Protocol):
+    """A clipping rule. One object serves one optimizer (or one param group) and may learn from step to step."""
+
+    @property
+    def writes(self) -> bool:
+        """Whether it may ever ask for more than statistics."""
+
+    def request(self) -> Request:
+        """What the read of this step shall yield; called once a step, before it."""
+
+    def decide(self, reading: Reading) -> Decision:
+        """What follows from the reading that ``request`` asked for; its norms are those of the unscaled gradients."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs; empty for a rule that learns nothing."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes back what ``state_dict`` gave."""
+
+
+class GlobalNorm:
+    """Scales all gradients by ``min(1, max_norm / (total_norm + eps))``: their joint norm is at most ``max_norm``.
+
+    Args:
+        max_norm: the bound, >= 0: a number; a one-element tensor, read anew at each step (one on an accelerator is
+            never waited for, so its value can't be checked); or a callable that gets the number of the step,
+            from 0, and returns either.
+        norm_type: p of the p-norm, as in :func:`fastclip.clip_grad_norm_`.
+        eps: added to the total norm in the denominator.
+
+    Raises:
+        ValueError: a negative or NaN ``max_norm`` or ``eps``; from a callable at the step, before anything is written.
+
+    Source: Pascanu et al. 2013, arXiv:1211.5063; torch.nn.utils.clip_grad_norm_.
+    """
+
+    def __init__(self, max_norm: Bound = 1.0, *, norm_type: float = 2.0, eps: float = 1e-6) -> None:
+        self.norm_type = norm_type_number(norm_type)
+        self.eps = number("eps", eps)
+        self._step = 0
+        self._device_bound: Tensor | None = None  # this step's bound, where only a device knows it
+        self.max_norm = max_norm
+
+    @property
+    def max_norm(self) -> Bound:
+        return self._max_norm
+
+    @max_norm.setter
+    def max_norm(self, value: Bound) -> None:
+        bound = math.inf  # what the engine is asked for, where the bound is known only later
+        if not isinstance(value, Tensor) and not callable(value):
+            bound = number("max_norm", value)
+        elif isinstance(value, Tensor) and known_to_host(value):
+            number("max_norm", value)
+        self._fixed = not isinstance(value, Tensor) and not callable(value)
+        self._request = Request(self.norm_type, bound, self.eps)
+        self._max_norm = value
+
+    @property
+    def writes(self) -> bool:
+        return not self._fixed or self._request.max_norm != math.inf
+
+    def request(self) -> Request:
+        if self._fixed:
+            return self._request
+        value = self._max_norm
+        if not isinstance(value, Tensor) and callable(value):
+            value = value(self._step)
+        if isinstance(value, Tensor) and not known_to_host(value):
+            self._device_bound = value.detach().reshape(())
+            return self._request
+        return Request(self.norm_type, number("max_norm", value), self.eps)
+
+    def decide(self, reading: Reading) -> Decision:
+        self._step += 1
+        if self._device_bound is None:
+            return Decision(reading.clip_coef)
+        norm = reading.totals[TOTAL_NORM]
+        bound, self._device_bound = self._device_bound.to(norm), None
+        return Decision(torch.where(norm <= bound, 1.0, bound / (norm + self.eps)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of the step, where ``max_norm`` is a callable that asks for it."""
+        return {"step": self._step} if callable(self._max_norm) and not isinstance(self._max_norm, Tensor) else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._step = int(state_dict.get("step", 0))
+
+    def __repr__(self) -> str:
+        value = self._max_norm
+        shown = f"{value:g}" if isinstance(value, (int, float)) else repr(value)
+        return f"GlobalNorm(max_norm={shown}, norm_type={self.norm_type:g})"

@@ -1,0 +1,205 @@
+"""What a guarded optimizer has seen and done: on the gradients' device, waited for only when someone looks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastclip.backends import reference
+from fastclip.stats import GradStats, Reading, known_to_host, narrowed, stats_from
+from fastclip.tensors import GroupNames
+from fastclip.types import INFS, NANS, TOTAL_NORM, SkipLimitError
+
+STEPS, CLIPPED, SKIPPED, IN_A_ROW = range(4)
+
+# What a step whose outcome the host knows adds to the counts; by (clipped, skipped).
+_ADDED = {
+    (False, False): torch.tensor([1, 0, 0, 0], device="cpu"),
+    (True, False): torch.tensor([1, 1, 0, 0], device="cpu"),
+    (False, True): torch.tensor([1, 0, 1, 1], device="cpu"),
+    (True, True): torch.tensor([1, 0, 1, 1], device="cpu"),
+}
+
+
+class Seen:
+    """One reading without its gradients, which must not be kept alive until the next step."""
+
+    def __init__(self, reading: Reading) -> None:
+        grads = reading.plan.grads
+        assert isinstance(grads.names, GroupNames)
+        self.rows, self.totals, self.request, self.dtype = (
+            reading.rows,
+            reading.totals,
+            reading.request,
+            reading.norm_dtype,
+        )
+        self._names, self._positions = grads.names, grads.positions
+
+    @property
+    def _columns(self) -> Iterable[int]:
+        """The parameter that each column of ``rows`` is about."""
+        return range(self.rows.shape[1]) if self._positions is None else self._positions
+
+    @property
+    def names(self) -> list[str]:
+        return [self._names[i] for i in self._columns]
+
+    @property
+    def sizes(self) -> list[int]:
+        return [self._names.parameters[i].numel() for i in self._columns]
+
+    def bad(self) -> list[str]:
+        """Names of the gradients that hold NaN or Inf. Synchronises."""
+        found = (self.rows[NANS] + self.rows[INFS] > 0).tolist()
+        return [name for name, is_bad in zip(self.names, found, strict=True) if is_bad]
+
+
+class Echo:
+    """A device value as the host came to know it a few steps ago: copied to pinned memory, never waited for."""
+
+    def __init__(self) -> None:
+        self._copy: Tensor | None = None
+        self._event: Any = None
+
+    def latest(self) -> int | None:
+        """The value, once, after it has arrived."""
+        if self._copy is None or (self._event is not None and not self._event.query()):
+            return None
+        value, self._copy = int(self._copy), None
+        return value
+
+    def send(self, value: Tensor) -> None:
+        """Starts a copy, unless one is under way."""
+        if self._copy is not None:
+            return
+        if value.device.type == "cpu":
+            self._copy, self._event = value.clone(), None
+            return
+        self._copy = torch.empty_like(value, device="cpu", pin_memory=True).copy_(value, non_blocking=True)
+        self._event = torch.Event(value.device)
+        self._event.record()
+
+
+class Record:
+    """Counts of steps and the latest readings."""
+
+    def __init__(self, skip_limit: int | None) -> None:
+        self.skip_limit = skip_limit
+        self.counts = torch.zeros(4, dtype=torch.int64, device="cpu")
+        self.seen: list[Seen] = []
+        self._norm: Tensor | None = None  # of ``seen``, once someone has asked
+        self._echo = Echo()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_echo": Echo()}  # an event can't be copied
+
+    def note(self, seen: list[Seen], clipped: bool | Tensor, skipped: bool | Tensor) -> None:
+        """Takes in one step: its readings, at least one, and what became of it.
+
+        ``clipped`` and ``skipped`` are 0-d tensors where the host would have to wait for them.
+        """
+        self.seen, self._norm = seen, None
+        device = seen[0].totals.device
+        if self.counts.device != device:
+            self.counts = self.counts.to(device)
+        if isinstance(clipped, bool) and isinstance(skipped, bool):
+            if not skipped:
+                self.counts[IN_A_ROW].zero_()
+            self.counts += _ADDED[clipped, skipped].to(device)
+            return
+        was_skipped = torch.as_tensor(skipped, device=device).reshape(()) > 0
+        was_clipped = (torch.as_tensor(clipped, device=device).reshape(()) > 0) & ~was_skipped
+        self.counts[IN_A_ROW] *= was_skipped
+        self.counts += torch.stack([torch.ones_like(was_skipped), was_clipped, was_skipped, was_skipped])
+        if self.skip_limit is not None:
+            self._echo.send(self.counts[IN_A_ROW])
+
+    def check_streak(self) -> None:
+        """Raises ``SkipLimitError`` when the host has learnt that too many steps in a row were skipped."""
+        if self.skip_limit is None:
+            return
+        in_a_row = int(self.counts[IN_A_ROW]) if known_to_host(self.counts) else self._echo.latest()
+        if in_a_row is not None and in_a_row >= self.skip_limit:
+            bad = [name for seen in self.seen for name in seen.bad()]
+            which = (
+                f"; in the latest one {', '.join(bad[:3])}{', ...' if len(bad) > 3 else ''} held them" if bad else ""
+            )
+            raise SkipLimitError(
+                f"{in_a_row} steps in a row were skipped because of NaN or Inf{which}. The parameters have not moved "
+                "since. Look at the loss and the learning rate (print(optimizer.last_stats) shows each gradient); "
+                "skip_limit=None would go on skipping"
+            )
+
+    @property
+    def norm(self) -> Tensor | None:
+        if self._norm is None and self.seen:
+            totals = [seen.totals[TOTAL_NORM] for seen in self.seen]
+            joined = totals[0]
+            if len(totals) > 1:
+                joined = reference.norm_of_norms(
+                    torch.stack([t.to(joined) for t in totals]), self.seen[0].request.norm_type
+                )
+            wide = any(seen.dtype == torch.float64 for seen in self.seen)
+            self._norm = narrowed(joined, torch.float64 if wide else torch.float32)
+        return self._norm
+
+    @property
+    def stats(self) -> GradStats | None:
+        if self.norm is None:
+            return None
+        rows = torch.cat([seen.rows.to(self.seen[0].rows) for seen in self.seen], dim=1)
+        sizes = [size for seen in self.seen for size in seen.sizes]
+        names = [name for seen in self.seen for name in seen.names]
+        return stats_from(rows, self.norm.clone(), self.seen[0].request, sizes, names)
+
+
+class Reports:
+    """What a guarded optimizer tells of its steps.
+
+    Every value is a tensor on the device of the gradients; nothing is waited for until it is looked at.
+    A step without any gradient leaves all of them alone. With an optimizer that evaluates its closure
+    several times a step (LBFGS), every evaluation counts as a step.
+    """
+
+    _record: Record
+
+    @property
+    def last_norm(self) -> Tensor | None:
+        """Total norm of the latest step's gradients before clipping, unscaled; 0-d float32 (float64 for float64
+        gradients). None before the first step."""
+        norm = self._record.norm
+        return None if norm is None else norm.clone()
+
+    @property
+    def last_stats(self) -> GradStats | None:
+        """Norm, NaN and Inf counts of each gradient of the latest step, from the same read; None before the first."""
+        return self._record.stats
+
+    @property
+    def steps(self) -> Tensor:
+        """How many steps were asked for, 0-d int64."""
+        return self._record.counts[STEPS].clone()
+
+    @property
+    def clipped_steps(self) -> Tensor:
+        """How many of them were clipped, 0-d int64."""
+        return self._record.counts[CLIPPED].clone()
+
+    @property
+    def skipped_steps(self) -> Tensor:
+        """How many of them did not happen, 0-d int64."""
+        return self._record.counts[SKIPPED].clone()
+
+    @property
+    def skipped_in_a_row(self) -> Tensor:
+        """How many did not happen since the latest that did, 0-d int64."""
+        return self._record.counts[IN_A_ROW].clone()
+
+    @property
+    def clip_rate(self) -> Tensor:
+        """Share of the steps that were clipped, 0-d float32; 0 before the first."""
+        counts = self._record.counts
+        return (counts[CLIPPED] / counts[STEPS].clamp(min=1)).to(torch.float32)

@@ -1,0 +1,71 @@
+"""How a verdict reaches torch's fused steps: through ``grad_scale`` and ``found_inf``, without a pass of its own.
+
+``torch.optim.Adam``, ``AdamW``, ``SGD`` and ``Adagrad`` with ``fused=True`` divide each gradient by their attribute
+``grad_scale`` while they read it, write the quotient back to ``.grad``, and leave parameters and state alone
+where ``found_inf`` is 1.0; both are 0-d float32 tensors. It is the way in which torch's own GradScaler talks to
+them. Every other optimizer asserts that the attributes are not there.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+FUSED_STEPS = ("torch.optim.adam", "torch.optim.adamw", "torch.optim.sgd", "torch.optim.adagrad")
+RIDERS = ("grad_scale", "found_inf")
+
+FLOAT32 = torch.finfo(torch.float32)
+
+
+def rides(optimizer: Optimizer) -> bool:
+    """Whether this optimizer's step is one of torch's fused ones, in all its groups."""
+    return type(optimizer).step.__module__ in FUSED_STEPS and all(
+        group.get("fused") for group in optimizer.param_groups
+    )
+
+
+def first_step_is_lost(optimizer: Optimizer) -> bool:
+    """Whether a step that is skipped on the device would leave uninitialised memory behind.
+
+    Fused SGD allocates its momentum buffers, and then leaves it to the kernel to fill them.
+    """
+    return type(optimizer).step.__module__ == "torch.optim.sgd" and any(
+        parameter.grad is not None and optimizer.state[parameter].get("momentum_buffer") is None
+        for group in optimizer.param_groups
+        if group["momentum"]
+        for parameter in group["params"]
+    )
+
+
+def divisor(clip_coef: float | Tensor, grad_scale: float | Tensor | None) -> float | Tensor | None:
+    """What the gradients are to be divided by, as a rider; 1.0 for nothing at all, None if float32 can't say it."""
+    scale = 1.0 if grad_scale is None else grad_scale
+    if isinstance(clip_coef, Tensor) or isinstance(scale, Tensor):
+        wanted = torch.as_tensor(scale / clip_coef)
+        # past float32's range it stays finite, so that finite gradients don't vanish; Inf means a coefficient of 0
+        within = torch.where(torch.isinf(wanted), wanted, wanted.clamp(FLOAT32.tiny, FLOAT32.max))
+        return within.to(torch.float32)
+    if not clip_coef or not FLOAT32.tiny <= scale / clip_coef <= FLOAT32.max:
+        return None
+    return scale / clip_coef
+
+
+class aboard:
+    """During the ``with`` block the optimizer has exactly these riders; afterwards those that it had before."""
+
+    def __init__(self, optimizer: Optimizer, **riders: Tensor | None) -> None:
+        self._attributes: dict[str, Any] = vars(optimizer)
+        self._riders = {name: value for name, value in riders.items() if value is not None}
+
+    def __enter__(self) -> None:
+        self._before = {name: self._attributes.pop(name) for name in RIDERS if name in self._attributes}
+        self._attributes.update(self._riders)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for name in RIDERS:
+            self._attributes.pop(name, None)
+        self._attributes.update(self._before)
