@@ -37,13 +37,7 @@ class StepSignature(NamedTuple):
 
 def signature_of_step(optimizer: Optimizer) -> StepSignature:
     """That of its class: an object's own ``step`` may be a scheduler's or a framework's."""
-    optimizer_class: Any = type(optimizer)
-    return _signature_of_step(optimizer_class)
-
-
-@functools.cache
-def _signature_of_step(optimizer_class: Any) -> StepSignature:
-    parameters = list(inspect.signature(optimizer_class.step).parameters.values())[1:]
+    parameters = list(inspect.signature(type(optimizer).step).parameters.values())[1:]
     named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     required = [p.name for p in named if p.default is p.empty]
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
@@ -53,13 +47,6 @@ def _signature_of_step(optimizer_class: Any) -> StepSignature:
         names=None if takes_any else frozenset(p.name for p in named),
         required=tuple(name for name in required if name != "closure"),
     )
-
-
-def can_unscale(optimizer: Optimizer) -> bool:
-    """Whether a GradScaler may leave unscaling and skipping to a guarded step: always, except around an optimizer that
-    wants the scaler itself as an argument (the older contract of apex and TransformerEngine)."""
-    names = signature_of_step(optimizer).names
-    return names is None or "grad_scaler" not in names
 
 
 class Clearance(NamedTuple):
@@ -85,9 +72,16 @@ class Guard(Reports):
         self.optimizer = optimizer
         self.policy = policy
         self.nonfinite = nonfinite_rule(nonfinite)
+        self._takes = signature_of_step(optimizer)
         self._record = Record(skip_limit)
         self._report: Tensor | None = None
         check_groups_disjoint(optimizer.param_groups)
+
+    @property
+    def can_unscale(self) -> bool:
+        """Whether a GradScaler may leave unscaling and skipping to the step: always, except around an optimizer that
+        wants the scaler itself as an argument (the older contract of apex and TransformerEngine)."""
+        return self._takes.names is None or "grad_scaler" not in self._takes.names
 
     def report_to(self, found_inf: Tensor) -> None:
         """Has the next look written into ``found_inf``, 0-d float32: a GradScaler asks, so NaN and Inf skip."""
@@ -110,7 +104,7 @@ class Guard(Reports):
         attributes = vars(optimizer)
         attributes["step"] = self._attached = MethodType(step, optimizer)
         attributes[amp.GUARD] = self
-        if can_unscale(optimizer):
+        if self.can_unscale:
             attributes["_step_supports_amp_scaling"] = True
 
     def remove(self) -> None:
@@ -135,8 +129,7 @@ class Guard(Reports):
             raise TypeError(f"step takes a closure and named arguments, got {len(args)} unnamed ones; nothing was done")
         closure = args[0] if args else kwargs.get("closure")
         kwargs = {name: value for name, value in kwargs.items() if name != "closure"}
-        takes = signature_of_step(self.optimizer)
-        self._check_arguments(takes, closure, kwargs)
+        self._check_arguments(closure, kwargs)
         if closure is None:
             clearance = self.look(owner)
             return self._call(inner_step, clearance, kwargs) if clearance.go else None
@@ -145,7 +138,7 @@ class Guard(Reports):
         clearance = self.look(owner)
         if not clearance.go:
             return loss
-        if not takes.closure:
+        if not self._takes.closure:
             self._call(inner_step, clearance, kwargs)
             return loss
         first: list[Any] = [loss]  # the evaluation that has just been judged; the optimizer will ask for it
@@ -164,8 +157,8 @@ class Guard(Reports):
 
         return self._call(inner_step, clearance, {**kwargs, "closure": guarded_closure})
 
-    def _check_arguments(self, takes: StepSignature, closure: Any, kwargs: dict[str, Any]) -> None:
-        name = type(self.optimizer).__name__
+    def _check_arguments(self, closure: Any, kwargs: dict[str, Any]) -> None:
+        name, takes = type(self.optimizer).__name__, self._takes
         if closure is None and takes.closure_required:
             raise TypeError(f"{name}.step needs a closure that evaluates the model and returns the loss")
         if closure is not None and not callable(closure):
@@ -210,7 +203,7 @@ class Guard(Reports):
         verdicts = [finding.decide() for finding in findings]
         found_inf = _any(finding.found_inf for finding in findings)
         if report is not None:
-            report.fill_(found_inf)
+            report.copy_(torch.as_tensor(found_inf))
         reasons = [given_inf, *(verdict.skip for verdict in verdicts)]
         skip = _any([*reasons, found_inf] if nonfinite == "skip" else reasons)
         clipped = _any(verdict.clip_coef != 1.0 for verdict in verdicts)

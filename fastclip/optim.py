@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from fastclip.amp import GUARD, scalers_marks
 from fastclip.checks import norm_type_number
-from fastclip.guard import Guard, can_unscale
+from fastclip.guard import Guard
 from fastclip.policies import Bound, GlobalNorm, Policy
 from fastclip.record import Record, Reports
 from fastclip.riding import RIDERS
@@ -144,7 +144,7 @@ class ClippedOptimizer(Reports, Optimizer):
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """Read by GradScalers, before each step."""
-        return can_unscale(self._inner)
+        return self._fastclip.can_unscale
 
     def __getattr__(self, name: str) -> Any:
         # "optimizer" would have frameworks look inside; riders on the wrapped optimizer are not the wrapper's.
@@ -220,15 +220,21 @@ class ClippedOptimizer(Reports, Optimizer):
             TypeError: arguments that the wrapped optimizer's ``step`` doesn't take, or lacks; nothing was done.
             RuntimeError: ``scaler.unscale_`` was called with the wrapped optimizer, ``scaler.step`` with this one.
         """
-        args: tuple[Any, ...] = (self,) if closure is None else (self, closure)
+        args = () if closure is None else (closure,)
+        if not any(name in vars(self) for name in RIDERS):  # the usual case; a graph can't break inside a `with`
+            return self._step(args, kwargs)
         with scalers_marks(self):
-            for pre_hook in self._optimizer_step_pre_hooks.values():
-                result = pre_hook(self, args, kwargs)
-                if result is not None:
-                    args, kwargs = result
-            out = self._fastclip.step(self, self._inner.step, args[1:], kwargs)
-            for post_hook in self._optimizer_step_post_hooks.values():
-                post_hook(self, args, kwargs)
+            return self._step(args, kwargs)
+
+    def _step(self, closure: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        args = (self, *closure)
+        for pre_hook in self._optimizer_step_pre_hooks.values():
+            result = pre_hook(self, args, kwargs)
+            if result is not None:
+                args, kwargs = result
+        out = self._fastclip.step(self, self._inner.step, args[1:], kwargs)
+        for post_hook in self._optimizer_step_post_hooks.values():
+            post_hook(self, args, kwargs)
         return out
 
     step.hooked = True  # type: ignore[attr-defined]  # global hooks run in the wrapped optimizer's step, once
