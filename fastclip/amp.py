@@ -38,6 +38,14 @@ class GradScaler(torch.amp.GradScaler):
         >>> scaler.update()
     """
 
+    def step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> float | None:
+        """As ``torch.amp.GradScaler.step``."""
+        try:
+            return super().step(optimizer, *args, **kwargs)
+        finally:
+            if (guard := vars(optimizer).get(GUARD)) is not None:
+                guard.report_to(None)  # an error may have come before the read
+
     def _check_inf_per_device(self, optimizer: Optimizer) -> dict[Any, Tensor]:
         guard = vars(optimizer).get(GUARD)
         if guard is None:

@@ -83,7 +83,7 @@ class Guard(Reports):
         wants the scaler itself as an argument (the older contract of apex and TransformerEngine)."""
         return self._takes.names is None or "grad_scaler" not in self._takes.names
 
-    def report_to(self, found_inf: Tensor) -> None:
+    def report_to(self, found_inf: Tensor | None) -> None:
         """Has the next look written into ``found_inf``, 0-d float32: a GradScaler asks, so NaN and Inf skip."""
         self._report = found_inf
 
@@ -94,7 +94,6 @@ class Guard(Reports):
         self._replaced = {name: vars(optimizer)[name] for name in ATTACHED if name in vars(optimizer)}
 
         @functools.wraps(getattr(inner_step, "__func__", inner_step))
-        @torch.no_grad()
         def step(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
             if vars(optimizer).get(amp.GUARD) is not self:  # removed, but someone else holds on to this function
                 return inner_step(*args, **kwargs)
@@ -151,8 +150,7 @@ class Guard(Reports):
                     return loss  # else the optimizer has moved the parameters before its first evaluation (SAM)
             with torch.enable_grad():
                 loss = closure()
-            with torch.no_grad():
-                self.look(owner, again=True)
+            self.look(owner, again=True)
             return loss
 
         return self._call(inner_step, clearance, {**kwargs, "closure": guarded_closure})
@@ -181,6 +179,7 @@ class Guard(Reports):
             return inner_step(**kwargs)
 
     @_disable_dynamo
+    @torch.no_grad()
     def look(self, owner: Optimizer, again: bool = False) -> Clearance:
         """Reads the gradients, records the step, and clips in place what can't ride.
 
@@ -193,7 +192,7 @@ class Guard(Reports):
             return Clearance(True)
         grad_scale, given_inf = self._given(owner)
         nonfinite = self.nonfinite
-        if report is not None or given_inf is True:
+        if report is not None or given_inf is not None:
             nonfinite = "skip"  # a GradScaler searches for its scale by trial
         elif again and nonfinite == "skip":
             nonfinite = "raise"
@@ -204,7 +203,7 @@ class Guard(Reports):
         found_inf = _any(finding.found_inf for finding in findings)
         if report is not None:
             report.copy_(torch.as_tensor(found_inf))
-        reasons = [given_inf, *(verdict.skip for verdict in verdicts)]
+        reasons = [False if given_inf is None else given_inf, *(verdict.skip for verdict in verdicts)]
         skip = _any([*reasons, found_inf] if nonfinite == "skip" else reasons)
         clipped = _any(verdict.clip_coef != 1.0 for verdict in verdicts)
 
@@ -254,6 +253,8 @@ class Guard(Reports):
         if all(key in group for key in OWN_RULES):
             raise ValueError(f"param_groups[{index}] has both a policy and a group_max_norm; leave one")
         norm_type = getattr(self.policy, "norm_type", 2.0)
+        if not isinstance(group.get("group_max_norm"), Tensor) and callable(group.get("group_max_norm")):
+            raise TypeError(f"param_groups[{index}]['group_max_norm'] is a callable; use policy=GlobalNorm(callable)")
         policy: Policy = group.get("policy") or GlobalNorm(group["group_max_norm"], norm_type=norm_type)
         if getattr(policy, "norm_type", norm_type) != norm_type:
             raise ValueError(
@@ -262,8 +263,8 @@ class Guard(Reports):
             )
         return policy
 
-    def _given(self, owner: Optimizer) -> tuple[float | Tensor | None, bool | Tensor]:
-        """The scale of the gradients, and whether someone has already found Inf: what a GradScaler or the user says."""
+    def _given(self, owner: Optimizer) -> tuple[float | Tensor | None, bool | Tensor | None]:
+        """The scale of the gradients, and whether an Inf has been found: what a GradScaler or the user says, if any."""
         holders = [vars(owner)]
         if owner is not self.optimizer:
             if all(name in holders[0] for name in riding.RIDERS):
@@ -271,7 +272,7 @@ class Guard(Reports):
             if amp.GUARD not in vars(self.optimizer):
                 holders.append(vars(self.optimizer))
         grad_scale: float | Tensor | None = None
-        given_inf: bool | Tensor = False
+        found: list[bool | Tensor] = []
         for holder in holders:
             if holder.get("grad_scale") is not None:
                 scale = _on_host_if_known("grad_scale", holder["grad_scale"])
@@ -279,9 +280,8 @@ class Guard(Reports):
                     raise ValueError(f"grad_scale must be positive and finite, got {scale}; nothing was written")
                 grad_scale = scale if grad_scale is None else grad_scale * scale
             if holder.get("found_inf") is not None:
-                found = _on_host_if_known("found_inf", holder["found_inf"])
-                given_inf = _any([given_inf, found > 0])
-        return grad_scale, given_inf
+                found.append(_on_host_if_known("found_inf", holder["found_inf"]) > 0)
+        return grad_scale, _any(found) if found else None
 
     def _is_rehearsal(self, groups: list[dict[str, Any]], findings: list[Finding]) -> bool:
         """Whether this is the step with zero gradients and no learning rate by which torch.distributed.checkpoint

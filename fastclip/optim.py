@@ -9,16 +9,16 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch.optim import Optimizer
 
 from fastclip.amp import GUARD, scalers_marks
 from fastclip.checks import norm_type_number
-from fastclip.guard import Guard
+from fastclip.guard import OWN_RULES, Guard
 from fastclip.policies import Bound, GlobalNorm, Policy
 from fastclip.record import Record, Reports
 from fastclip.riding import RIDERS
 
+BOUNDS = ("max_norm", *OWN_RULES)  # keys of a param group that are fastclip's
 STATE = "fastclip"  # the key of a state_dict under which policies that learn keep what they know
 
 # Frameworks' own wrappers: stepping one from outside would clip gradients that it hasn't unscaled, synchronised
@@ -106,6 +106,9 @@ class ClippedOptimizer(Reports, Optimizer):
         _check_optimizer(optimizer)
         self._inner = optimizer
         self._fastclip = Guard(optimizer, _policy(max_norm, norm_type, policy), nonfinite, skip_limit)
+        self._start()
+
+    def _start(self) -> None:
         self._optimizer_step_pre_hooks: OrderedDict[int, Callable[..., Any]] = OrderedDict()
         self._optimizer_step_post_hooks: OrderedDict[int, Callable[..., Any]] = OrderedDict()
         self._patch_step_function()
@@ -162,43 +165,49 @@ class ClippedOptimizer(Reports, Optimizer):
         A policy that learns adds what it knows under the key ``"fastclip"``, which the bare optimizer ignores.
         """
         state_dict: dict[str, Any] = self._inner.state_dict()
-        known = {-1: self.policy.state_dict()}
+        known = {"all": self.policy.state_dict(), "inner": state_dict.pop(STATE, {})}
         for index, group in enumerate(state_dict["param_groups"]):
             if "policy" in group:  # the object stays here; what it knows travels
-                known[index] = group.pop("policy").state_dict()
-        known = {index: state for index, state in known.items() if state}
+                known[f"group {index}"] = group.pop("policy").state_dict()
+        known = {whose: state for whose, state in known.items() if state}
         return {**state_dict, STATE: known} if known else state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes a state dict of this or of the bare optimizer; policies keep what they know if it tells nothing."""
-        policies = {-1: self.policy}
-        policies |= {index: group["policy"] for index, group in enumerate(self.param_groups) if "policy" in group}
+        """Takes a state dict of this or of the bare optimizer.
+
+        What it doesn't tell stays: the bounds and policies of param groups, and what policies know.
+        """
+        before = [{key: group[key] for key in BOUNDS if key in group} for group in self.param_groups]
         known = state_dict.get(STATE, {})
-        self._inner.load_state_dict({key: value for key, value in state_dict.items() if key != STATE})
-        for index, policy in policies.items():
-            if index >= 0:
-                self.param_groups[index]["policy"] = policy
-            if index in known:
-                policy.load_state_dict(known[index])
+        inner_state = {key: value for key, value in state_dict.items() if key != STATE}
+        self._inner.load_state_dict({**inner_state, STATE: known["inner"]} if "inner" in known else inner_state)
+        policies = {"all": self.policy}
+        for index, (group, bounds) in enumerate(zip(self.param_groups, before, strict=True)):
+            for key, value in bounds.items():
+                group.setdefault(key, value)
+            if "policy" in group:
+                policies[f"group {index}"] = group["policy"]
+        for whose, policy in policies.items():
+            if whose in known:
+                policy.load_state_dict(known[whose])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         self._inner.add_param_group(param_group)
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        self._inner.zero_grad(set_to_none)
+    def zero_grad(self, *args: Any, **kwargs: Any) -> None:
+        self._inner.zero_grad(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        # LR schedulers put a counting `step` on the instance, which can't be pickled; the next one does it again.
-        return {key: value for key, value in self.__dict__.items() if key != "step"}
+        # What others put on the object, hooks and a scheduler's counting `step`, stays behind, as in torch.
+        return {key: self.__dict__[key] for key in ("_inner", "_fastclip")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._patch_step_function()
+        self._start()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._fastclip!r}) of {self._inner!r}"
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
         """Clips the gradients and steps; skips the step when a gradient is not finite.
 
@@ -230,8 +239,11 @@ class ClippedOptimizer(Reports, Optimizer):
         args = (self, *closure)
         for pre_hook in self._optimizer_step_pre_hooks.values():
             result = pre_hook(self, args, kwargs)
-            if result is not None:
-                args, kwargs = result
+            if result is None:
+                continue
+            if not isinstance(result, tuple) or len(result) != 2:
+                raise RuntimeError(f"a step pre-hook must return None or (args, kwargs), got {result!r}")
+            args, kwargs = result
         out = self._fastclip.step(self, self._inner.step, args[1:], kwargs)
         for post_hook in self._optimizer_step_post_hooks.values():
             post_hook(self, args, kwargs)

@@ -96,6 +96,7 @@ class GlobalNorm:
         return not self._fixed or self._request.max_norm != math.inf
 
     def request(self) -> Request:
+        self._device_bound = None  # a step may have failed before it decided
         if self._fixed:
             return self._request
         value = self._max_norm

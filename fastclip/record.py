@@ -150,10 +150,11 @@ class Record:
     def stats(self) -> GradStats | None:
         if self.norm is None:
             return None
-        rows = torch.cat([seen.rows.to(self.seen[0].rows) for seen in self.seen], dim=1)
+        request = min((seen.request for seen in self.seen), key=lambda request: request.fields)
+        rows = torch.cat([seen.rows[: request.fields].to(self.seen[0].rows) for seen in self.seen], dim=1)
         sizes = [size for seen in self.seen for size in seen.sizes]
         names = [name for seen in self.seen for name in seen.names]
-        return stats_from(rows, self.norm.clone(), self.seen[0].request, sizes, names)
+        return stats_from(rows, self.norm.clone(), request, sizes, names)
 
 
 class Reports:

@@ -34,7 +34,7 @@ def first_step_is_lost(optimizer: Optimizer) -> bool:
     Fused SGD allocates its momentum buffers, and then leaves it to the kernel to fill them.
     """
     return type(optimizer).step.__module__ == "torch.optim.sgd" and any(
-        parameter.grad is not None and optimizer.state[parameter].get("momentum_buffer") is None
+        parameter.grad is not None and optimizer.state.get(parameter, {}).get("momentum_buffer") is None
         for group in optimizer.param_groups
         if group["momentum"]
         for parameter in group["params"]
@@ -46,7 +46,8 @@ def divisor(clip_coef: float | Tensor, grad_scale: float | Tensor | None) -> flo
     scale = 1.0 if grad_scale is None else grad_scale
     if isinstance(clip_coef, Tensor) or isinstance(scale, Tensor):
         wanted = torch.as_tensor(scale / clip_coef)
-        # past float32's range it stays finite, so that finite gradients don't vanish; Inf means a coefficient of 0
+        # Past float32's range it stays finite, so that finite gradients don't vanish (the bound is missed there);
+        # Inf means a coefficient of 0.
         within = torch.where(torch.isinf(wanted), wanted, wanted.clamp(FLOAT32.tiny, FLOAT32.max))
         return within.to(torch.float32)
     if not clip_coef or not FLOAT32.tiny <= scale / clip_coef <= FLOAT32.max:
