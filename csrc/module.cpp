@@ -167,6 +167,54 @@ GradTable table_of(const py::list& grads) {
   return table;
 }
 
+// For each tensor in how many equal pieces of memory its units lie; 0 if they don't lie so. A unit are the elements
+// that differ only in the dimensions of the tensor's mask; units follow each other in the order of the others.
+std::vector<std::int64_t> pieces(const GradTable& table, const std::vector<std::uint64_t>& masks) {
+  if (masks.size() != table.tensors.size()) throw py::value_error("one mask per tensor is needed");
+  std::vector<std::int64_t> counts(masks.size());
+  for (std::size_t i = 0; i < masks.size(); ++i) {
+    DLTensor t;
+    if (torch.api->dltensor_from_py_object_no_sync(PyList_GET_ITEM(table.grads.ptr(), i), &t) != 0)
+      throw py::error_already_set();
+    std::int64_t units = 1;
+    for (int d = 0; d < t.ndim; ++d)
+      if (!(masks[i] >> d & 1)) units *= t.shape[d];
+    const std::int64_t size = table.tensors[i].size;
+    if (units == 0 || size == 0) continue;
+    // The tensor is dense in some order, so its units are blocks when every other dimension steps over whole ones.
+    bool blocks = true;
+    std::int64_t expected = 1, previous = -1;
+    for (int d = t.ndim - 1; d >= 0; --d) {
+      const std::int64_t stride = t.strides == nullptr ? expected : t.strides[d];
+      expected *= t.shape[d];
+      if ((masks[i] >> d & 1) || t.shape[d] == 1) continue;
+      blocks &= stride >= size / units && stride > previous;
+      previous = stride;
+    }
+    if (blocks) counts[i] = units;
+  }
+  return counts;
+}
+
+// A table over counts[i] equal consecutive pieces of each tensor, in order; 0 leaves a tensor out.
+GradTable split(const GradTable& table, const std::vector<std::int64_t>& counts) {
+  if (counts.size() != table.tensors.size()) throw py::value_error("one count per tensor is needed");
+  GradTable pieces;
+  pieces.grads = table.grads;
+  pieces.wide = table.wide;
+  for (std::size_t i = 0; i < counts.size(); ++i) {
+    const TensorRef& whole = table.tensors[i];
+    if (counts[i] == 0) continue;
+    if (counts[i] < 0 || whole.size % counts[i] != 0)
+      throw py::value_error("tensor " + std::to_string(i) + " can't be cut into " + std::to_string(counts[i]) + " pieces");
+    const std::int64_t size = whole.size / counts[i];
+    auto* data = static_cast<char*>(whole.data);
+    for (std::int64_t k = 0; k < counts[i]; ++k, data += size * element_bytes(whole.dtype))
+      pieces.tensors.push_back({data, size, whole.dtype});
+  }
+  return pieces;
+}
+
 // tensor.grad, a new reference. torch's own getter is called without the attribute look-up, which
 // takes a fifth of the time; a subclass may have overridden it.
 PyObject* grad_of(PyObject* tensor) {
@@ -243,6 +291,14 @@ void cpu_finish(const py::object& rows, std::int64_t fields, std::int64_t count,
   cpu::finish(doubles(rows, fields * count, "rows"), count, norm_type, max_norm, eps, doubles(totals, cpu::kTotals, "totals"));
 }
 
+void cpu_join(const py::object& unit_rows, const std::vector<std::int64_t>& counts, double norm_type, const py::object& rows) {
+  std::int64_t units = 0;
+  for (const std::int64_t count : counts) units += count;
+  const auto tensors = static_cast<std::int64_t>(counts.size());
+  cpu::join(doubles(unit_rows, units * cpu::kAlwaysFields, "unit_rows"), counts, norm_type,
+            doubles(rows, tensors * cpu::kAlwaysFields, "rows"));
+}
+
 void cpu_scale(const GradTable& table, double factor, int threads) {
   const py::gil_scoped_release release;
   cpu::scale(table.tensors, factor, threads);
@@ -272,6 +328,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("bind", &bind, py::arg("tensor"), py::arg("parameter"));
   m.def("gather", &gather, py::arg("tensors"), py::arg("take_grad"));
 
+  m.def("pieces", &pieces, py::arg("table"), py::arg("masks"));
+  m.def("split", &split, py::arg("table"), py::arg("counts"));
   m.def("first_inference", &first_inference, py::arg("tensors"));
 
   py::class_<GradTable>(m, "GradTable")
@@ -294,6 +352,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_read", &cpu_read, py::arg("table"), py::arg("norm_type"), py::arg("extras"), py::arg("rows"), py::arg("threads"));
   m.def("cpu_finish", &cpu_finish, py::arg("rows"), py::arg("fields"), py::arg("count"), py::arg("norm_type"),
         py::arg("max_norm"), py::arg("eps"), py::arg("totals"));
+  m.def("cpu_join", &cpu_join, py::arg("unit_rows"), py::arg("counts"), py::arg("norm_type"), py::arg("rows"));
   m.def("cpu_scale", &cpu_scale, py::arg("table"), py::arg("factor"), py::arg("threads"));
   m.def("cpu_scale_each", &cpu_scale_each, py::arg("table"), py::arg("factors"), py::arg("threads"));
   m.def("cpu_clamp", &cpu_clamp, py::arg("table"), py::arg("bound"), py::arg("threads"));

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fastclip.backends import plan
-from fastclip.policies import Policy
-from fastclip.stats import GradStats, Reading, known_to_host, read, stats_of
+from fastclip.policies import Decision, Policy
+from fastclip.stats import GradStats, Reading, any_of, known_to_host, read, stats_of
 from fastclip.tensors import Grads
 from fastclip.types import Request, wide_dtype
 
@@ -21,23 +21,49 @@ class Verdict:
 
     Attributes:
         reading: what it saw; ``reading.plan`` is the way to the gradients.
-        clip_coef: multiplier of the unscaled gradients; a 0-d tensor where the host would have to wait for it.
-        skip: the policy's own reason to leave the step out, likewise.
+        decision: what it made of it, for the unscaled gradients.
     """
 
     reading: Reading
-    clip_coef: float | Tensor
-    skip: bool | Tensor
+    decision: Decision
+
+    @property
+    def is_one_number(self) -> bool:
+        """Whether all gradients are multiplied by the same, and nothing else happens to them."""
+        coef, _, unit_coefs, clamp = self.decision
+        return unit_coefs is None and clamp is None and not (isinstance(coef, Tensor) and coef.dim() > 0)
+
+    @property
+    def clipped(self) -> bool | Tensor:
+        """Whether it changes a gradient; a 0-d tensor where the host would have to wait for the answer."""
+        coef, _, unit_coefs, clamp = self.decision
+        if clamp is not None:
+            return True
+        if unit_coefs is not None:
+            coef = unit_coefs
+        if not isinstance(coef, Tensor):
+            return coef != 1.0
+        changed = (coef != 1.0).any()
+        return bool(changed) if known_to_host(changed) else changed
 
     def apply(self, grad_scale: float | Tensor | None = None, skip: bool | Tensor = False) -> None:
         """Multiplies the gradients by ``clip_coef``, divided by ``grad_scale`` if they are scaled; not if ``skip``."""
+        coef, _, unit_coefs, clamp = self.decision
+        if clamp is not None and isinstance(skip, Tensor):
+            skip = bool(skip)
         if skip is True:
             return
-        factor = self.clip_coef if grad_scale is None else self.clip_coef / grad_scale
+        plan, units = self.reading.plan, self.reading.units
+        factor = coef if unit_coefs is None else unit_coefs
+        factor = factor if grad_scale is None else factor / grad_scale
         if isinstance(skip, Tensor):  # selected, not multiplied by 0: 0 x NaN is NaN
             factor = torch.where(skip > 0, 1.0, factor)
-        if isinstance(factor, Tensor) or factor != 1.0:
-            self.reading.plan.scale_(factor)
+        if unit_coefs is not None and units is not None:
+            plan.scale_units_(units.dims, units.counts, torch.as_tensor(factor))
+        elif isinstance(factor, Tensor) or factor != 1.0:
+            plan.scale_(factor)
+        if clamp is not None:
+            plan.clamp_(clamp)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +83,7 @@ class Finding:
 
     def decide(self) -> Verdict:
         """Has the policy decide, once: it may learn from what it sees."""
-        decision = self.policy.decide(self.reading)
-        return Verdict(self.reading, decision.clip_coef, decision.skip)
+        return Verdict(self.reading, self.policy.decide(self.reading))
 
 
 def examine(
@@ -94,7 +119,9 @@ def clip_(grads: Grads, policy: Policy, nonfinite: str) -> Tensor:
     if not grads.tensors:
         return torch.tensor(0.0)
     (finding,) = examine([(grads, policy)], nonfinite)
-    finding.decide().apply(skip=finding.found_inf if nonfinite == "skip" else False)
+    verdict = finding.decide()
+    skip = any_of([verdict.decision.skip, finding.found_inf if nonfinite == "skip" else False])
+    verdict.apply(skip=skip)
     return finding.reading.total_norm
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastclip import clipping, compiled
 from fastclip.checks import nonfinite_rule, norm_type_number, number, real
-from fastclip.policies import GlobalNorm
+from fastclip.policies import GlobalNorm, Policy, Unitwise
 from fastclip.stats import GradStats
 from fastclip.tensors import TensorOrTensors, grads_among, grads_of, grads_or_parameters
 from fastclip.types import Request
@@ -73,6 +73,58 @@ def clip_grad_norm_(
         return compiled.clip_grad_norm_(parameters, request, nonfinite)
     policy = GlobalNorm(number("max_norm", max_norm), norm_type=norm_type, eps=eps)
     return clipping.clip_(grads_of(parameters), policy, nonfinite)
+
+
+def clip_grads_(parameters: TensorOrTensors, policy: Policy, *, nonfinite: str = "propagate") -> Tensor:
+    """Clips all gradients in place by a rule of :mod:`fastclip.policies`.
+
+    Args:
+        parameters: as in :func:`clip_grad_norm_`. A policy that learns about single gradients takes them by their
+            place in this list, so keep its order.
+        policy: the rule; one that learns does so at each call. It can't skip a step here: a policy that would
+            leaves the gradients untouched.
+        nonfinite: as in :func:`clip_grad_norm_`.
+
+    Writes: each ``p.grad`` that the policy clips.
+
+    Returns:
+        The total norm before clipping, as :func:`clip_grad_norm_`.
+
+    Raises:
+        TypeError: ``policy`` is not a policy.
+        NonFiniteGradientError, UnsupportedGradientError: as :func:`clip_grad_norm_`.
+
+    Example:
+        >>> import torch, fastclip
+        >>> p = torch.nn.Parameter(torch.zeros(2))
+        >>> p.grad = torch.tensor([30.0, 40.0])
+        >>> fastclip.clip_grads_([p], fastclip.policies.PerTensorNorm(5.0))
+        tensor(50.)
+        >>> p.grad
+        tensor([3., 4.])
+    """
+    if not isinstance(policy, Policy):
+        raise TypeError(f"policy: expected one of fastclip.policies, got {policy!r}")
+    return clipping.clip_(grads_of(parameters), policy, nonfinite_rule(nonfinite))
+
+
+def adaptive_clip_grad_(
+    parameters: TensorOrTensors, clip_factor: float = 0.01, eps: float = 1e-3, norm_type: float = 2.0
+) -> None:
+    """Adaptive gradient clipping: each row or filter down to ``clip_factor`` times the norm of its weights.
+
+    Equivalent to ``timm.utils.agc.adaptive_clip_grad``, in one read of gradients and weights and a write of only
+    the rows that are clipped. For other units than rows: ``clip_grads_(parameters, policies.Unitwise(...))``.
+
+    Args:
+        parameters: as in :func:`clip_grad_norm_`; leave the last linear layer out.
+        clip_factor, eps, norm_type: as in :class:`fastclip.policies.Unitwise`.
+
+    Writes: the rows that are clipped, of each ``p.grad``.
+
+    Source: Brock et al. 2021, arXiv:2102.06171.
+    """
+    clip_grads_(parameters, Unitwise(clip_factor, eps=eps, norm_type=norm_type))
 
 
 def clip_grad_value_(parameters: TensorOrTensors, clip_value: float, foreach: bool | None = None) -> None:

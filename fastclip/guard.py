@@ -18,7 +18,7 @@ from fastclip.checks import nonfinite_rule, real
 from fastclip.clipping import Finding, examine
 from fastclip.policies import GlobalNorm, Policy
 from fastclip.record import Record, Reports, Seen
-from fastclip.stats import known_to_host
+from fastclip.stats import any_of, known_to_host
 from fastclip.tensors import Grads, check_groups_disjoint, grads_of_groups
 from fastclip.types import TOTAL_NORM
 
@@ -200,12 +200,12 @@ class Guard(Reports):
         if self._is_rehearsal(groups, findings):
             return Clearance(True)
         verdicts = [finding.decide() for finding in findings]
-        found_inf = _any(finding.found_inf for finding in findings)
+        found_inf = any_of(finding.found_inf for finding in findings)
         if report is not None:
             report.copy_(torch.as_tensor(found_inf))
-        reasons = [False if given_inf is None else given_inf, *(verdict.skip for verdict in verdicts)]
-        skip = _any([*reasons, found_inf] if nonfinite == "skip" else reasons)
-        clipped = _any(verdict.clip_coef != 1.0 for verdict in verdicts)
+        reasons = [False if given_inf is None else given_inf, *(verdict.decision.skip for verdict in verdicts)]
+        skip = any_of([*reasons, found_inf] if nonfinite == "skip" else reasons)
+        clipped = any_of(verdict.clipped for verdict in verdicts)
 
         rides = riding.rides(self.optimizer)
         if isinstance(skip, Tensor) and (not rides or riding.first_step_is_lost(self.optimizer)):
@@ -215,8 +215,9 @@ class Guard(Reports):
         if skip is True:
             return Clearance(False)
         riding_inf = skip.to(torch.float32) if isinstance(skip, Tensor) else None
-        if rides and len(verdicts) == 1 and not twice and not verdicts[0].reading.plan.wide:
-            by = riding.divisor(verdicts[0].clip_coef, grad_scale)
+        only = verdicts[0]
+        if rides and len(verdicts) == 1 and only.is_one_number and not twice and not only.reading.plan.wide:
+            by = riding.divisor(only.decision.clip_coef, grad_scale)
             if isinstance(by, Tensor) or by == 1.0:
                 return Clearance(True, by if isinstance(by, Tensor) else None, riding_inf)
             if by is not None:
@@ -258,7 +259,7 @@ class Guard(Reports):
         policy: Policy = group.get("policy") or GlobalNorm(group["group_max_norm"], norm_type=norm_type)
         if getattr(policy, "norm_type", norm_type) != norm_type:
             raise ValueError(
-                f"param_groups[{index}]['policy'] is in the {policy.norm_type:g}-norm, the optimizer's in the "  # type: ignore[attr-defined]
+                f"param_groups[{index}]['policy'] is in the {policy.norm_type:g}-norm, the optimizer's in the "
                 f"{norm_type:g}-norm: one total norm needs one norm_type"
             )
         return policy
@@ -281,7 +282,7 @@ class Guard(Reports):
                 grad_scale = scale if grad_scale is None else grad_scale * scale
             if holder.get("found_inf") is not None:
                 found.append(_on_host_if_known("found_inf", holder["found_inf"]) > 0)
-        return grad_scale, _any(found) if found else None
+        return grad_scale, any_of(found) if found else None
 
     def _is_rehearsal(self, groups: list[dict[str, Any]], findings: list[Finding]) -> bool:
         """Whether this is the step with zero gradients and no learning rate by which torch.distributed.checkpoint
@@ -311,19 +312,6 @@ class Guard(Reports):
 
     def __repr__(self) -> str:
         return f"{self.policy!r}, nonfinite={self.nonfinite!r}"
-
-
-def _any(reasons: Any) -> bool | Tensor:
-    """Whether one of them holds: bools, or 0-d tensors; a tensor unless the host knows."""
-    tensors = []
-    for reason in reasons:
-        if isinstance(reason, Tensor):
-            tensors.append(reason.detach().reshape(()) > 0)
-        elif reason:
-            return True
-    if not tensors:
-        return False
-    return torch.stack([tensor.to(tensors[0].device) for tensor in tensors]).any()
 
 
 def _on_host_if_known(name: str, value: Any) -> float | Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor
 
 from fastclip.backends import Part, Plan, reference
-from fastclip.tensors import first_nonfinite
+from fastclip.backends import plan as plan_of
+from fastclip.tensors import first_nonfinite, grads_among
 from fastclip.types import (
+    ALWAYS_FIELDS,
     CLIP_COEF,
     INFS,
     MAX_ABS,
@@ -27,8 +30,30 @@ from fastclip.types import (
     Request,
     wide_dtype,
 )
+from fastclip.units import unit_dims
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
+
+
+@dataclass(frozen=True, slots=True)
+class Units:
+    """What one read says of the units of the gradients: those of the first one, then of the second, ...
+
+    Attributes:
+        dims: for each gradient the dimensions over which a unit extends.
+        counts: how many units each has.
+        rows: ``[ALWAYS_FIELDS, u]``: norm, NaN and Inf of each unit.
+        weight_norms: ``[u]``, norm of the same unit of the parameter.
+    """
+
+    dims: list[tuple[int, ...]]
+    counts: list[int]
+    rows: Tensor
+    weight_norms: Tensor
+
+    @property
+    def norms(self) -> Tensor:
+        return self.rows[NORM]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +66,7 @@ class Reading:
         rows: ``[request.fields, n]``, per tensor, on the first gradient's device in its widest dtype.
         totals: ``[len(TOTALS)]``, of all tensors, same device and dtype.
         on_host: ``totals`` as numbers, where looking at them waits for nothing (plain CPU memory); else None.
+        units: the same of each unit, if the request asks for units.
     """
 
     plan: Plan
@@ -48,6 +74,35 @@ class Reading:
     rows: Tensor
     totals: Tensor
     on_host: list[float] | None
+    units: Units | None = None
+
+    @property
+    def columns(self) -> Tensor:
+        """``[n]`` int64: the place of each gradient's parameter among all that were listed."""
+        return torch.tensor(self.plan.grads.columns, dtype=torch.int64, device=self.rows.device)
+
+    @property
+    def parameters(self) -> int:
+        """How many parameters were listed, with and without a gradient."""
+        listed = self.plan.grads.parameters
+        return len(self.plan.grads.tensors) if listed is None else len(listed)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Elements in each gradient."""
+        return [grad.numel() for grad in self.plan.grads.tensors]
+
+    def after(self, clip_coef: float | Tensor, unit_coefs: Tensor | None, request: Request) -> Reading:
+        """What another read would give after a multiplication, for a request of the same norm type."""
+        rows, units = self.rows.clone(), self.units
+        if unit_coefs is not None and units is not None:
+            unit_rows = units.rows.clone()
+            unit_rows[NORM] *= unit_coefs
+            units = Units(units.dims, units.counts, unit_rows, units.weight_norms)
+            reference.join_units(unit_rows, units.counts, request, rows)
+        elif isinstance(clip_coef, Tensor) or clip_coef != 1.0:
+            _scale_rows(rows, request, lambda norms: norms * clip_coef)
+        return _finished(self.plan, request, rows, units)
 
     @property
     def norm_dtype(self) -> torch.dtype:
@@ -95,6 +150,19 @@ def known_to_host(tensor: Tensor) -> bool:
     return type(tensor) is Tensor and tensor.device.type == "cpu"
 
 
+def any_of(reasons: Iterable[bool | Tensor]) -> bool | Tensor:
+    """Whether one of them holds: bools, or 0-d tensors that aren't 0; a tensor where the host would have to wait."""
+    tensors = []
+    for reason in reasons:
+        if isinstance(reason, Tensor) and not known_to_host(reason):
+            tensors.append(reason.detach().reshape(()) != 0)
+        elif reason:
+            return True
+    if not tensors:
+        return False
+    return torch.stack([tensor.to(tensors[0].device) for tensor in tensors]).any()
+
+
 def narrowed(norms: Tensor, dtype: torch.dtype) -> Tensor:
     """A copy of ``norms`` in the dtype that callers get; only a norm that is not finite becomes so.
 
@@ -109,25 +177,77 @@ def read(plan: Plan, request: Request, grad_scale: float | Tensor | None = None)
     """Reads every gradient element once, without waiting for the device.
 
     With ``grad_scale`` the norms are those of the gradients divided by it; NaN and Inf are counted as they stand.
+
+    Raises:
+        ValueError: ``request.units`` doesn't fit a gradient, or the gradients' parameters are not known.
     """
-    if len(plan.parts) == 1 and plan.parts[0].positions is None:
-        rows = _read_part(plan.parts[0], request)
-        finish = plan.parts[0].backend.finish
+    units = _read_units(plan, request) if request.units is not None else None
+    if units is None or request.extras:
+        rows = _gathered(plan, [_read_part(part, request) for part in plan.parts])
     else:
-        read_rows = [(part, part.positions or [], _read_part(part, request)) for part in plan.parts]
-        home = next(own for _, positions, own in read_rows if positions[0] == 0)
-        rows = home.new_empty((request.fields, len(plan.grads.tensors)))
-        for _, positions, own in read_rows:
-            rows[:, positions] = own.to(rows)
-        finish = reference.finish
+        rows = units.rows.new_empty((request.fields, len(units.counts)))
+        (plan.parts[0].backend if len(plan.parts) == 1 else reference).join_units(
+            units.rows, units.counts, request, rows
+        )
     if grad_scale is not None:
         divisor = grad_scale.detach().reshape(()).to(rows) if isinstance(grad_scale, Tensor) else grad_scale
-        for field in (NORM, MAX_ABS, SUM_ABS):
-            if field < request.fields and not (field == NORM and request.norm_type == 0):  # a count has no scale
-                rows[field] /= divisor
+        _scale_rows(rows, request, lambda norms: norms / divisor)
+        if units is not None:
+            _scale_rows(units.rows, request, lambda norms: norms / divisor)
+    return _finished(plan, request, rows, units)
+
+
+def _finished(plan: Plan, request: Request, rows: Tensor, units: Units | None) -> Reading:
     totals = rows.new_empty(len(TOTALS))
-    finish(rows, request, totals)
-    return Reading(plan, request, rows, totals, totals.tolist() if known_to_host(totals) else None)
+    plan.finish(rows, request, totals)
+    return Reading(plan, request, rows, totals, totals.tolist() if known_to_host(totals) else None, units)
+
+
+def _scale_rows(rows: Tensor, request: Request, scaled: Callable[[Tensor], Tensor]) -> None:
+    """Replaces norms and magnitudes in place; counts have no scale."""
+    for field in (NORM, MAX_ABS, SUM_ABS):
+        if field < len(rows) and not (field == NORM and request.norm_type == 0):
+            rows[field] = scaled(rows[field])
+
+
+def _gathered(plan: Plan, own: list[Tensor]) -> Tensor:
+    """The columns of all parts in the order of the gradients, on the first one's device."""
+    if len(plan.parts) == 1 and plan.parts[0].positions is None:
+        return own[0]
+    home = next(rows for rows, part in zip(own, plan.parts, strict=True) if part.to_list(0) == 0)
+    joined = home.new_empty((len(home), len(plan.grads.tensors)))
+    for rows, part in zip(own, plan.parts, strict=True):
+        joined[:, part.positions or []] = rows.to(joined)
+    return joined
+
+
+def _read_units(plan: Plan, request: Request) -> Units:
+    assert request.units is not None
+    grads = plan.grads
+    if grads.parameters is None:
+        raise ValueError("units are compared with the weights they belong to: pass parameters, not gradients")
+    dims = unit_dims(grads, request.units)
+    weights = plan_of(grads_among([grads.parameters[i] for i in grads.columns], noun="parameters"))
+    counts = [reference.count_units(grad, over) for grad, over in zip(grads.tensors, dims, strict=True)]
+    rows, weight_rows = (_unit_rows(of, dims, counts, request) for of in (plan, weights))
+    return Units(dims, counts, rows, weight_rows[NORM].to(rows))
+
+
+def _unit_rows(plan: Plan, dims: list[tuple[int, ...]], counts: list[int], request: Request) -> Tensor:
+    own = []
+    for part in plan.parts:
+        positions = range(len(dims)) if part.positions is None else part.positions
+        like = part.table.grads[0] if len(part.table) else torch.empty(0)
+        rows = like.new_empty((ALWAYS_FIELDS, sum(counts[i] for i in positions)), dtype=wide_dtype(like.device))
+        part.backend.read_units(part.table, [dims[i] for i in positions], request, rows)
+        own.append(rows)
+    if len(own) == 1 and plan.parts[0].positions is None:
+        return own[0]
+    each: dict[int, Tensor] = {}
+    for rows, part in zip(own, plan.parts, strict=True):
+        positions = part.positions or []
+        each.update(zip(positions, torch.split(rows, [counts[i] for i in positions], dim=1), strict=True))
+    return torch.cat([each[i].to(each[0]) for i in range(len(dims))], dim=1)
 
 
 def _read_part(part: Part, request: Request) -> Tensor:

@@ -36,6 +36,7 @@ class Grads:
         names: the caller's names for his list, or None.
         noun: how the caller's list is called in messages.
         native: the native core's table over exactly these tensors, made on the way; None without one.
+        parameters: the caller's list, where it holds parameters.
     """
 
     tensors: list[Tensor]
@@ -43,6 +44,12 @@ class Grads:
     names: Sequence[str] | None = None
     noun: str = "parameters"
     native: Any = None
+    parameters: list[Tensor] | None = None
+
+    @property
+    def columns(self) -> Sequence[int]:
+        """Where each stood in the caller's list."""
+        return range(len(self.tensors)) if self.positions is None else self.positions
 
     def label(self, index: int) -> str:
         """The name of gradient ``index`` in words that the caller knows."""
@@ -94,7 +101,7 @@ def _gathered(listed: list[Tensor], take_grad: bool, noun: str, names: Sequence[
         grads, positions, native = C.gather(listed, take_grad) if C is not None else _gather(listed, take_grad)
     except TypeError as error:
         raise TypeError(f"{noun}: {error}") from None
-    return Grads(grads, positions, names, noun, native)
+    return Grads(grads, positions, names, noun, native, listed if take_grad else None)
 
 
 def grads_of(parameters: TensorOrTensors) -> Grads:

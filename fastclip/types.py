@@ -29,12 +29,15 @@ class Request:
         max_norm: bound from which ``clip_coef`` follows; ``inf`` asks for statistics alone.
         eps: added to the total norm in the denominator of ``clip_coef``.
         extras: also fill ``max_abs``, ``sum_abs`` and ``zeros``.
+        units: also give the norm of each unit (row, filter) of each gradient and of its weight; see
+            :func:`fastclip.units.unit_dims`. None for no units.
     """
 
     norm_type: float = 2.0
     max_norm: float = math.inf
     eps: float = 1e-6
     extras: bool = False
+    units: str | tuple[int, ...] | None = None
 
     @property
     def fields(self) -> int:
@@ -89,6 +92,16 @@ class Backend(Protocol):
     def read(self, table: Any, request: Request, rows: Tensor) -> None:
         """The one read. Fills ``rows``, ``[request.fields, len(table)]``, every element of it."""
 
+    def read_units(self, table: Any, dims: list[tuple[int, ...]], request: Request, unit_rows: Tensor) -> None:
+        """The one read, unit by unit: a unit of tensor i are the elements that differ only in ``dims[i]``.
+
+        Fills ``unit_rows``, ``[ALWAYS_FIELDS, u]``, with the units of each tensor in row-major order of the
+        dimensions that are left.
+        """
+
+    def join_units(self, unit_rows: Tensor, counts: list[int], request: Request, rows: Tensor) -> None:
+        """Joins ``unit_rows`` into ``rows``, ``[ALWAYS_FIELDS, n]``: tensor i has ``counts[i]`` units."""
+
     def finish(self, rows: Tensor, request: Request, totals: Tensor) -> None:
         """Joins ``rows`` (of any number of tensors, tables or ranks) into ``totals``, ``[len(TOTALS)]``."""
 
@@ -97,6 +110,9 @@ class Backend(Protocol):
 
         A tensor whose factor is 1 is not written, where the host or the kernel can know it.
         """
+
+    def scale_units_(self, table: Any, dims: list[tuple[int, ...]], factors: Tensor) -> None:
+        """Multiplies each unit in place by its factor, ``[u]``; one whose factor is 1 need not be written."""
 
     def clamp_(self, table: Any, bound: float) -> None:
         """Clamps every real element into [-bound, bound]; NaN stays NaN."""

@@ -27,6 +27,7 @@ FLOORS = {
     "checks": 1,
     "tensors": 1,
     "backends": 2,
+    "units": 2,
     "stats": 3,
     "policies": 4,
     "clipping": 5,

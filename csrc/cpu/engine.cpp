@@ -216,6 +216,21 @@ void finish(const double* rows, std::int64_t count, double norm_type, double max
   totals[kTotalInfs] = infs;
 }
 
+void join(const double* unit_rows, const std::vector<std::int64_t>& counts, double norm_type, double* rows) {
+  const auto tensors = static_cast<std::int64_t>(counts.size());
+  std::int64_t units = 0;
+  for (const std::int64_t count : counts) units += count;
+  const double* at = unit_rows;
+  for (std::int64_t t = 0; t < tensors; at += counts[t], ++t) {
+    rows[kNorm * tensors + t] = counts[t] ? norm_of_norms(at, counts[t], norm_type) : empty_norm(norm_type);
+    for (const Field field : {kNans, kInfs}) {
+      double sum = 0.0;
+      for (std::int64_t i = 0; i < counts[t]; ++i) sum += at[field * units + i];
+      rows[field * tensors + t] = sum;
+    }
+  }
+}
+
 void scale(const Tensors& tensors, const double* factors, int threads) {
   const Kernels& k = kernels();
   for_chunks(chunks_of(tensors), threads, [&](std::int64_t, const Chunk& chunk) {

@@ -27,6 +27,10 @@ void read(const Tensors& tensors, double norm_type, bool extras, double* rows, i
 // rows: in, [>= kAlwaysFields][count]. totals: out, [kTotals].
 void finish(const double* rows, std::int64_t count, double norm_type, double max_norm, double eps, double* totals);
 
+// Rows of pieces -> rows of the tensors they are pieces of, counts[i] each in order.
+// unit_rows: in, [kAlwaysFields][sum of counts]. rows: out, [kAlwaysFields][counts.size()].
+void join(const double* unit_rows, const std::vector<std::int64_t>& counts, double norm_type, double* rows);
+
 // factors: one per tensor; a tensor whose factor is 1 is not touched.
 void scale(const Tensors& tensors, const double* factors, int threads);
 void scale(const Tensors& tensors, double factor, int threads);

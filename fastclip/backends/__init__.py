@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from fastclip._native import C, why_missing
 from fastclip.backends import cpu, reference
 from fastclip.tensors import Grads, TensorOrTensors, check_not_inference, check_writable, grads_or_parameters
-from fastclip.types import Backend, BackendUnavailableError, UnsupportedGradientError
+from fastclip.types import Backend, BackendUnavailableError, Request, UnsupportedGradientError
 
 BACKENDS: tuple[Backend, ...] = (cpu, reference)  # best first; the reference serves what the others don't
 
@@ -79,6 +80,11 @@ class Plan:
         """Whether a gradient is float64 or complex128."""
         return any(part.table.wide for part in self.parts)
 
+    @property
+    def finish(self) -> Callable[[Tensor, Request, Tensor], None]:
+        """Of the one backend where there is one."""
+        return self.parts[0].backend.finish if len(self.parts) == 1 else reference.finish
+
     def check_writable(self) -> None:
         """Raises ``UnsupportedGradientError`` if a gradient can be read but not written."""
         for part in self.parts:
@@ -93,6 +99,17 @@ class Plan:
             if isinstance(factor, Tensor) and factor.dim() == 1 and part.positions is not None:
                 own = factor[part.positions]
             part.backend.scale_(part.table, own)
+
+    def scale_units_(self, dims: list[tuple[int, ...]], counts: list[int], factors: Tensor) -> None:
+        """Multiplies each unit in place; ``factors`` in the order of the gradients, ``counts[i]`` for each."""
+        check_not_inference(self.grads)
+        for part in self.parts:
+            if part.positions is None:
+                part.backend.scale_units_(part.table, dims, factors)
+                continue
+            each = torch.split(factors, counts)
+            own = torch.cat([each[i] for i in part.positions])
+            part.backend.scale_units_(part.table, [dims[i] for i in part.positions], own)
 
     def clamp_(self, bound: float) -> None:
         check_not_inference(self.grads)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fastclip._native import C, why_missing
+from fastclip.backends import reference
 from fastclip.types import Request
 
 name = "cpu"
@@ -28,6 +30,24 @@ def table_of(grads: list[Tensor], native: Any = None) -> Any:
 
 def read(table: Any, request: Request, rows: Tensor) -> None:
     C.cpu_read(table, request.norm_type, request.extras, rows, torch.get_num_threads())
+
+
+def read_units(table: Any, dims: list[tuple[int, ...]], request: Request, unit_rows: Tensor) -> None:
+    counts = _pieces(table, dims)
+    if all(counts):
+        C.cpu_read(C.split(table, counts), request.norm_type, False, unit_rows, torch.get_num_threads())
+        return
+    own = unit_rows.new_empty((len(unit_rows), sum(counts)))
+    C.cpu_read(C.split(table, counts), request.norm_type, False, own, torch.get_num_threads())
+    at = from_own = 0
+    for grad, reduced, count in zip(table.grads, dims, counts, strict=True):
+        found = own[:, from_own : from_own + count] if count else reference.unit_stats(grad.detach(), reduced, request)
+        unit_rows[:, at : at + found.shape[1]] = found
+        at, from_own = at + found.shape[1], from_own + count
+
+
+def join_units(unit_rows: Tensor, counts: list[int], request: Request, rows: Tensor) -> None:
+    C.cpu_join(unit_rows, counts, request.norm_type, rows)
 
 
 def finish(rows: Tensor, request: Request, totals: Tensor) -> None:
@@ -46,12 +66,42 @@ def scale_(table: Any, factor: float | Tensor) -> None:
         increment_version(table.grads)
 
 
+def scale_units_(table: Any, dims: list[tuple[int, ...]], factors: Tensor) -> None:
+    counts = _pieces(table, dims)
+    if all(counts):
+        C.cpu_scale_each(C.split(table, counts), factors, torch.get_num_threads())
+        starts = np.cumsum([0, *counts[:-1]])
+        _bump(table, (np.add.reduceat((factors != 1.0).numpy(), starts) > 0).tolist() if counts else [])
+        return
+    at = 0
+    for i, (grad, reduced) in enumerate(zip(table.grads, dims, strict=True)):
+        count = counts[i] or reference.count_units(grad, reduced)
+        own = factors[at : at + count]
+        at += count
+        if bool((own == 1.0).all()):
+            continue
+        if counts[i]:
+            C.cpu_scale_each(
+                C.split(table, [0] * i + [count] + [0] * (len(counts) - i - 1)), own, torch.get_num_threads()
+            )
+            increment_version([grad])
+        else:
+            reference.scale_units_of(grad.detach(), reduced, own)
+
+
 def clamp_(table: Any, bound: float) -> None:
     _bump(table, C.cpu_clamp(table, bound, torch.get_num_threads()))
 
 
 def zero_nonfinite_(table: Any) -> None:
     _bump(table, C.cpu_zero_nonfinite(table, torch.get_num_threads()))
+
+
+def _pieces(table: Any, dims: list[tuple[int, ...]]) -> list[int]:
+    """For each tensor in how many equal pieces of memory its units lie; 0 if they don't lie so."""
+    masks = {over: sum(1 << d for d in over) for over in set(dims)}
+    counts: list[int] = C.pieces(table, [masks[over] for over in dims])
+    return counts
 
 
 def _bump(table: Any, written: list[bool]) -> None:

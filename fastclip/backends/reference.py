@@ -73,6 +73,36 @@ def read(table: ReferenceTable, request: Request, rows: Tensor) -> None:
         rows[:, column] = joined
 
 
+def read_units(table: ReferenceTable, dims: list[tuple[int, ...]], request: Request, unit_rows: Tensor) -> None:
+    at = 0
+    for grad, reduced in zip(table.grads, dims, strict=True):
+        stats = unit_stats(grad, reduced, request)
+        unit_rows[:, at : at + stats.shape[1]] = stats
+        at += stats.shape[1]
+
+
+def count_units(grad: Tensor, dims: tuple[int, ...]) -> int:
+    """How many units a tensor has that extend over ``dims``."""
+    return math.prod(size for d, size in enumerate(grad.shape) if d not in dims)
+
+
+def unit_stats(grad: Tensor, dims: tuple[int, ...], request: Request) -> Tensor:
+    """``[ALWAYS_FIELDS, u]`` of one tensor."""
+    kept = [d for d in range(grad.dim()) if d not in dims]
+    widened = _widened(grad.permute(*kept, *dims)).reshape(count_units(grad, dims), -1)
+    nan = torch.isnan(widened)
+    inf = torch.isinf(widened) & ~nan
+    magnitudes = torch.where(nan, math.nan, widened.abs())
+    counted = (magnitudes != 0).to(magnitudes.dtype) if request.norm_type == 0 else magnitudes
+    return torch.stack([norm_of_norms(counted, request.norm_type), nan.sum(1), inf.sum(1)])
+
+
+def join_units(unit_rows: Tensor, counts: list[int], request: Request, rows: Tensor) -> None:
+    for column, own in enumerate(torch.split(unit_rows, counts, dim=1)):
+        rows[0, column] = norm_of_norms(own[0], request.norm_type)
+        rows[1:, column] = own[1:].sum(dim=1)
+
+
 def finish(rows: Tensor, request: Request, totals: Tensor) -> None:
     total_norm = norm_of_norms(rows[0], request.norm_type) if rows.shape[1] else rows.new_zeros(())
     clip_coef = torch.ones_like(total_norm)
@@ -96,6 +126,20 @@ def scale_(table: ReferenceTable, factor: float | Tensor) -> None:
         tensors.write_back(source, grad)
 
 
+def scale_units_(table: ReferenceTable, dims: list[tuple[int, ...]], factors: Tensor) -> None:
+    at = 0
+    for grad, source, reduced in zip(table.grads, table.sources, dims, strict=True):
+        units = count_units(grad, reduced)
+        scale_units_of(grad, reduced, factors[at : at + units])
+        tensors.write_back(source, grad)
+        at += units
+
+
+def scale_units_of(grad: Tensor, dims: tuple[int, ...], factors: Tensor) -> None:
+    shape = [1 if d in dims else grad.shape[d] for d in range(grad.dim())]
+    grad.copy_(_widened(grad) * factors.to(grad.device).reshape(shape))
+
+
 def clamp_(table: ReferenceTable, bound: float) -> None:
     for grad, source in zip(table.grads, table.sources, strict=True):
         if bound > torch.finfo(grad.dtype).max:
@@ -111,23 +155,23 @@ def zero_nonfinite_(table: ReferenceTable) -> None:
 
 
 def norm_of_norms(norms: Tensor, p: float) -> Tensor:
-    """p-norm of a 1-d list of norms or magnitudes, scaled by its dominant entry; NaN wins.
+    """p-norm of norms or magnitudes along the last dimension, scaled by their dominant entry; NaN wins.
 
     Nothing at all has the norm that leaves any join unchanged: 0, or Inf for negative p. A finite input
     never gives Inf: past the largest number of its dtype the result stays there.
     """
-    if norms.numel() == 0:
-        return norms.new_full((), math.inf if p < 0 else 0.0)
+    if norms.shape[-1] == 0:
+        return norms.new_full(norms.shape[:-1], math.inf if p < 0 else 0.0)
     if p == 0:
-        return norms.sum()
+        return norms.sum(-1)
     if p == math.inf:
-        return norms.amax()
+        return norms.amax(-1)
     if p == -math.inf:
-        return norms.amin()
-    dominant = norms.amax() if p > 0 else norms.amin()
+        return norms.amin(-1)
+    dominant = norms.amax(-1) if p > 0 else norms.amin(-1)
     ordinary = torch.isfinite(dominant) & (dominant > 0)
     unit = torch.where(ordinary, dominant, 1.0)
-    norm = unit * (norms / unit).pow(p).sum().pow(1.0 / p)
+    norm = unit * (norms / unit.unsqueeze(-1)).pow(p).sum(-1).pow(1.0 / p)
     largest = torch.finfo(norms.dtype).max
     return torch.where(ordinary, norm.clamp(max=largest), dominant)
 

@@ -1,59 +1,19 @@
-"""Policies: from what one read of the gradients says to what they are multiplied by.
-
-A policy never sees a gradient. It states what the read shall yield, and gets the reading; what it decides
-stays on the device unless the reading is already on the host.
-"""
+"""Clipping by the joint norm: torch's rule."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastclip.checks import norm_type_number, number
+from fastclip.policies.base import Bound, Decision, Policy, coef_for, total_norm
 from fastclip.stats import Reading, known_to_host
-from fastclip.types import TOTAL_NORM, Request
-
-Bound: TypeAlias = float | Tensor | Callable[[int], float | Tensor]
+from fastclip.types import Request
 
 
-class Decision(NamedTuple):
-    """What a policy makes of a reading.
-
-    Attributes:
-        clip_coef: multiplier of the gradients: a number, or a 0-d tensor on their device. 1 leaves them alone.
-        skip: whether the step shall not happen, for a reason of the policy's own; non-finite gradients are
-            the caller's business. A bool, or a 0-d tensor that is 1.0 for yes.
-    """
-
-    clip_coef: float | Tensor
-    skip: bool | Tensor = False
-
-
-class Policy(Protocol):
-    """A clipping rule. One object serves one optimizer (or one param group) and may learn from step to step."""
-
-    @property
-    def writes(self) -> bool:
-        """Whether it may ever ask for more than statistics."""
-
-    def request(self) -> Request:
-        """What the read of this step shall yield; called once a step, before it."""
-
-    def decide(self, reading: Reading) -> Decision:
-        """What follows from the reading that ``request`` asked for; its norms are those of the unscaled gradients."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs; empty for a rule that learns nothing."""
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes back what ``state_dict`` gave."""
-
-
-class GlobalNorm:
+class GlobalNorm(Policy):
     """Scales all gradients by ``min(1, max_norm / (total_norm + eps))``: their joint norm is at most ``max_norm``.
 
     Args:
@@ -92,7 +52,7 @@ class GlobalNorm:
         self._max_norm = value
 
     @property
-    def writes(self) -> bool:
+    def writes(self) -> bool:  # type: ignore[override]
         return not self._fixed or self._request.max_norm != math.inf
 
     def request(self) -> Request:
@@ -111,9 +71,9 @@ class GlobalNorm:
         self._step += 1
         if self._device_bound is None:
             return Decision(reading.clip_coef)
-        norm = reading.totals[TOTAL_NORM]
+        norm = total_norm(reading)
         bound, self._device_bound = self._device_bound.to(norm), None
-        return Decision(torch.where(norm <= bound, 1.0, bound / (norm + self.eps)))
+        return Decision(coef_for(norm, bound, self.eps))
 
     def state_dict(self) -> dict[str, Any]:
         """The number of the step, where ``max_norm`` is a callable that asks for it."""

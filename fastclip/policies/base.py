@@ -1,0 +1,115 @@
+"""What a policy is: from what one read of the gradients says to what they are multiplied by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fastclip.checks import number
+from fastclip.stats import Reading
+from fastclip.types import TOTAL_NORM, Request
+
+Bound: TypeAlias = float | Tensor | Callable[[int], float | Tensor]
+
+
+class Decision(NamedTuple):
+    """What a policy makes of a reading.
+
+    Attributes:
+        clip_coef: multiplier of the gradients: a number, a 0-d tensor on their device, or ``[n]``, one for each
+            gradient. 1 leaves them alone.
+        skip: whether the step shall not happen, for a reason of the policy's own; non-finite gradients are
+            the caller's business. A bool, or a 0-d tensor that is not 0 for yes.
+        unit_coefs: ``[u]``, a multiplier for each unit of ``reading.units``; comes instead of ``clip_coef``.
+        clamp: bound of every element's magnitude; comes after ``clip_coef``.
+    """
+
+    clip_coef: float | Tensor = 1.0
+    skip: bool | Tensor = False
+    unit_coefs: Tensor | None = None
+    clamp: float | None = None
+
+
+class Policy:
+    """A clipping rule: ``decide`` gets what one read of the gradients gave, never a gradient.
+
+    A rule of your own is a subclass with ``decide``; one that learns lists the tensors it learns in ``learned`` and
+    so gets ``state_dict``. Work in tensors on ``reading.totals.device`` and never look at a value: then nothing waits
+    for a GPU. One object serves one optimizer, or one param group.
+
+    Attributes:
+        norm_type: p of the norms it reads.
+        learned: names of the attributes, all tensors, that a resumed run needs.
+        per_tensor: whether they are about single gradients, so that they fit only the same parameters.
+        writes: whether it may ever ask for more than statistics.
+    """
+
+    norm_type: float = 2.0
+    learned: tuple[str, ...] = ()
+    per_tensor: bool = False
+    writes: bool = True
+
+    def request(self) -> Request:
+        """What the read of this step shall yield; called once a step, before it."""
+        return Request(self.norm_type)
+
+    def decide(self, reading: Reading) -> Decision:
+        """What follows from the reading that ``request`` asked for; its norms are those of the unscaled gradients."""
+        raise NotImplementedError(f"{type(self).__name__} has no decide()")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs; empty for a rule that learns nothing."""
+        return {name: getattr(self, name).clone() for name in self.learned}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes back what ``state_dict`` gave.
+
+        Raises:
+            ValueError: it is another policy's; nothing was changed.
+        """
+        if state_dict.keys() != set(self.learned):
+            raise ValueError(
+                f"{type(self).__name__} knows {', '.join(self.learned) or 'nothing'}, the state dict holds "
+                f"{', '.join(map(str, state_dict)) or 'nothing'}: it was saved by another policy"
+            )
+        for name, value in state_dict.items():
+            setattr(self, name, value.clone())
+
+    def to(self, device: torch.device) -> None:
+        """Brings what it learned to ``device``; for a step whose gradients have moved."""
+        for name in self.learned:
+            value: Tensor = getattr(self, name)
+            if value.device != device:
+                setattr(self, name, value.to(device))
+
+    def __repr__(self) -> str:
+        settings = {k: v for k, v in vars(self).items() if not k.startswith("_") and k not in self.learned}
+        shown = (f"{k}={v:g}" if isinstance(v, float) else f"{k}={v!r}" for k, v in settings.items())
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+def coef_for(norm: Tensor, bound: Tensor, eps: float) -> Tensor:
+    """``bound / (norm + eps)`` where the norm exceeds the bound, else exactly 1; elementwise."""
+    return torch.where(norm <= bound, 1.0, bound / (norm + eps))
+
+
+def total_norm(reading: Reading) -> Tensor:
+    """The reading's total norm, 0-d, in its widest dtype."""
+    return reading.totals[TOTAL_NORM]
+
+
+def positive(name: str, value: float) -> float:
+    checked = number(name, value)
+    if checked == 0.0:
+        raise ValueError(f"{name} must be greater than 0")
+    return checked
+
+
+def fraction(name: str, value: float) -> float:
+    checked = number(name, value)
+    if checked >= 1.0:
+        raise ValueError(f"{name} must be below 1, got {checked}")
+    return checked

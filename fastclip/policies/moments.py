@@ -1,0 +1,38 @@
+"""Running mean and variance that start as plain ones and forget slowly after that."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastclip.checks import number
+from fastclip.policies.base import Policy, fraction
+
+
+class Learner(Policy):
+    """A policy that learns the mean and variance of one number per step.
+
+    Over the first ``warmup`` values they are plain mean and population variance, seeded by the values themselves;
+    after that exponential averages with decay ``alpha``. A value that isn't valid leaves no trace.
+    """
+
+    learned = ("count", "mean", "var")
+
+    def __init__(self, alpha: float, warmup: int) -> None:
+        self.alpha = fraction("alpha", alpha)
+        self.warmup = int(number("warmup", warmup))
+        self.count = torch.zeros((), dtype=torch.int64)
+        self.mean = torch.zeros((), dtype=torch.float64)
+        self.var = torch.zeros((), dtype=torch.float64)
+
+    def learn(self, value: Tensor, valid: Tensor, warm: Tensor) -> None:
+        """Takes in a 0-d value, where ``valid``; ``warm`` says whether the warm-up is over."""
+        first = self.count == 0  # also without any warm-up
+        step = torch.where(warm & ~first, 1.0 - self.alpha, 1.0 / (self.count + 1))
+        delta = value - self.mean
+        mean = self.mean + step * delta
+        squared = torch.where(warm, (value - mean).square(), delta * (value - mean))
+        var = torch.where(first, 0.0, self.var + step * (squared - self.var))
+        self.mean = torch.where(valid, mean.to(self.mean), self.mean)
+        self.var = torch.where(valid, var.to(self.var), self.var)
+        self.count = self.count + valid

@@ -1,0 +1,48 @@
+"""Clipping of every gradient by its own norm, with a fixed bound."""
+
+from __future__ import annotations
+
+import torch
+
+from fastclip.checks import number
+from fastclip.policies.base import Decision, Policy, positive
+from fastclip.stats import Reading
+from fastclip.types import NORM
+
+
+class PerTensorNorm(Policy):
+    """Scales each gradient by ``max_norm / max(its norm, max_norm)``.
+
+    Args:
+        max_norm: bound of each gradient's norm, >= 0.
+        norm_type: p of the p-norm.
+
+    Source: Keras ``clipnorm``.
+    """
+
+    def __init__(self, max_norm: float = 1.0, *, norm_type: float = 2.0) -> None:
+        self.max_norm = number("max_norm", max_norm)
+        self.norm_type = norm_type
+
+    def decide(self, reading: Reading) -> Decision:
+        norms = reading.rows[NORM]
+        return Decision(torch.where(norms <= self.max_norm, 1.0, self.max_norm / norms))
+
+
+class BlockRMS(Policy):
+    """Divides each gradient by ``max(1, rms / threshold)``, with rms = norm / sqrt(size).
+
+    Args:
+        threshold: bound of each gradient's root mean square, > 0.
+
+    Source: optax ``clip_by_block_rms``; Shazeer and Stern 2018, arXiv:1804.04235, for updates.
+    """
+
+    def __init__(self, threshold: float = 1.0) -> None:
+        self.threshold = positive("threshold", threshold)
+
+    def decide(self, reading: Reading) -> Decision:
+        norms = reading.rows[NORM]
+        sizes = torch.tensor(reading.sizes, dtype=norms.dtype, device=norms.device)
+        rms = norms / sizes.clamp(min=1).sqrt()
+        return Decision(torch.where(rms <= self.threshold, 1.0, self.threshold / rms))

@@ -1,0 +1,52 @@
+"""A bound some deviations above the running mean of the norms."""
+
+from __future__ import annotations
+
+import torch
+
+from fastclip.policies.base import Decision, coef_for, positive, total_norm
+from fastclip.policies.moments import Learner
+from fastclip.stats import Reading
+
+
+class ZScore(Learner):
+    """Clips a norm that lies more than ``z_threshold`` deviations above the running mean of the norms.
+
+    With z = (norm - mean) / deviation above the threshold, the bound is mean + z_threshold * deviation / (z /
+    z_threshold): the further out, the closer to the mean. Mean and deviation learn the clipped norm.
+
+    Args:
+        z_threshold: deviations from which on a norm is clipped.
+        alpha: decay of mean and variance.
+        warmup: finite norms that are only learned from, before anything is clipped by this rule.
+        floor: the deviation is never taken for less than this share of the mean, so that a stretch of equal norms
+            doesn't make an outlier of every change.
+        eps: added to the deviation, and to the norm in the denominator.
+
+    For a cap beside it, also during the warm-up, as ZClip has one: ``Chain(ZScore(), GlobalNorm(1.0))``.
+
+    Source: ZClip, Kumar et al. 2025, arXiv:2504.02507.
+    """
+
+    def __init__(
+        self,
+        z_threshold: float = 2.5,
+        *,
+        alpha: float = 0.97,
+        warmup: int = 25,
+        floor: float = 1e-3,
+        eps: float = 1e-6,
+    ) -> None:
+        super().__init__(alpha, warmup)
+        self.z_threshold = positive("z_threshold", z_threshold)
+        self.floor, self.eps = floor, eps
+
+    def decide(self, reading: Reading) -> Decision:
+        self.to(reading.totals.device)
+        norm, warm = total_norm(reading), self.count >= self.warmup
+        deviation = torch.maximum(self.var.sqrt(), self.floor * self.mean)
+        z = (norm - self.mean) / (deviation + self.eps)
+        outlier = warm & (z > self.z_threshold)
+        bound = torch.where(outlier, self.mean + self.z_threshold**2 * deviation / z, torch.inf)
+        self.learn(torch.minimum(norm, bound), torch.isfinite(norm), warm)
+        return Decision(coef_for(norm, bound, self.eps))

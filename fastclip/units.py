@@ -1,0 +1,47 @@
+"""Units: the rows, filters or columns of which a tensor consists for rules that look closer than at whole tensors."""
+
+from __future__ import annotations
+
+from fastclip.tensors import Grads
+
+SPELLED = ("out", "in", "tensor")
+
+
+def check_units(units: str | tuple[int, ...]) -> str | tuple[int, ...]:
+    """``units`` if it can be one: a name of SPELLED or dimensions to sum over."""
+    if isinstance(units, str):
+        if units not in SPELLED:
+            raise ValueError(f"units must be one of {', '.join(SPELLED)}, or a tuple of dimensions; got {units!r}")
+        return units
+    dims = tuple(units)
+    if not dims or not all(isinstance(d, int) and d >= 0 for d in dims) or len(set(dims)) < len(dims):
+        raise ValueError(f"units: expected different dimensions, each at least 0, got {units!r}")
+    return dims
+
+
+def unit_dims(grads: Grads, units: str | tuple[int, ...]) -> list[tuple[int, ...]]:
+    """For each gradient the dimensions over which one unit extends.
+
+    Raises:
+        ValueError: ``units`` does not fit a gradient's number of dimensions; names it.
+    """
+    return [_dims(grads, i, grad.shape, units) for i, grad in enumerate(grads.tensors)]
+
+
+def _dims(grads: Grads, index: int, shape: tuple[int, ...], units: str | tuple[int, ...]) -> tuple[int, ...]:
+    rank = len(shape)
+    everything = tuple(range(rank))
+    if units == "tensor" or rank <= 1:
+        return everything
+    if units == "out":
+        return everything[1:]
+    if units == "in":
+        if sum(size > 1 for size in shape) <= 1:
+            return everything
+        if rank > 4:
+            raise ValueError(f"units='in' is defined for up to 4 dimensions; {grads.describe(index)} has {rank}")
+        return everything[:1] if rank <= 3 else everything[:3]
+    assert isinstance(units, tuple)
+    if max(units) >= rank:
+        raise ValueError(f"units={units} names dimensions that {grads.describe(index)} doesn't have")
+    return units
