@@ -1,8 +1,18 @@
 """fastclip: gradient norms, clipping and NaN detection in one read of the gradients."""
 
 from fastclip.amp import GradScaler
-from fastclip.functional import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm, grad_stats
+from fastclip.boundary import clip_boundary
+from fastclip.functional import (
+    adaptive_clip_grad_,
+    clip_grad_norm_,
+    clip_grad_value_,
+    clip_grads_,
+    clip_grads_with_norm_,
+    get_total_norm,
+    grad_stats,
+)
 from fastclip.guard import Guard
+from fastclip.ladder import Event, LossWatch, Rollback, SpikeBackoff
 from fastclip.optim import ClippedOptimizer, attach, clipped
 from fastclip.stats import GradStats
 from fastclip.types import (
@@ -17,17 +27,24 @@ from fastclip.version import __version__
 __all__ = [
     "BackendUnavailableError",
     "ClippedOptimizer",
+    "Event",
     "FastclipError",
     "GradScaler",
     "GradStats",
     "Guard",
+    "LossWatch",
     "NonFiniteGradientError",
+    "Rollback",
     "SkipLimitError",
+    "SpikeBackoff",
     "UnsupportedGradientError",
     "__version__",
+    "adaptive_clip_grad_",
     "attach",
+    "clip_boundary",
     "clip_grad_norm_",
     "clip_grad_value_",
+    "clip_grads_",
     "clip_grads_with_norm_",
     "clipped",
     "get_total_norm",

@@ -14,13 +14,16 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable, but withou
 from torch.optim import Optimizer
 
 from fastclip import amp, riding
+from fastclip.backends import plan
 from fastclip.checks import nonfinite_rule, real
 from fastclip.clipping import Finding, examine
+from fastclip.ladder import Ladder, LossWatch, Rollback, SpikeBackoff, reduced_lr
 from fastclip.policies import GlobalNorm, Policy
-from fastclip.record import Record, Reports, Seen
-from fastclip.stats import any_of, known_to_host
-from fastclip.tensors import Grads, check_groups_disjoint, grads_of_groups
-from fastclip.types import TOTAL_NORM
+from fastclip.record import IN_A_ROW, SKIPPED, STEPS, Record, Reports, Seen
+from fastclip.regularisation import Penalty
+from fastclip.stats import any_of, known_to_host, read
+from fastclip.tensors import Grads, check_groups_disjoint, grads_among, grads_of_groups
+from fastclip.types import TOTAL_NORM, Request
 
 ATTACHED = ("step", amp.GUARD, "_step_supports_amp_scaling")  # what an attached guard sets on its optimizer
 OWN_RULES = ("policy", "group_max_norm")  # keys of a param group that take it out of the joint norm
@@ -66,7 +69,17 @@ class Guard(Reports):
         nonfinite: one of ``"propagate"``, ``"skip"``, ``"zero"``, ``"raise"``.
     """
 
-    def __init__(self, optimizer: Optimizer, policy: Policy, nonfinite: str, skip_limit: int | None) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        policy: Policy,
+        nonfinite: str,
+        skip_limit: int | None,
+        penalty: Penalty,
+        backoff: SpikeBackoff | None = None,
+        rollback: Rollback | None = None,
+        watch: LossWatch | None = None,
+    ) -> None:
         if skip_limit is not None and (isinstance(skip_limit, bool) or int(skip_limit) != skip_limit or skip_limit < 1):
             raise ValueError(f"skip_limit must be a whole number of at least 1, or None; got {skip_limit!r}")
         self.optimizer = optimizer
@@ -75,6 +88,9 @@ class Guard(Reports):
         self._takes = signature_of_step(optimizer)
         self._record = Record(skip_limit)
         self._report: Tensor | None = None
+        self._observed: bool | Tensor = False
+        self._penalty, self._watch = penalty, watch or LossWatch()
+        self._ladder = Ladder(backoff, rollback)
         check_groups_disjoint(optimizer.param_groups)
 
     @property
@@ -172,9 +188,19 @@ class Guard(Reports):
         return [parameter._version for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def _call(self, inner_step: Callable[..., Any], clearance: Clearance, kwargs: dict[str, Any]) -> Any:
+        if self._ladder.lr_factor != 1.0:
+            with reduced_lr(self.optimizer.param_groups, self._ladder.lr_factor):
+                return self._call_at_its_lr(inner_step, clearance, kwargs)
+        return self._call_at_its_lr(inner_step, clearance, kwargs)
+
+    def _call_at_its_lr(self, inner_step: Callable[..., Any], clearance: Clearance, kwargs: dict[str, Any]) -> Any:
         attributes = vars(self.optimizer)
         if clearance[1:] == (None, None) and not any(name in attributes for name in riding.RIDERS):
             return inner_step(**kwargs)
+        return self._call_with_riders(inner_step, clearance, kwargs)
+
+    @_disable_dynamo  # torch disables it for its fused steps too, and a graph can't break inside a `with`
+    def _call_with_riders(self, inner_step: Callable[..., Any], clearance: Clearance, kwargs: dict[str, Any]) -> Any:
         with riding.aboard(self.optimizer, grad_scale=clearance.grad_scale, found_inf=clearance.found_inf):
             return inner_step(**kwargs)
 
@@ -196,14 +222,21 @@ class Guard(Reports):
             nonfinite = "skip"  # a GradScaler searches for its scale by trial
         elif again and nonfinite == "skip":
             nonfinite = "raise"
+        if self._penalty.is_wanted(groups):
+            for grads, _ in shares:
+                plan(grads).check_writable()
+            self._penalty.add_(groups, grad_scale)
         findings = examine(shares, nonfinite, grad_scale)
         if self._is_rehearsal(groups, findings):
             return Clearance(True)
+        if self._ladder.wants_snapshot() and self._parameters_are_finite():
+            self._ladder.take_snapshot(self.optimizer)
         verdicts = [finding.decide() for finding in findings]
         found_inf = any_of(finding.found_inf for finding in findings)
         if report is not None:
             report.copy_(torch.as_tensor(found_inf))
-        reasons = [False if given_inf is None else given_inf, *(verdict.decision.skip for verdict in verdicts)]
+        observed, self._observed = self._observed, False
+        reasons = [False if given_inf is None else given_inf, observed, *(v.decision.skip for v in verdicts)]
         skip = any_of([*reasons, found_inf] if nonfinite == "skip" else reasons)
         clipped = any_of(verdict.clipped for verdict in verdicts)
 
@@ -211,8 +244,7 @@ class Guard(Reports):
         if isinstance(skip, Tensor) and (not rides or riding.first_step_is_lost(self.optimizer)):
             skip = bool(skip)  # nothing but the host can hold this step back
         self._record.note([Seen(finding.reading) for finding in findings], clipped, skip)
-        self._record.check_streak()
-        if skip is True:
+        if self._has_gone_back(observed, found_inf) or skip is True:
             return Clearance(False)
         riding_inf = skip.to(torch.float32) if isinstance(skip, Tensor) else None
         only = verdicts[0]
@@ -225,6 +257,52 @@ class Guard(Reports):
         for verdict in verdicts:
             verdict.apply(grad_scale, skip)
         return Clearance(True, None, riding_inf)
+
+    def _has_gone_back(self, observed: bool | Tensor, found_inf: bool | Tensor) -> bool:
+        """Climbs the ladder with what the host knows by now; True after a roll back."""
+        news = self._record.news()
+        if news is None:
+            return False
+
+        def reason() -> tuple[str, tuple[str, ...]]:
+            bad = tuple(self._record.bad())
+            if bad:
+                return "NaN or Inf in the gradients", bad
+            if observed is True:
+                return "the loss that was observed", ()
+            return "a GradScaler found Inf" if found_inf is True else f"decided by {self.policy!r}", ()
+
+        went_back = self._ladder.climb(self.optimizer, news[STEPS], news[SKIPPED], reason)
+        self._record.check_streak(news[IN_A_ROW])
+        return went_back
+
+    def _parameters_are_finite(self) -> bool:
+        """As far as the host knows without waiting."""
+        parameters = [p.detach() for group in self.optimizer.param_groups for p in group["params"]]
+        return read(plan(grads_among(parameters)), Request()).found_inf is not True
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the ladder and the watch over the loss know, where there is something to know."""
+        backoff = self._ladder.backoff
+        known = {
+            "backoff": backoff.state_dict() if backoff is not None else {},
+            "loss": self._watch.state_dict() if self._watch.k is not None else {},
+        }
+        return {whose: state for whose, state in known.items() if state}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self._ladder.backoff is not None and "backoff" in state_dict:
+            self._ladder.backoff.load_state_dict(state_dict["backoff"])
+        if self._watch.k is not None and "loss" in state_dict:
+            self._watch.load_state_dict(state_dict["loss"])
+
+    def observe(self, loss: Tensor | float) -> None:
+        """Looks at the loss of the coming step, 0-d, unscaled: a bad one skips it. Nothing is waited for."""
+        if not isinstance(loss, Tensor):
+            loss = torch.tensor(float(loss), dtype=torch.float64)
+        if loss.numel() != 1:
+            raise TypeError(f"loss: expected one element, got shape {tuple(loss.shape)}")
+        self._observed = any_of([self._observed, self._watch.is_bad(loss)])
 
     def _shares(self, groups: list[dict[str, Any]]) -> tuple[list[tuple[Grads, Policy]], bool]:
         """Each rule with its gradients, none empty; and whether a gradient is at two parameters."""

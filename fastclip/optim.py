@@ -9,13 +9,16 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from fastclip.amp import GUARD, scalers_marks
 from fastclip.checks import norm_type_number
 from fastclip.guard import OWN_RULES, Guard
+from fastclip.ladder import Ladder, LossWatch, Rollback, SpikeBackoff
 from fastclip.policies import Bound, GlobalNorm, Policy
 from fastclip.record import Record, Reports
+from fastclip.regularisation import Penalty
 from fastclip.riding import RIDERS
 
 BOUNDS = ("max_norm", *OWN_RULES)  # keys of a param group that are fastclip's
@@ -75,6 +78,11 @@ class ClippedOptimizer(Reports, Optimizer):
             optimizer state stay bitwise unchanged, and ``skipped_steps`` counts it. ``"zero"``, ``"raise"``
             and ``"propagate"`` as in :func:`fastclip.clip_grad_norm_`. Under a GradScaler such a step is skipped.
         policy: a rule of :mod:`fastclip.policies` instead of ``max_norm`` and ``norm_type``.
+        l1, l2, convention: weight penalties, added to the gradients before they are read: l1 * sign(w) + l2 * w, or
+            2 * l2 * w with ``convention="keras"``. A param group's own ``l1`` and ``l2`` come first.
+        backoff: a :class:`fastclip.SpikeBackoff`: cuts the learning rate after skipped steps, and brings it back.
+        rollback: a :class:`fastclip.Rollback`: goes back to a snapshot of parameters and state.
+        loss_watch: a :class:`fastclip.LossWatch` for :meth:`observe`; without one it minds only NaN and Inf.
         skip_limit: after so many skipped steps in a row ``SkipLimitError`` is raised; None never does. (On an
             accelerator nothing is waited for, so it comes some steps late.)
 
@@ -101,11 +109,19 @@ class ClippedOptimizer(Reports, Optimizer):
         nonfinite: str = "skip",
         policy: Policy | None = None,
         skip_limit: int | None = 100,
+        l1: float = 0.0,
+        l2: float = 0.0,
+        convention: str = "torch",
+        backoff: SpikeBackoff | None = None,
+        rollback: Rollback | None = None,
+        loss_watch: LossWatch | None = None,
     ) -> None:
         # Optimizer.__init__ is not called: it would build param_groups and state of its own.
         _check_optimizer(optimizer)
         self._inner = optimizer
-        self._fastclip = Guard(optimizer, _policy(max_norm, norm_type, policy), nonfinite, skip_limit)
+        penalty = Penalty(l1, l2, convention)
+        chosen = _policy(max_norm, norm_type, policy)
+        self._fastclip = Guard(optimizer, chosen, nonfinite, skip_limit, penalty, backoff, rollback, loss_watch)
         self._start()
 
     def _start(self) -> None:
@@ -145,6 +161,18 @@ class ClippedOptimizer(Reports, Optimizer):
         return self._fastclip._record
 
     @property
+    def _ladder(self) -> Ladder:  # type: ignore[override]
+        return self._fastclip._ladder
+
+    def observe(self, loss: Tensor | float) -> None:
+        """Looks at the loss of the coming step: one that isn't finite, or a spike for ``loss_watch``, skips the step.
+
+        Args:
+            loss: 0-d, as it is before a GradScaler scales it. Nothing is waited for.
+        """
+        self._fastclip.observe(loss)
+
+    @property
     def _step_supports_amp_scaling(self) -> bool:
         """Read by GradScalers, before each step."""
         return self._fastclip.can_unscale
@@ -165,7 +193,11 @@ class ClippedOptimizer(Reports, Optimizer):
         A policy that learns adds what it knows under the key ``"fastclip"``, which the bare optimizer ignores.
         """
         state_dict: dict[str, Any] = self._inner.state_dict()
-        known = {"all": self.policy.state_dict(), "inner": state_dict.pop(STATE, {})}
+        known = {
+            "all": self.policy.state_dict(),
+            "guard": self._fastclip.state_dict(),
+            "inner": state_dict.pop(STATE, {}),
+        }
         for index, group in enumerate(state_dict["param_groups"]):
             if "policy" in group:  # the object stays here; what it knows travels
                 known[f"group {index}"] = group.pop("policy").state_dict()
@@ -190,6 +222,7 @@ class ClippedOptimizer(Reports, Optimizer):
         for whose, policy in policies.items():
             if whose in known:
                 policy.load_state_dict(known[whose])
+        self._fastclip.load_state_dict(known.get("guard", {}))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         self._inner.add_param_group(param_group)
@@ -289,13 +322,14 @@ def clipped(optimizer_class: type[Optimizer], **settings: Any) -> type[ClippedOp
     return made
 
 
-SETTINGS = frozenset({"max_norm", "norm_type", "nonfinite", "policy", "skip_limit"})
+PER_OBJECT = frozenset({"policy", "backoff", "rollback", "loss_watch"})  # they learn: each optimizer has its own
+SETTINGS = PER_OBJECT | {"max_norm", "norm_type", "nonfinite", "skip_limit", "l1", "l2", "convention"}
 
 
 @functools.cache
 def _clipped(optimizer_class: Any, settings: tuple[tuple[str, Any], ...]) -> Any:
     def __init__(self: ClippedOptimizer, params: Any, *args: Any, **kwargs: Any) -> None:
-        own = {name: copy.deepcopy(value) if name == "policy" else value for name, value in settings}
+        own = {name: copy.deepcopy(value) if name in PER_OBJECT else value for name, value in settings}
         own.update({name: kwargs.pop(name) for name in SETTINGS & kwargs.keys()})
         ClippedOptimizer.__init__(self, optimizer_class(params, *args, **kwargs), **own)
 
@@ -316,6 +350,12 @@ def attach(
     nonfinite: str = "skip",
     policy: Policy | None = None,
     skip_limit: int | None = 100,
+    l1: float = 0.0,
+    l2: float = 0.0,
+    convention: str = "torch",
+    backoff: SpikeBackoff | None = None,
+    rollback: Rollback | None = None,
+    loss_watch: LossWatch | None = None,
 ) -> Guard:
     """Clips inside every ``optimizer.step`` of this very object, for code that checks ``type(optimizer)``.
 
@@ -340,6 +380,8 @@ def attach(
     _check_optimizer(optimizer)
     if GUARD in vars(optimizer):
         raise ValueError("fastclip is in this optimizer's step already; remove() that guard first, or use it")
-    guard = Guard(optimizer, _policy(max_norm, norm_type, policy), nonfinite, skip_limit)
+    penalty = Penalty(l1, l2, convention)
+    chosen = _policy(max_norm, norm_type, policy)
+    guard = Guard(optimizer, chosen, nonfinite, skip_limit, penalty, backoff, rollback, loss_watch)
     guard.attach()
     return guard

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastclip.backends import reference
+from fastclip.ladder import Event, Ladder
 from fastclip.stats import GradStats, Reading, known_to_host, narrowed, stats_from
 from fastclip.tensors import GroupNames
 from fastclip.types import INFS, NANS, TOTAL_NORM, SkipLimitError
@@ -58,28 +59,29 @@ class Seen:
 
 
 class Echo:
-    """A device value as the host came to know it a few steps ago: copied to pinned memory, never waited for."""
+    """Device values as the host came to know them a few steps ago: copied to pinned memory, never waited for."""
 
     def __init__(self) -> None:
         self._copy: Tensor | None = None
         self._event: Any = None
 
-    def latest(self) -> int | None:
-        """The value, once, after it has arrived."""
+    def latest(self) -> list[int] | None:
+        """The values, once, after they have arrived."""
         if self._copy is None or (self._event is not None and not self._event.query()):
             return None
-        value, self._copy = int(self._copy), None
-        return value
+        values: list[int] = self._copy.tolist()
+        self._copy = None
+        return values
 
-    def send(self, value: Tensor) -> None:
+    def send(self, values: Tensor) -> None:
         """Starts a copy, unless one is under way."""
         if self._copy is not None:
             return
-        if value.device.type == "cpu":
-            self._copy, self._event = value.clone(), None
+        if values.device.type == "cpu":
+            self._copy, self._event = values.clone(), None
             return
-        self._copy = torch.empty_like(value, device="cpu", pin_memory=True).copy_(value, non_blocking=True)
-        self._event = torch.Event(value.device)
+        self._copy = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
+        self._event = torch.Event(values.device)
         self._event.record()
 
 
@@ -114,21 +116,25 @@ class Record:
         was_clipped = (torch.as_tensor(clipped, device=device).reshape(()) > 0) & ~was_skipped
         self.counts[IN_A_ROW] *= was_skipped
         self.counts += torch.stack([torch.ones_like(was_skipped), was_clipped, was_skipped, was_skipped])
-        if self.skip_limit is not None:
-            self._echo.send(self.counts[IN_A_ROW])
+        self._echo.send(self.counts)
 
-    def check_streak(self) -> None:
-        """Raises ``SkipLimitError`` when the host has learnt that too many steps in a row were skipped."""
-        if self.skip_limit is None:
-            return
-        in_a_row = int(self.counts[IN_A_ROW]) if known_to_host(self.counts) else self._echo.latest()
-        if in_a_row is not None and in_a_row >= self.skip_limit:
-            bad = [name for seen in self.seen for name in seen.bad()]
+    def news(self) -> list[int] | None:
+        """The counts as the host knows them by now, if there is something new."""
+        return self.counts.tolist() if known_to_host(self.counts) else self._echo.latest()
+
+    def bad(self) -> list[str]:
+        """Names of the latest gradients that hold NaN or Inf. Synchronises."""
+        return [name for seen in self.seen for name in seen.bad()]
+
+    def check_streak(self, in_a_row: int) -> None:
+        """Raises ``SkipLimitError`` when too many steps in a row were skipped."""
+        if self.skip_limit is not None and in_a_row >= self.skip_limit:
+            bad = self.bad()
             which = (
                 f"; in the latest one {', '.join(bad[:3])}{', ...' if len(bad) > 3 else ''} held them" if bad else ""
             )
             raise SkipLimitError(
-                f"{in_a_row} steps in a row were skipped because of NaN or Inf{which}. The parameters have not moved "
+                f"{in_a_row} steps in a row were skipped{which}. The parameters have not moved "
                 "since. Look at the loss and the learning rate (print(optimizer.last_stats) shows each gradient); "
                 "skip_limit=None would go on skipping"
             )
@@ -166,6 +172,17 @@ class Reports:
     """
 
     _record: Record
+    _ladder: Ladder
+
+    @property
+    def events(self) -> list[Event]:
+        """The latest skips, cuts of the learning rate, and roll backs, oldest first."""
+        return list(self._ladder.events)
+
+    @property
+    def lr_factor(self) -> float:
+        """What :class:`SpikeBackoff` multiplies the learning rates by now; 1 without one."""
+        return self._ladder.lr_factor
 
     @property
     def last_norm(self) -> Tensor | None:
