@@ -175,6 +175,10 @@ class Guard(Reports):
         attributes = vars(self.optimizer)
         if clearance[1:] == (None, None) and not any(name in attributes for name in riding.RIDERS):
             return inner_step(**kwargs)
+        return self._call_with_riders(inner_step, clearance, kwargs)
+
+    @_disable_dynamo  # torch disables it for its fused steps too, and a graph can't break inside a `with`
+    def _call_with_riders(self, inner_step: Callable[..., Any], clearance: Clearance, kwargs: dict[str, Any]) -> Any:
         with riding.aboard(self.optimizer, grad_scale=clearance.grad_scale, found_inf=clearance.found_inf):
             return inner_step(**kwargs)
 
