@@ -147,7 +147,7 @@ class Guard(Reports):
             if first:
                 loss = first.pop()
                 if versions == self._versions():
-                    return loss  # else the optimizer has moved the parameters before its first evaluation (SAM)
+                    return loss  # else the optimizer has done something before its first evaluation (SAM)
             with torch.enable_grad():
                 loss = closure()
             self.look(owner, again=True)
@@ -168,8 +168,11 @@ class Guard(Reports):
             missing = ", ".join(argument for argument in takes.required if argument not in kwargs)
             raise TypeError(f"{name}.step needs the argument {missing}: pass it by name; nothing was done")
 
-    def _versions(self) -> list[int]:
-        return [parameter._version for group in self.optimizer.param_groups for parameter in group["params"]]
+    def _versions(self) -> list[Any]:
+        """Changes when the optimizer moves a parameter, or writes or drops a gradient."""
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        grads = [parameter.grad for parameter in parameters]
+        return [p._version for p in parameters] + [None if g is None else (id(g), g._version) for g in grads]
 
     def _call(self, inner_step: Callable[..., Any], clearance: Clearance, kwargs: dict[str, Any]) -> Any:
         attributes = vars(self.optimizer)

@@ -166,7 +166,7 @@ class ClippedOptimizer(Reports, Optimizer):
         """
         state_dict: dict[str, Any] = self._inner.state_dict()
         known = {"all": self.policy.state_dict(), "inner": state_dict.pop(STATE, {})}
-        for index, group in enumerate(state_dict["param_groups"]):
+        for index, group in enumerate(state_dict.get("param_groups", ())):
             if "policy" in group:  # the object stays here; what it knows travels
                 known[f"group {index}"] = group.pop("policy").state_dict()
         known = {whose: state for whose, state in known.items() if state}
