@@ -9,19 +9,11 @@ import torch
 from torch import Tensor
 
 from fastclip.backends import reference
-from fastclip.stats import GradStats, Reading, known_to_host, narrowed, stats_from
+from fastclip.stats import GradStats, Reading, narrowed, stats_from
 from fastclip.tensors import GroupNames
 from fastclip.types import INFS, NANS, TOTAL_NORM, SkipLimitError
 
 STEPS, CLIPPED, SKIPPED, IN_A_ROW = range(4)
-
-# What a step whose outcome the host knows adds to the counts; by (clipped, skipped).
-_ADDED = {
-    (False, False): torch.tensor([1, 0, 0, 0], device="cpu"),
-    (True, False): torch.tensor([1, 1, 0, 0], device="cpu"),
-    (False, True): torch.tensor([1, 0, 1, 1], device="cpu"),
-    (True, True): torch.tensor([1, 0, 1, 1], device="cpu"),
-}
 
 
 class Seen:
@@ -86,9 +78,10 @@ class Echo:
 class Record:
     """Counts of steps and the latest readings."""
 
-    def __init__(self, skip_limit: int | None) -> None:
-        self.skip_limit = skip_limit
-        self.counts = torch.zeros(4, dtype=torch.int64, device="cpu")
+    def __init__(self) -> None:
+        self.skip_limit: int | None = None
+        # Numbers as long as the host has known every outcome, then a tensor on the gradients' device.
+        self._counts: list[int] | Tensor = [0, 0, 0, 0]
         self.seen: list[Seen] = []
         self._norm: Tensor | None = None  # of ``seen``, once someone has asked
         self._echo = Echo()
@@ -102,26 +95,35 @@ class Record:
         ``clipped`` and ``skipped`` are 0-d tensors where the host would have to wait for them.
         """
         self.seen, self._norm = seen, None
-        device = seen[0].totals.device
-        if self.counts.device != device:
-            self.counts = self.counts.to(device)
-        if isinstance(clipped, bool) and isinstance(skipped, bool):
-            if not skipped:
-                self.counts[IN_A_ROW].zero_()
-            self.counts += _ADDED[clipped, skipped].to(device)
+        counts = self._counts
+        if isinstance(counts, list) and isinstance(clipped, bool) and isinstance(skipped, bool):
+            counts[STEPS] += 1
+            counts[CLIPPED] += clipped and not skipped
+            counts[SKIPPED] += skipped
+            counts[IN_A_ROW] = counts[IN_A_ROW] + 1 if skipped else 0
             return
+        device = seen[0].totals.device
         was_skipped = torch.as_tensor(skipped, device=device).reshape(()) > 0
         was_clipped = (torch.as_tensor(clipped, device=device).reshape(()) > 0) & ~was_skipped
-        self.counts[IN_A_ROW] *= was_skipped
-        self.counts += torch.stack([torch.ones_like(was_skipped), was_clipped, was_skipped, was_skipped])
+        before = torch.as_tensor(counts, device=device)
+        kept = torch.stack([torch.ones_like(was_skipped)] * IN_A_ROW + [was_skipped])
+        self._counts = before * kept + torch.stack([kept[0], was_clipped, was_skipped, was_skipped])
         if self.skip_limit is not None:
-            self._echo.send(self.counts[IN_A_ROW])
+            self._echo.send(self._counts[IN_A_ROW])
+
+    @property
+    def counts(self) -> Tensor:
+        """``[steps, clipped, skipped, in a row]``, int64, for whoever looks."""
+        if isinstance(self._counts, Tensor):
+            return self._counts
+        device = self.seen[0].totals.device if self.seen else "cpu"
+        return torch.tensor(self._counts, dtype=torch.int64, device=device)
 
     def check_streak(self) -> None:
         """Raises ``SkipLimitError`` when the host has learnt that too many steps in a row were skipped."""
         if self.skip_limit is None:
             return
-        in_a_row = int(self.counts[IN_A_ROW]) if known_to_host(self.counts) else self._echo.latest()
+        in_a_row = self._counts[IN_A_ROW] if isinstance(self._counts, list) else self._echo.latest()
         if in_a_row is not None and in_a_row >= self.skip_limit:
             bad = [name for seen in self.seen for name in seen.bad()]
             which = (
