@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-PIECE = 1 << 22  # elements widened at a time: 32 MiB of float64
+PIECE = 1 << 18  # elements widened at a time: 2 MiB of float64, which stay in cache and need no new pages
 
 
 class WrongResult(Exception):
@@ -57,14 +57,26 @@ def check_untouched(grads: list[Tensor], pristine: list[Tensor]) -> None:
             raise WrongResult(f"gradient {index} was written although there was nothing to do")
 
 
-def check_scaled(grads: list[Tensor], pristine: list[Tensor], factor: float) -> None:
-    """Raises if ``grads`` are not ``factor * pristine``: two roundings of the dtype are allowed."""
+def check_scaled(grads: list[Tensor], pristine: list[Tensor], factor: float, roundings: int = 2) -> None:
+    """Raises if ``grads`` are not ``factor * pristine``: so many roundings of the dtype are allowed."""
     finfo = torch.finfo(grads[0].dtype)
     for index, got, before in _pairs(grads, pristine):
         want = before.double().mul_(factor)
-        allowed = want.abs().mul_(finfo.eps).add_(finfo.smallest_normal * finfo.eps)
+        allowed = want.abs().mul_(finfo.eps * roundings / 2).add_(finfo.smallest_normal * finfo.eps)
         if not bool((want.sub_(got).abs_() <= allowed).all()):
             raise WrongResult(f"gradient {index} was not scaled by {factor:.9g}")
+
+
+def check_stepped(
+    params: list[Tensor], start: list[Tensor], stepped: Callable[[Tensor], Tensor], longest: float
+) -> None:
+    """Raises if ``params`` are not ``stepped(start)``, within four roundings and 1e-4 of the longest step."""
+    eps = torch.finfo(params[0].dtype).eps
+    for index, got, before in _pairs(params, start):
+        want = stepped(before.double())
+        allowed = want.abs().mul_(2 * eps).add_(1e-4 * longest)
+        if not bool((want.sub_(got).abs_() <= allowed).all()):
+            raise WrongResult(f"parameter {index} is not where one step leads")
 
 
 def check_clamped(grads: list[Tensor], pristine: list[Tensor], bound: float) -> None:

@@ -100,18 +100,18 @@ def setting_lines(results: Results) -> list[str]:
 def text(results: Results) -> str:
     """For a terminal of 120 columns."""
     header = (
-        f"{'row':<40} {'ours':>8} {'other':>8} {'ratio':>6} {'min-max':>11} {'floor':>9} {'GB/s':>6} {'read':>5} "
+        f"{'row':<48} {'ours':>8} {'other':>8} {'ratio':>6} {'min-max':>11} {'floor':>9} {'GB/s':>6} {'read':>5} "
         f"{'cache':<5} {'error':>5}"
     )
     lines = [*setting_lines(results), "", header, "-" * len(header)]
     for row in results["rows"]:
         if row["verdict"] == "wrong":
-            lines.append(f"{row['name']:<40} {outcome(row)}")
+            lines.append(f"{row['name']:<48} {outcome(row)}")
             continue
         ours, other = row["contestants"]
         spread = f"{multiple(row['ratio_min'])}-{multiple(row['ratio_max'])}"
         lines.append(
-            f"{row['name']:<40} {seconds(ours['median_s']):>8} {seconds(other['median_s']):>8} "
+            f"{row['name']:<48} {seconds(ours['median_s']):>8} {seconds(other['median_s']):>8} "
             f"{marked_ratio(row):>6} {spread:>11} {floor_and_verdict(row):>9} {ours['bytes_per_s'] / 1e9:>6.1f} "
             f"{ours['of_reading_speed']:>5.0%} {row['cache']:<5} {error(other['relative_error']):>5}"
         )

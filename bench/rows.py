@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
 
 import fastclip
 from fastclip._native import C
@@ -29,6 +30,7 @@ from .workloads import (
     RESNET50,
     ROWS,
     ROWS_BF16,
+    SCALARS,
     SMALL,
     Workload,
     parameters,
@@ -38,6 +40,8 @@ EPS = 1e-6  # of clip_grad_norm_, in torch and here
 NOTHING_TO_CLIP, CLIPPING = 2.0, 0.5  # max_norm, in units of the gradients' norm
 NOTHING_TO_CLAMP, CLAMPING = 1.0, 0.03125  # clip_value: 50 and 1.6 deviations of a normal gradient
 PROBE = 1024  # elements looked at after every timed call that has to write
+LR = 1e-5  # of every step: hundreds of ulps of a parameter, and hundreds of steps still don't take it anywhere
+SCALE = 1024.0  # of the GradScalers; what they do at another one is the same work
 
 
 def _nothing() -> None:
@@ -104,7 +108,7 @@ class Inputs:
         return oracle.norm_of_norms(self.norms(p), p)
 
     @functools.cached_property
-    def _largest_at(self) -> list[int]:
+    def largest_at(self) -> list[int]:
         return [int(grad.view(-1).abs().argmax()) for grad in self.pristine]
 
     def probe(self, is_right: Callable[[Tensor, Tensor], bool], beyond: float = 0.0) -> None:
@@ -114,7 +118,7 @@ class Inputs:
         """
         beyond_it = [index for index, largest in enumerate(self.norms(math.inf)) if largest > beyond]
         for index in {beyond_it[0], beyond_it[len(beyond_it) // 2], beyond_it[-1]}:
-            start = self._largest_at[index]
+            start = self.largest_at[index]
             got, before = (
                 tensors[index].view(-1)[start : start + PROBE].float() for tensors in (self.grads, self.pristine)
             )
@@ -296,6 +300,234 @@ def capability(inputs: Inputs, name: str, best: str) -> tuple[Contestant, Contes
     return forced(name), forced(best)
 
 
+# ---- optimizer steps -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An optimizer, and what its first step has to do.
+
+    Attributes:
+        make: from parameters to the optimizer.
+        moment: the key of the state that is a multiple of the clipped gradient after the first step, and of what.
+        stepped: from parameter and clipped gradient, in float64, to the parameter after the first step.
+        reads, writes: passes of one step over arrays of the gradients' size; formulas in NOTES.md.
+        rides: whether it multiplies the gradients itself, while it reads them.
+    """
+
+    make: Callable[[list[nn.Parameter]], Optimizer]
+    moment: tuple[str, float]
+    stepped: Callable[[Tensor, Tensor], Tensor]
+    reads: int
+    writes: int
+    rides: bool
+
+
+def _adamw_stepped(param: Tensor, grad: Tensor) -> Tensor:
+    """Both moments, unbiased, are then those of the gradient itself; weight decay and eps are torch's defaults."""
+    return param * (1 - LR * 1e-2) - LR * grad / (grad.abs() + 1e-8)
+
+
+def _sgd_stepped(param: Tensor, grad: Tensor) -> Tensor:
+    return param - LR * grad
+
+
+ADAMW = functools.partial(AdamW, lr=LR)
+ADAMW_FUSED = Rule(functools.partial(ADAMW, fused=True), ("exp_avg", 0.1), _adamw_stepped, 4, 3, rides=True)
+ADAMW_FOREACH = Rule(functools.partial(ADAMW, foreach=True), ("exp_avg", 0.1), _adamw_stepped, 12, 8, rides=False)
+SGD_FUSED = Rule(
+    functools.partial(SGD, lr=LR, momentum=0.9, fused=True), ("momentum_buffer", 1.0), _sgd_stepped, 3, 2, rides=True
+)
+
+
+class Model:
+    """One contestant's parameters and optimizer. The gradients are the inputs' own, for both contestants.
+
+    The parameters start as a copy of the gradients, whose deviation is that of GPT-2's weights, too.
+    """
+
+    def __init__(self, inputs: Inputs, rule: Rule) -> None:
+        self.inputs, self.rule = inputs, rule
+        self.params = [nn.Parameter(start.clone()) for start in inputs.pristine]
+        for param, grad in zip(self.params, inputs.grads, strict=True):
+            param.grad = grad
+        self.optimizer = rule.make(self.params)
+
+    def check_first_step(self, factor: float) -> None:
+        """Raises unless one step was made, with the gradients times ``factor``."""
+        key, share = self.rule.moment
+        moments = [self.optimizer.state[param].get(key) for param in self.params]
+        if any(moment is None for moment in moments):
+            raise WrongResult("the optimizer made no step")
+        oracle.check_scaled(moments, self.inputs.pristine, share * factor, roundings=8)
+        oracle.check_stepped(
+            self.params, self.inputs.pristine, lambda start: self.rule.stepped(start, start * factor), LR
+        )
+
+    def _some(self) -> list[Tensor]:
+        """Of the first, middle and last parameter where their gradients are largest, and some elements after that."""
+        return [
+            self.params[index].detach().view(-1)[self.inputs.largest_at[index] :][:PROBE]
+            for index in (0, len(self.params) // 2, -1)
+        ]
+
+    def look(self) -> None:
+        self._before = [some.clone() for some in self._some()]
+
+    def check_moved(self) -> None:
+        """Raises unless the parameters have moved since ``look``, and not to NaN or Inf."""
+        for now, before in zip(self._some(), self._before, strict=True):
+            if now[0] == before[0] or not bool(now.isfinite().all()):
+                raise WrongResult("a call did not step, or not to finite parameters")
+
+
+def _stepper(
+    name: str,
+    model: Model,
+    call: Callable[[], Any],
+    checked_norm: Callable[[Any], tuple[float, float | None]],
+    max_norm: float,
+    passes: dict[str, int],
+    scale: float = 1.0,
+) -> Contestant:
+    """A contestant that clips and steps.
+
+    ``checked_norm``: from what ``call`` returned to the norm that it clipped by, and that norm's relative error.
+    """
+    inputs = model.inputs
+
+    def factor(norm: float) -> float:
+        return min(1.0, max_norm / (norm + EPS)) / scale
+
+    nominal = factor(inputs.total_norm() / scale)
+
+    def check(returned: Any) -> float | None:
+        norm, error = checked_norm(returned)
+        if factor(norm) == 1.0:
+            oracle.check_untouched(inputs.grads, inputs.pristine)
+        else:
+            oracle.check_scaled(inputs.grads, inputs.pristine, factor(norm), roundings=8)
+        model.check_first_step(factor(norm))
+        return error
+
+    def before() -> None:
+        if nominal != 1.0:
+            inputs.restore()
+        model.look()
+
+    def after() -> None:
+        model.check_moved()
+        if nominal != 1.0:
+            inputs.probe(lambda got, start: torch.allclose(got, nominal * start, rtol=0.1, atol=1e-6 * nominal))
+
+    return Contestant(name, call, check, inputs.bytes(**passes), before, after)
+
+
+def step(
+    inputs: Inputs, rule: Rule, share: float = NOTHING_TO_CLIP, scaled: bool = False, bare: bool = False
+) -> tuple[Contestant, Contestant]:
+    """The wrapper's step against clipping and stepping, with ``max_norm = share * total_norm``.
+
+    ``scaled``: the gradients are taken for scaled ones, with a GradScaler on both sides.
+    ``bare``: against the same optimizer without any clipping, so what the guard costs.
+    """
+    scale = SCALE if scaled else 1.0
+    total_norm = inputs.total_norm() / scale
+    max_norm = share * total_norm
+    our_model, their_model = Model(inputs, rule), Model(inputs, rule)
+    ours, theirs = fastclip.ClippedOptimizer(our_model.optimizer, max_norm), their_model.optimizer
+    our_scaler, their_scaler = (
+        scaler("cpu", init_scale=scale, growth_interval=1 << 30, enabled=scaled)
+        for scaler in (fastclip.GradScaler, torch.amp.GradScaler)
+    )
+    for scaler in (our_scaler, their_scaler):
+        scaler.scale(torch.zeros(()))  # the first loss; only then it has a scale
+
+    def our_scaled_step() -> None:
+        our_scaler.step(ours)
+        our_scaler.update()
+
+    def their_step() -> Tensor:
+        norm = torch.nn.utils.clip_grad_norm_(their_model.params, max_norm)
+        theirs.step()
+        return norm
+
+    def their_scaled_step() -> Tensor:
+        their_scaler.unscale_(theirs)
+        norm = torch.nn.utils.clip_grad_norm_(their_model.params, max_norm)
+        their_scaler.step(theirs)
+        their_scaler.update()
+        return norm
+
+    def our_norm(_: Any) -> tuple[float, float | None]:
+        if ours.last_norm is None:
+            raise WrongResult("the wrapper has seen no gradients")
+        return total_norm, oracle.check_norm("last_norm", ours.last_norm, total_norm)
+
+    def their_norm(returned: Any) -> tuple[float, float | None]:
+        return (total_norm, None) if bare else (float(returned), oracle.relative_error(returned, total_norm))
+
+    writes = scaled or share < 1
+    our_passes = {"reads": rule.reads + 1 + (writes and not rule.rides), "writes": rule.writes + writes}
+    extra = 0 if bare else 1 + scaled  # clipping writes as much as it reads a second time, and so does unscaling
+    their_passes = {"reads": rule.reads + extra + (not bare), "writes": rule.writes + extra}
+    their_call = their_scaled_step if scaled else theirs.step if bare else their_step
+    return (
+        _stepper(
+            "fastclip", our_model, our_scaled_step if scaled else ours.step, our_norm, max_norm, our_passes, scale
+        ),
+        _stepper("torch", their_model, their_call, their_norm, max_norm, their_passes, scale),
+    )
+
+
+class Still(Optimizer):
+    """Counts its steps and does nothing else: what is timed around it is not its own time."""
+
+    def __init__(self, params: list[nn.Parameter]) -> None:
+        super().__init__(params, {"lr": LR})
+        self.stepped = 0
+
+    def step(self, closure: None = None) -> None:
+        self.stepped += 1
+
+    step.hooked = True  # type: ignore[attr-defined]  # torch puts its profiling around every other step
+
+
+def host_time(inputs: Inputs) -> tuple[Contestant, Contestant]:
+    """What the wrapper does besides reading gradients and stepping: gradients of one element, nothing to clip."""
+    total_norm, max_norm = inputs.total_norm(), NOTHING_TO_CLIP * inputs.total_norm()
+    our_still, their_still = Still(inputs.params), Still(inputs.params)
+    ours = fastclip.ClippedOptimizer(our_still, max_norm)
+
+    def torch_step() -> Tensor:
+        norm = torch.nn.utils.clip_grad_norm_(inputs.params, max_norm)
+        their_still.step()
+        return norm
+
+    def check_ours(_: Any) -> float:
+        oracle.check_untouched(inputs.grads, inputs.pristine)
+        return oracle.check_norm("last_norm", math.nan if ours.last_norm is None else ours.last_norm, total_norm)
+
+    def contestant(
+        name: str, call: Callable[[], Any], check: Callable[[Any], float], still: Still, **passes: int
+    ) -> Any:
+        def before() -> None:
+            still.stepped = 0
+
+        def after() -> None:
+            if still.stepped != 1:
+                raise WrongResult(f"a call made {still.stepped} steps")
+
+        return Contestant(name, call, check, inputs.bytes(**passes), before, after)
+
+    return (
+        contestant("fastclip", ours.step, check_ours, our_still, reads=1),
+        contestant(
+            "torch", torch_step, lambda norm: oracle.relative_error(norm, total_norm), their_still, reads=2, writes=1
+        ),
+    )
+
+
 # ---- the table -----------------------------------------------------------------------------------------
 
 
@@ -312,6 +544,20 @@ def _clip_rows(
             quick,
         ),
         Row(f"clip {workload.name}, clipping", (workload,), make(clip_norm, share=CLIPPING), clipping, quick),
+    ]
+
+
+def _step_rows(
+    kind: str, rule: Rule, nothing: float | None = None, clipping: float | None = None, scaled: bool = False
+) -> list[Row]:
+    return [
+        Row(
+            f"step GPT-2 fp32, {kind}, {what}",
+            (GPT2,),
+            functools.partial(step, rule=rule, share=share, scaled=scaled),
+            floor,
+        )
+        for what, share, floor in (("nothing to clip", NOTHING_TO_CLIP, nothing), ("clipping", CLIPPING, clipping))
     ]
 
 
@@ -336,6 +582,12 @@ def all_rows() -> list[Row]:
         Row("clip_value GPT-2 fp32, nothing to clamp", (GPT2,), make(clip_value, bound=NOTHING_TO_CLAMP)),
         Row("clip_value GPT-2 fp32, clamping", (GPT2,), make(clip_value, bound=CLAMPING)),
         *(Row(f"norm_type={p:g} GPT-2 fp32", (GPT2,), make(norm, p=p)) for p in (math.inf, 1.0, 3.0)),
+        *_step_rows("AdamW fused", ADAMW_FUSED, 1.3, 1.15),
+        *_step_rows("GradScaler", ADAMW_FUSED, 1.6, scaled=True),
+        *_step_rows("AdamW foreach", ADAMW_FOREACH),
+        *_step_rows("SGD fused", SGD_FUSED),
+        Row("step GPT-2 fp32, AdamW fused / unclipped", (GPT2,), make(step, rule=ADAMW_FUSED, bare=True)),
+        Row("host time of the wrapper, 150 tensors", (SCALARS,), host_time, quick=True),
         *_clip_rows(GPT2_BF16, 6.5, 3.3),
         *_clip_rows(GPT2_FP16),
         *_clip_rows(SMALL, 22.0, 12.0, quick=True),

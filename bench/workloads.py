@@ -97,6 +97,7 @@ GPT2_FP16 = in_dtype(GPT2, torch.float16)
 RESNET50 = Workload("ResNet-50 fp32", resnet50_shapes(), torch.float32, "ResNet-50, 161 tensors")
 LSTM = Workload("LSTM fp32", lstm_shapes(), torch.float32, "LSTM forecaster, 2 layers of 512, 10 tensors")
 SMALL = Workload("2,000 small fp32", ((64,),) * 2000, torch.float32, "2,000 tensors of 64 elements")
+SCALARS = Workload("150 scalars fp32", ((1,),) * 150, torch.float32, "150 tensors of one element")
 FLAT = Workload("100M fp32", ((100_000_000,),), torch.float32, "one tensor of 100M elements")
 FLAT_BF16 = in_dtype(FLAT, torch.bfloat16)
 FLAT_CONSTANT = Workload("100M x 0.1 fp32", FLAT.shapes, torch.float32, "one tensor of 100M times 0.1", "constant")
@@ -106,7 +107,7 @@ ROWS = Workload("embedding rows fp32", EMBEDDING.shapes, torch.float32, "the sam
 ROWS_BF16 = in_dtype(ROWS, torch.bfloat16)
 
 WORKLOADS: tuple[Workload, ...] = (
-    *(GPT2, GPT2_BF16, GPT2_FP16, RESNET50, LSTM, SMALL),
+    *(GPT2, GPT2_BF16, GPT2_FP16, RESNET50, LSTM, SMALL, SCALARS),
     *(FLAT, FLAT_BF16, FLAT_CONSTANT, EMBEDDING, EMBEDDING_BF16, ROWS, ROWS_BF16),
 )
 

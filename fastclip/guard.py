@@ -66,7 +66,7 @@ class Guard(Reports):
     Attributes:
         optimizer: the guarded optimizer.
         policy: the rule for all its gradients, but those of groups with a rule of their own.
-        nonfinite: one of ``"propagate"``, ``"skip"``, ``"zero"``, ``"raise"``.
+        max_norm, nonfinite, skip_limit: as they were given; may be set at any time.
     """
 
     def __init__(
@@ -80,18 +80,35 @@ class Guard(Reports):
         rollback: Rollback | None = None,
         watch: LossWatch | None = None,
     ) -> None:
-        if skip_limit is not None and (isinstance(skip_limit, bool) or int(skip_limit) != skip_limit or skip_limit < 1):
-            raise ValueError(f"skip_limit must be a whole number of at least 1, or None; got {skip_limit!r}")
         self.optimizer = optimizer
         self.policy = policy
-        self.nonfinite = nonfinite_rule(nonfinite)
+        self.nonfinite = nonfinite
         self._takes = signature_of_step(optimizer)
-        self._record = Record(skip_limit)
+        self._record = Record()
+        self.skip_limit = skip_limit
         self._report: Tensor | None = None
         self._observed: bool | Tensor = False
         self._penalty, self._watch = penalty, watch or LossWatch()
         self._ladder = Ladder(backoff, rollback)
         check_groups_disjoint(optimizer.param_groups)
+
+    @property
+    def nonfinite(self) -> str:
+        return self._nonfinite
+
+    @nonfinite.setter
+    def nonfinite(self, value: str) -> None:
+        self._nonfinite = nonfinite_rule(value)
+
+    @property
+    def skip_limit(self) -> int | None:
+        return self._record.skip_limit
+
+    @skip_limit.setter
+    def skip_limit(self, value: int | None) -> None:
+        if value is not None and (isinstance(value, bool) or int(value) != value or value < 1):
+            raise ValueError(f"skip_limit must be a whole number of at least 1, or None; got {value!r}")
+        self._record.skip_limit = value
 
     @property
     def can_unscale(self) -> bool:
@@ -163,7 +180,7 @@ class Guard(Reports):
             if first:
                 loss = first.pop()
                 if versions == self._versions():
-                    return loss  # else the optimizer has moved the parameters before its first evaluation (SAM)
+                    return loss  # else the optimizer has done something before its first evaluation (SAM)
             with torch.enable_grad():
                 loss = closure()
             self.look(owner, again=True)
@@ -184,8 +201,11 @@ class Guard(Reports):
             missing = ", ".join(argument for argument in takes.required if argument not in kwargs)
             raise TypeError(f"{name}.step needs the argument {missing}: pass it by name; nothing was done")
 
-    def _versions(self) -> list[int]:
-        return [parameter._version for group in self.optimizer.param_groups for parameter in group["params"]]
+    def _versions(self) -> list[Any]:
+        """Changes when the optimizer moves a parameter, or writes or drops a gradient."""
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        grads = [parameter.grad for parameter in parameters]
+        return [p._version for p in parameters] + [None if g is None else (id(g), g._version) for g in grads]
 
     def _call(self, inner_step: Callable[..., Any], clearance: Clearance, kwargs: dict[str, Any]) -> Any:
         if self._ladder.lr_factor != 1.0:
@@ -204,9 +224,16 @@ class Guard(Reports):
         with riding.aboard(self.optimizer, grad_scale=clearance.grad_scale, found_inf=clearance.found_inf):
             return inner_step(**kwargs)
 
-    @_disable_dynamo
-    @torch.no_grad()
     def look(self, owner: Optimizer, again: bool = False) -> Clearance:
+        """What follows from the gradients as they are; see :meth:`_look`."""
+        return self._look_untraced(owner, again) if torch.compiler.is_compiling() else self._look(owner, again)
+
+    @_disable_dynamo
+    def _look_untraced(self, owner: Optimizer, again: bool) -> Clearance:
+        return self._look(owner, again)
+
+    @torch.no_grad()
+    def _look(self, owner: Optimizer, again: bool) -> Clearance:
         """Reads the gradients, records the step, and clips in place what can't ride.
 
         ``again`` means in the middle of a step: what would skip it has to raise.
@@ -308,7 +335,7 @@ class Guard(Reports):
         """Each rule with its gradients, none empty; and whether a gradient is at two parameters."""
         self._adopt_bound(groups)
         entries = list(enumerate(groups))
-        alone = [entry for entry in entries if any(key in entry[1] for key in OWN_RULES)]
+        alone = [entry for entry in entries if "policy" in entry[1] or "group_max_norm" in entry[1]]
         joint = [entry for entry in entries if entry not in alone] if alone else entries
         found = [(*grads_of_groups(joint), self.policy)] if joint else []
         found += [(*grads_of_groups([entry]), self._own_rule(*entry)) for entry in alone]
@@ -320,12 +347,14 @@ class Guard(Reports):
     def _adopt_bound(self, groups: list[dict[str, Any]]) -> None:
         """A ``max_norm`` in the param groups is the joint bound: hyperparameter tools write it into every group."""
         bounds = [group["max_norm"] for group in groups if "max_norm" in group]
+        if not bounds:
+            return
         if any(bound is not bounds[0] and bound != bounds[0] for bound in bounds):
             raise ValueError(
                 f"param_groups hold different values of max_norm, {bounds}: it is the bound of the joint norm; "
                 "a group's own bound is group_max_norm. Nothing was written"
             )
-        if bounds and bounds[0] is not getattr(self.policy, "max_norm", None):
+        if bounds[0] is not getattr(self.policy, "max_norm", None):
             self.max_norm = bounds[0]
 
     def _own_rule(self, index: int, group: dict[str, Any]) -> Policy:

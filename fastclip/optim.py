@@ -157,6 +157,24 @@ class ClippedOptimizer(Reports, Optimizer):
         self._fastclip.max_norm = value
 
     @property
+    def nonfinite(self) -> str:
+        """What NaN and Inf do; may be set at any time."""
+        return self._fastclip.nonfinite
+
+    @nonfinite.setter
+    def nonfinite(self, value: str) -> None:
+        self._fastclip.nonfinite = value
+
+    @property
+    def skip_limit(self) -> int | None:
+        """After how many skipped steps in a row an error is raised; may be set at any time."""
+        return self._fastclip.skip_limit
+
+    @skip_limit.setter
+    def skip_limit(self, value: int | None) -> None:
+        self._fastclip.skip_limit = value
+
+    @property
     def _record(self) -> Record:  # type: ignore[override]
         return self._fastclip._record
 
@@ -198,7 +216,7 @@ class ClippedOptimizer(Reports, Optimizer):
             "guard": self._fastclip.state_dict(),
             "inner": state_dict.pop(STATE, {}),
         }
-        for index, group in enumerate(state_dict["param_groups"]):
+        for index, group in enumerate(state_dict.get("param_groups", ())):
             if "policy" in group:  # the object stays here; what it knows travels
                 known[f"group {index}"] = group.pop("policy").state_dict()
         known = {whose: state for whose, state in known.items() if state}

@@ -10,19 +10,11 @@ from torch import Tensor
 
 from fastclip.backends import reference
 from fastclip.ladder import Event, Ladder
-from fastclip.stats import GradStats, Reading, known_to_host, narrowed, stats_from
+from fastclip.stats import GradStats, Reading, narrowed, stats_from
 from fastclip.tensors import GroupNames
 from fastclip.types import INFS, NANS, TOTAL_NORM, SkipLimitError
 
 STEPS, CLIPPED, SKIPPED, IN_A_ROW = range(4)
-
-# What a step whose outcome the host knows adds to the counts; by (clipped, skipped).
-_ADDED = {
-    (False, False): torch.tensor([1, 0, 0, 0], device="cpu"),
-    (True, False): torch.tensor([1, 1, 0, 0], device="cpu"),
-    (False, True): torch.tensor([1, 0, 1, 1], device="cpu"),
-    (True, True): torch.tensor([1, 0, 1, 1], device="cpu"),
-}
 
 
 class Seen:
@@ -88,9 +80,10 @@ class Echo:
 class Record:
     """Counts of steps and the latest readings."""
 
-    def __init__(self, skip_limit: int | None) -> None:
-        self.skip_limit = skip_limit
-        self.counts = torch.zeros(4, dtype=torch.int64, device="cpu")
+    def __init__(self) -> None:
+        self.skip_limit: int | None = None
+        # Numbers as long as the host has known every outcome, then a tensor on the gradients' device.
+        self._counts: list[int] | Tensor = [0, 0, 0, 0]
         self.seen: list[Seen] = []
         self._norm: Tensor | None = None  # of ``seen``, once someone has asked
         self._echo = Echo()
@@ -104,23 +97,32 @@ class Record:
         ``clipped`` and ``skipped`` are 0-d tensors where the host would have to wait for them.
         """
         self.seen, self._norm = seen, None
-        device = seen[0].totals.device
-        if self.counts.device != device:
-            self.counts = self.counts.to(device)
-        if isinstance(clipped, bool) and isinstance(skipped, bool):
-            if not skipped:
-                self.counts[IN_A_ROW].zero_()
-            self.counts += _ADDED[clipped, skipped].to(device)
+        counts = self._counts
+        if isinstance(counts, list) and isinstance(clipped, bool) and isinstance(skipped, bool):
+            counts[STEPS] += 1
+            counts[CLIPPED] += clipped and not skipped
+            counts[SKIPPED] += skipped
+            counts[IN_A_ROW] = counts[IN_A_ROW] + 1 if skipped else 0
             return
+        device = seen[0].totals.device
         was_skipped = torch.as_tensor(skipped, device=device).reshape(()) > 0
         was_clipped = (torch.as_tensor(clipped, device=device).reshape(()) > 0) & ~was_skipped
-        self.counts[IN_A_ROW] *= was_skipped
-        self.counts += torch.stack([torch.ones_like(was_skipped), was_clipped, was_skipped, was_skipped])
-        self._echo.send(self.counts)
+        before = torch.as_tensor(counts, device=device)
+        kept = torch.stack([torch.ones_like(was_skipped)] * IN_A_ROW + [was_skipped])
+        self._counts = before * kept + torch.stack([kept[0], was_clipped, was_skipped, was_skipped])
+        self._echo.send(self._counts)
+
+    @property
+    def counts(self) -> Tensor:
+        """``[steps, clipped, skipped, in a row]``, int64, for whoever looks."""
+        if isinstance(self._counts, Tensor):
+            return self._counts
+        device = self.seen[0].totals.device if self.seen else "cpu"
+        return torch.tensor(self._counts, dtype=torch.int64, device=device)
 
     def news(self) -> list[int] | None:
         """The counts as the host knows them by now, if there is something new."""
-        return self.counts.tolist() if known_to_host(self.counts) else self._echo.latest()
+        return self._counts if isinstance(self._counts, list) else self._echo.latest()
 
     def bad(self) -> list[str]:
         """Names of the latest gradients that hold NaN or Inf. Synchronises."""

@@ -216,6 +216,183 @@ def test_forced_capabilities_are_put_back():
     assert C.cpu_capability() == before
 
 
+# ---- optimizer steps -----------------------------------------------------------------------------------
+
+STEPS = {
+    "AdamW fused": {"rule": rows.ADAMW_FUSED},
+    "GradScaler": {"rule": rows.ADAMW_FUSED, "scaled": True},
+    "AdamW foreach": {"rule": rows.ADAMW_FOREACH},
+    "SGD fused": {"rule": rows.SGD_FUSED},
+}
+SHARES = {"nothing to clip": rows.NOTHING_TO_CLIP, "clipping": rows.CLIPPING}
+
+
+def step_row(**settings: object) -> object:
+    return row(functools.partial(rows.step, **settings))
+
+
+@pytest.mark.parametrize("share", SHARES.values(), ids=SHARES)
+@pytest.mark.parametrize("settings", STEPS.values(), ids=STEPS)
+def test_steps_agree_with_the_oracle(settings, share):
+    (result,) = run(step_row(share=share, **settings))["rows"]
+    assert result["verdict"] in ("faster", "slower"), result
+    assert all(0 <= contestant["relative_error"] < 1e-5 for contestant in result["contestants"])
+
+
+def test_a_bare_step_has_no_norm():
+    (result,) = run(step_row(rule=rows.ADAMW_FUSED, bare=True))["rows"]
+    assert result["verdict"] in ("faster", "slower"), result
+    assert result["contestants"][1]["relative_error"] is None
+
+
+class Idle(fastclip.ClippedOptimizer):
+    def step(self) -> None:
+        pass
+
+
+class OnlyLooks(fastclip.ClippedOptimizer):
+    def step(self) -> None:
+        self._fastclip.look(self)
+
+
+class StepsTwice(fastclip.ClippedOptimizer):
+    def step(self) -> None:
+        super().step()
+        super().step()
+
+
+class DoesNotClip(fastclip.ClippedOptimizer):
+    def __init__(self, optimizer: torch.optim.Optimizer, max_norm: float) -> None:
+        super().__init__(optimizer, math.inf)
+
+
+class ClipsTooMuch(fastclip.ClippedOptimizer):
+    def __init__(self, optimizer: torch.optim.Optimizer, max_norm: float) -> None:
+        super().__init__(optimizer, 1e-5 * max_norm)
+
+
+class KeepsUnclipped(fastclip.ClippedOptimizer):
+    """The step is right; what is left in ``.grad`` is not."""
+
+    def step(self) -> None:
+        super().step()
+        self.param_groups[0]["params"][0].grad.view(-1)[-1] *= 1.001
+
+
+class WrongNorm(fastclip.ClippedOptimizer):
+    @property
+    def last_norm(self) -> torch.Tensor:
+        return super().last_norm * (1 + 2**-22)
+
+
+ALWAYS_WRONG = (Idle, OnlyLooks, StepsTwice, KeepsUnclipped, WrongNorm)
+
+
+@pytest.mark.parametrize("settings", STEPS.values(), ids=STEPS)
+@pytest.mark.parametrize(
+    ("share", "broken"),
+    [
+        *((share, broken) for share in SHARES.values() for broken in ALWAYS_WRONG),
+        (rows.NOTHING_TO_CLIP, ClipsTooMuch),
+        (rows.CLIPPING, ClipsTooMuch),
+        (rows.CLIPPING, DoesNotClip),
+    ],
+)
+def test_a_broken_wrapper_has_no_time(monkeypatch, settings, share, broken):
+    monkeypatch.setattr(fastclip, "ClippedOptimizer", broken)
+    assert run(step_row(share=share, **settings))["rows"][0]["verdict"] == "wrong"
+
+
+def test_a_scaler_that_unscales_by_too_much_has_no_time(monkeypatch):
+    class Doubled(fastclip.GradScaler):
+        def __init__(self, device: str, init_scale: float, **settings: object) -> None:
+            super().__init__(device, 2 * init_scale, **settings)
+
+    monkeypatch.setattr(fastclip, "GradScaler", Doubled)
+    assert run(step_row(**STEPS["GradScaler"]))["rows"][0]["verdict"] == "wrong"
+
+
+@pytest.mark.parametrize("settings", STEPS.values(), ids=STEPS)
+def test_torch_is_held_to_the_same(monkeypatch, settings):
+    norm_alone = lambda params, max_norm: nn.utils.get_total_norm([p.grad for p in params])  # noqa: E731
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", norm_alone)
+    assert run(step_row(share=rows.CLIPPING, **settings))["rows"][0]["verdict"] == "wrong"
+
+
+@pytest.mark.parametrize("share", SHARES.values(), ids=SHARES)
+@pytest.mark.parametrize("settings", STEPS.values(), ids=STEPS)
+def test_a_timed_call_that_does_not_step_is_caught(settings, share):
+    for contestant in rows.step(rows.Inputs(TINY), share=share, **settings):
+        assert compare.checked(contestant) is not None
+        idle = rows.Contestant("idle", lambda: None, contestant.check, 1, contestant.before, contestant.after)
+        with pytest.raises(oracle.WrongResult, match="did not step"):
+            compare.alternate([idle], 1)
+
+
+@pytest.mark.parametrize("settings", STEPS.values(), ids=STEPS)
+def test_a_timed_call_that_does_not_clip_is_caught(monkeypatch, settings):
+    _, theirs = rows.step(rows.Inputs(TINY), share=rows.CLIPPING, **settings)
+    assert compare.checked(theirs) is not None
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda *_: None)
+    with pytest.raises(oracle.WrongResult, match="did not write"):
+        compare.alternate([theirs], 1)
+
+
+def test_a_timed_call_that_steps_to_nan_is_caught():
+    inputs = rows.Inputs(TINY)
+    ours, theirs = rows.step(inputs, rows.ADAMW_FUSED)
+    for contestant in (ours, theirs):
+        assert compare.checked(contestant) is not None
+    inputs.grads[-1].fill_(math.nan)
+    with pytest.raises(oracle.WrongResult, match="did not step"):  # the wrapper skips
+        compare.alternate([ours], 1)
+    with pytest.raises(oracle.WrongResult, match="finite parameters"):
+        compare.alternate([theirs], 1)
+
+
+@pytest.mark.parametrize("settings", STEPS.values(), ids=STEPS)
+def test_every_step_of_a_clipping_row_clips(monkeypatch, settings):
+    steppers = []
+
+    class Watched(fastclip.ClippedOptimizer):
+        def __init__(self, *args: object) -> None:
+            super().__init__(*args)
+            steppers.append(self)
+
+    monkeypatch.setattr(fastclip, "ClippedOptimizer", Watched)
+    assert run(step_row(share=rows.CLIPPING, **settings))["rows"][0]["verdict"] != "wrong"
+    (stepper,) = steppers
+    calls = 1 + 1 + FAST.rounds  # check, trial, timed
+    assert (stepper.steps, stepper.clipped_steps, stepper.skipped_steps) == (calls, calls, 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "ours", "theirs"),
+    [
+        ({"rule": rows.ADAMW_FUSED}, 32, 40),
+        ({"rule": rows.ADAMW_FUSED, "share": rows.CLIPPING}, 36, 40),
+        ({"rule": rows.ADAMW_FUSED, "scaled": True}, 36, 48),
+        ({"rule": rows.ADAMW_FUSED, "scaled": True, "share": rows.CLIPPING}, 36, 48),
+        ({"rule": rows.ADAMW_FOREACH}, 84, 92),
+        ({"rule": rows.ADAMW_FOREACH, "share": rows.CLIPPING}, 92, 92),
+        ({"rule": rows.SGD_FUSED}, 24, 32),
+        ({"rule": rows.SGD_FUSED, "share": rows.CLIPPING}, 28, 32),
+        ({"rule": rows.ADAMW_FUSED, "bare": True}, 32, 28),
+    ],
+)
+def test_bytes_of_a_step(settings, ours, theirs):
+    inputs = rows.Inputs(TINY)
+    moved = [contestant.moved_bytes for contestant in rows.step(inputs, **settings)]
+    assert moved == [ours * TINY.size, theirs * TINY.size]
+
+
+def test_host_time(monkeypatch):
+    assert run(row(rows.host_time))["rows"][0]["verdict"] in ("faster", "slower")
+    for broken in (*ALWAYS_WRONG, ClipsTooMuch):
+        monkeypatch.setattr(fastclip, "ClippedOptimizer", broken)
+        assert run(row(rows.host_time))["rows"][0]["verdict"] == "wrong", broken
+
+
 def test_short_calls_get_more_rounds():
     settings = compare.Settings(rounds=4, budget_s=1.0)
     assert compare._rounds(10.0, settings) == 4
@@ -260,6 +437,15 @@ def test_one_wrong_element_is_found(dtype):
             check(right, before)
 
 
+def test_one_wrong_parameter_is_found():
+    start = [torch.linspace(-1.0, 1.0, 101)]
+    stepped = [start[0] - 1e-3]
+    oracle.check_stepped(stepped, start, lambda before: before - 1e-3, 1e-3)
+    for wrong in (start[0][7], math.nan):
+        with pytest.raises(oracle.WrongResult, match="parameter 0"):
+            oracle.check_stepped([stepped[0].index_fill(0, torch.tensor([7]), wrong)], start, lambda b: b - 1e-3, 1e-3)
+
+
 # ---- the workloads -------------------------------------------------------------------------------------
 
 
@@ -293,9 +479,9 @@ def test_the_table():
     table = compare.all_rows()
     names = [entry.name for entry in table]
     assert len(set(names)) == len(names)
-    assert max(map(len, names)) <= 40  # the width of their column
+    assert max(map(len, names)) <= 48  # the width of their column
     floors = {entry.name: entry.floor for entry in table if entry.floor is not None}
-    assert sorted(floors.values()) == [0.95, 1.05, 1.4, 3.2, 3.3, 6.5, 12.0, 15.0, 22.0]
+    assert sorted(floors.values()) == [0.95, 1.05, 1.15, 1.3, 1.4, 1.6, 3.2, 3.3, 6.5, 12.0, 15.0, 22.0]
     order = [entry.workloads for entry in table]
     assert len({*order}) == sum(a != b for a, b in zip(order, [None, *order[:-1]], strict=True)), "built twice"
     assert any(entry.quick for entry in table)
