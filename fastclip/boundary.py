@@ -10,8 +10,11 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from fastclip.backends import plan
 from fastclip.checks import norm_type_number, number
-from fastclip.functional import get_total_norm
+from fastclip.stats import read
+from fastclip.tensors import grads_among
+from fastclip.types import CLIP_COEF, TOTAL_NORM, Request
 
 State = TypeVar("State", Tensor, tuple[Tensor, ...])
 
@@ -28,10 +31,18 @@ class _Boundary(Function):
         given = [grad for grad in grads if grad is not None]
         if not given:
             return None, None, *grads
-        norm = get_total_norm(given, ctx.norm_type).double()
-        coef = torch.where(norm <= ctx.max_norm, 1.0, ctx.max_norm / (norm + 1e-6))
-        clipped = [None if g is None else torch.where(coef == 1.0, g, g * coef.to(g.dtype)) for g in grads]
+        reading = read(plan(grads_among(given)), Request(ctx.norm_type, ctx.max_norm))
+        norm, coef = reading.totals[TOTAL_NORM], reading.totals[CLIP_COEF]
+        keep = (norm <= ctx.max_norm) | ~torch.isfinite(norm)
+        # multiplied in the coefficient's own width, rounded once
+        clipped = [
+            None if g is None else torch.where(keep, g, (g.to(_wider(g, coef)) * coef).to(g.dtype)) for g in grads
+        ]
         return None, None, *clipped
+
+
+def _wider(grad: Tensor, coef: Tensor) -> torch.dtype:
+    return torch.promote_types(grad.dtype, coef.dtype)
 
 
 _through: Callable[..., tuple[Tensor, ...]] = _Boundary.apply

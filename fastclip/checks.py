@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import Tensor
 
@@ -24,6 +25,30 @@ def number(name: str, value: float | Tensor) -> float:
     if not bound >= 0:
         raise ValueError(f"{name} must be at least 0, got {bound}")
     return bound
+
+
+def positive(name: str, value: float | Tensor) -> float:
+    """A number above 0, not NaN."""
+    checked = number(name, value)
+    if checked == 0.0:
+        raise ValueError(f"{name} must be greater than 0")
+    return checked
+
+
+def fraction(name: str, value: float | Tensor) -> float:
+    """A number from 0 to below 1."""
+    checked = number(name, value)
+    if checked >= 1.0:
+        raise ValueError(f"{name} must be below 1, got {checked}")
+    return checked
+
+
+def whole(name: str, value: Any, least: int = 0) -> int:
+    """A whole number."""
+    checked = real(name, value)
+    if not math.isfinite(checked) or checked != int(checked) or checked < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    return int(checked)
 
 
 def norm_type_number(value: float | str) -> float:

@@ -12,7 +12,7 @@ from fastclip.backends import plan
 from fastclip.policies import Decision, Policy
 from fastclip.stats import GradStats, Reading, any_of, known_to_host, read, stats_of
 from fastclip.tensors import Grads
-from fastclip.types import Request, wide_dtype
+from fastclip.types import MAX_ABS, Request, wide_dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +37,15 @@ class Verdict:
     def clipped(self) -> bool | Tensor:
         """Whether it changes a gradient; a 0-d tensor where the host would have to wait for the answer."""
         coef, _, unit_coefs, clamp = self.decision
-        if clamp is not None:
-            return True
-        if unit_coefs is not None:
-            coef = unit_coefs
-        if not isinstance(coef, Tensor):
-            return coef != 1.0
-        changed = (coef != 1.0).any()
-        return bool(changed) if known_to_host(changed) else changed
+        reasons: list[bool | Tensor] = []
+        if clamp is not None:  # which asks for the largest magnitudes
+            reasons.append((self.reading.rows[MAX_ABS] > clamp).any())
+        for factor in (coef, unit_coefs):
+            if isinstance(factor, Tensor):
+                reasons.append((factor != 1.0).any())
+            elif factor is not None:
+                reasons.append(factor != 1.0)
+        return any_of(reasons)
 
     def apply(self, grad_scale: float | Tensor | None = None, skip: bool | Tensor = False) -> None:
         """Multiplies the gradients by ``clip_coef``, divided by ``grad_scale`` if they are scaled; not if ``skip``."""
@@ -97,6 +98,9 @@ def examine(
         UnsupportedGradientError: a gradient can't be read, or can't be written though that might be needed.
         NonFiniteGradientError: with "raise".
     """
+    for grads, policy in shares:
+        if policy.clamps:
+            check_real(grads)
     asked = [(plan(grads), policy.request()) for grads, policy in shares]
     for (work, _), (_, policy) in zip(asked, shares, strict=True):
         if policy.writes or grad_scale is not None or nonfinite == "zero":
@@ -125,14 +129,19 @@ def clip_(grads: Grads, policy: Policy, nonfinite: str) -> Tensor:
     return finding.reading.total_norm
 
 
-def clamp_(grads: Grads, bound: float) -> None:
-    """Clamps every element into [-bound, bound]."""
+def check_real(grads: Grads) -> None:
+    """Raises ``RuntimeError`` for the first complex gradient."""
     for index, grad in enumerate(grads.tensors):
         if grad.is_complex():
             raise RuntimeError(
                 f"the gradient of {grads.describe(index)} is complex, and complex numbers have no order to clamp "
-                "by; use clip_grad_norm_"
+                "by; use clip_grad_norm_. Nothing was written"
             )
+
+
+def clamp_(grads: Grads, bound: float) -> None:
+    """Clamps every element into [-bound, bound]."""
+    check_real(grads)
     work = plan(grads)
     work.check_writable()
     work.clamp_(bound)

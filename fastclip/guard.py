@@ -239,6 +239,7 @@ class Guard(Reports):
         ``again`` means in the middle of a step: what would skip it has to raise.
         """
         report, self._report = self._report, None
+        observed, self._observed = self._observed, False
         groups = self.optimizer.param_groups
         shares, twice = self._shares(groups)
         if not shares:
@@ -252,18 +253,21 @@ class Guard(Reports):
         if self._penalty.is_wanted(groups):
             for grads, _ in shares:
                 plan(grads).check_writable()
+            if nonfinite == "raise":
+                examine(shares, nonfinite, grad_scale)  # a read more, but before anything is written
             self._penalty.add_(groups, grad_scale)
         findings = examine(shares, nonfinite, grad_scale)
         if self._is_rehearsal(groups, findings):
             return Clearance(True)
-        if self._ladder.wants_snapshot() and self._parameters_are_finite():
+        if not again and self._ladder.wants_snapshot() and self._parameters_are_finite():
             self._ladder.take_snapshot(self.optimizer)
         verdicts = [finding.decide() for finding in findings]
         found_inf = any_of(finding.found_inf for finding in findings)
         if report is not None:
             report.copy_(torch.as_tensor(found_inf))
-        observed, self._observed = self._observed, False
-        reasons = [False if given_inf is None else given_inf, observed, *(v.decision.skip for v in verdicts)]
+        reasons = [False if given_inf is None else given_inf]
+        if not again:  # in the middle of a step it is too late for anything but an error
+            reasons += [observed, *(verdict.decision.skip for verdict in verdicts)]
         skip = any_of([*reasons, found_inf] if nonfinite == "skip" else reasons)
         clipped = any_of(verdict.clipped for verdict in verdicts)
 
@@ -271,7 +275,7 @@ class Guard(Reports):
         if isinstance(skip, Tensor) and (not rides or riding.first_step_is_lost(self.optimizer)):
             skip = bool(skip)  # nothing but the host can hold this step back
         self._record.note([Seen(finding.reading) for finding in findings], clipped, skip)
-        if self._has_gone_back(observed, found_inf) or skip is True:
+        if (not again and self._has_gone_back(observed, found_inf)) or skip is True:
             return Clearance(False)
         riding_inf = skip.to(torch.float32) if isinstance(skip, Tensor) else None
         only = verdicts[0]
@@ -297,7 +301,9 @@ class Guard(Reports):
                 return "NaN or Inf in the gradients", bad
             if observed is True:
                 return "the loss that was observed", ()
-            return "a GradScaler found Inf" if found_inf is True else f"decided by {self.policy!r}", ()
+            if not isinstance(found_inf, bool):
+                return "known only after the step, on the device", ()
+            return f"decided by {self.policy!r}", ()
 
         went_back = self._ladder.climb(self.optimizer, news[STEPS], news[SKIPPED], reason)
         self._record.check_streak(news[IN_A_ROW])

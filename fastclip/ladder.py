@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fastclip.checks import real
+from fastclip.checks import number, positive, real, whole
 from fastclip.policies.moments import Learner
 
 
@@ -34,12 +35,6 @@ class Event(NamedTuple):
         return f"step {self.step}: {self.kind}: {self.reason}{which}"
 
 
-def whole(name: str, value: int) -> int:
-    if isinstance(value, bool) or int(value) != value or value < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-    return int(value)
-
-
 class SpikeBackoff:
     """Cuts the learning rate of every group after bad steps, and brings it back after good ones.
 
@@ -59,33 +54,37 @@ class SpikeBackoff:
         self.factor, self.least = real("factor", factor), real("least", least)
         if not 0.0 < self.factor < 1.0 or not 0.0 < self.least < 1.0:
             raise ValueError(f"factor and least must lie between 0 and 1, got {factor} and {least}")
-        self.patience, self.recover = whole("patience", patience), whole("recover", recover)
-        self.lr_factor, self._bad, self._good = 1.0, 0, 0
+        self.patience, self.recover = whole("patience", patience, 1), whole("recover", recover, 1)
+        self._cuts, self._bad, self._good = 0, 0, 0
+
+    @property
+    def lr_factor(self) -> float:
+        return self.factor**self._cuts
 
     def bad(self) -> bool:
         """A step was skipped; is that a cut?"""
         self._good, self._bad = 0, self._bad + 1
         if self._bad < self.patience or self.lr_factor * self.factor < self.least:
             return False
-        self.lr_factor, self._bad = self.lr_factor * self.factor, 0
+        self._cuts, self._bad = self._cuts + 1, 0
         return True
 
     def good(self) -> bool:
         """A step was made; does that take a cut back?"""
         self._bad = 0
-        if self.lr_factor == 1.0:
+        if self._cuts == 0:
             return False
         self._good += 1
         if self._good < self.recover:
             return False
-        self.lr_factor, self._good = min(self.lr_factor / self.factor, 1.0), 0
+        self._cuts, self._good = self._cuts - 1, 0
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        return {"lr_factor": self.lr_factor, "bad": self._bad, "good": self._good}
+        return {"cuts": self._cuts, "bad": self._bad, "good": self._good}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.lr_factor, self._bad, self._good = (state_dict[key] for key in ("lr_factor", "bad", "good"))
+        self._cuts, self._bad, self._good = (int(state_dict[key]) for key in ("cuts", "bad", "good"))
 
 
 class reduced_lr:
@@ -116,7 +115,7 @@ class Snapshot:
     @property
     def nbytes(self) -> int:
         """Memory it holds, in bytes."""
-        return sum(buffer.nbytes for buffer in self._buffers.values())
+        return sum(buffer.nbytes for buffer in self._buffers.values()) + _nbytes(list(self._rest.values()))
 
     def take(self, optimizer: Optimizer, step: int) -> None:
         sources = dict(_tensors(optimizer))
@@ -129,8 +128,9 @@ class Snapshot:
             self._shape = shape
         for view, source in zip(self._views(), sources.values(), strict=True):
             view.copy_(source)
+        # what isn't a tensor: numbers, and the lists in which LBFGS keeps its history and which it changes in place
         self._rest = {
-            p: {name: value for name, value in state.items() if not isinstance(value, Tensor)}
+            p: {name: copy.deepcopy(value) for name, value in state.items() if not isinstance(value, Tensor)}
             for p, state in optimizer.state.items()
         }
         self.taken_at = step
@@ -149,7 +149,7 @@ class Snapshot:
             for name in [name for name, value in state.items() if isinstance(value, Tensor)]:
                 if (id(parameter), name) not in saved:
                     del state[name]
-            state.update(self._rest[parameter])
+            state.update(copy.deepcopy(self._rest[parameter]))
 
     def _views(self) -> Iterator[Tensor]:
         used = dict.fromkeys(self._buffers, 0)
@@ -157,6 +157,14 @@ class Snapshot:
             begin = used[device, dtype]
             used[device, dtype] += shape.numel()
             yield self._buffers[device, dtype][begin : used[device, dtype]].view(shape)
+
+
+def _nbytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.nbytes
+    if isinstance(value, dict):
+        value = list(value.values())
+    return sum(map(_nbytes, value)) if isinstance(value, (list, tuple)) else 0
 
 
 def _tensors(optimizer: Optimizer) -> Iterator[tuple[Any, Tensor]]:
@@ -177,12 +185,16 @@ class Rollback:
         every: good steps between two snapshots. Other steps cost nothing.
         after: skipped steps in a row that lead back.
 
+    A snapshot is taken between two steps, of parameters that are finite as far as the host knows; state that an
+    optimizer keeps in its param groups (schedule-free ones) is not in it. On an accelerator skips are known, and so
+    answered, some steps late.
+
     Attributes:
         snapshot: the latest one; ``snapshot.nbytes`` says its memory: parameters plus optimizer state.
     """
 
     def __init__(self, every: int = 100, *, after: int = 10) -> None:
-        self.every, self.after = whole("every", every), whole("after", after)
+        self.every, self.after = whole("every", every, 1), whole("after", after, 1)
         self.snapshot = Snapshot()
         self._good, self._bad = 0, 0
 
@@ -220,7 +232,7 @@ class LossWatch(Learner):
 
     def __init__(self, k: float | None = None, *, alpha: float = 0.97, warmup: int = 25, floor: float = 0.01) -> None:
         super().__init__(alpha, warmup)
-        self.k, self.floor = k, floor
+        self.k, self.floor = None if k is None else positive("k", k), number("floor", floor)
 
     def is_bad(self, loss: Tensor) -> Tensor:
         """0-d bool, on the loss's device."""

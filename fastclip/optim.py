@@ -20,6 +20,7 @@ from fastclip.policies import Bound, GlobalNorm, Policy
 from fastclip.record import Record, Reports
 from fastclip.regularisation import Penalty
 from fastclip.riding import RIDERS
+from fastclip.tensors import GroupNames
 
 BOUNDS = ("max_norm", *OWN_RULES)  # keys of a param group that are fastclip's
 STATE = "fastclip"  # the key of a state_dict under which policies that learn keep what they know
@@ -212,14 +213,15 @@ class ClippedOptimizer(Reports, Optimizer):
         """
         state_dict: dict[str, Any] = self._inner.state_dict()
         known = {
-            "all": self.policy.state_dict(),
             "guard": self._fastclip.state_dict(),
             "inner": state_dict.pop(STATE, {}),
         }
-        for index, group in enumerate(state_dict.get("param_groups", ())):
-            if "policy" in group:  # the object stays here; what it knows travels
-                known[f"group {index}"] = group.pop("policy").state_dict()
+        for group in state_dict.get("param_groups", ()):
+            group.pop("policy", None)  # the object stays here; what it knows travels
+        known |= {whose: policy.state_dict() for whose, policy in self._policies().items()}
         known = {whose: state for whose, state in known.items() if state}
+        if any(policy.per_tensor for policy in self._policies().values()):
+            known["tensors"] = self._tensors()
         return {**state_dict, STATE: known} if known else state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -229,18 +231,37 @@ class ClippedOptimizer(Reports, Optimizer):
         """
         before = [{key: group[key] for key in BOUNDS if key in group} for group in self.param_groups]
         known = state_dict.get(STATE, {})
+        for whose, policy in self._policies().items():
+            if whose in known:
+                policy.check_state_dict(known[whose])
+        if known.get("tensors", self._tensors()) != self._tensors():
+            saved, here = known["tensors"], self._tensors()
+            differing = [name for name in {**saved, **here} if saved.get(name) != here.get(name)]
+            raise ValueError(
+                "the policy's state was saved for other tensors: "
+                + ", ".join(f"{name} has {saved.get(name)} there, {here.get(name)} here" for name in differing[:5])
+                + (", ..." if len(differing) > 5 else "")
+                + ". Nothing was changed"
+            )
         inner_state = {key: value for key, value in state_dict.items() if key != STATE}
         self._inner.load_state_dict({**inner_state, STATE: known["inner"]} if "inner" in known else inner_state)
-        policies = {"all": self.policy}
-        for index, (group, bounds) in enumerate(zip(self.param_groups, before, strict=True)):
+        for group, bounds in zip(self.param_groups, before, strict=True):
             for key, value in bounds.items():
                 group.setdefault(key, value)
-            if "policy" in group:
-                policies[f"group {index}"] = group["policy"]
-        for whose, policy in policies.items():
+        for whose, policy in self._policies().items():
             if whose in known:
                 policy.load_state_dict(known[whose])
         self._fastclip.load_state_dict(known.get("guard", {}))
+
+    def _policies(self) -> dict[str, Policy]:
+        """Each by the name under which its state is kept."""
+        alone = {f"group {i}": group["policy"] for i, group in enumerate(self.param_groups) if "policy" in group}
+        return {"all": self.policy, **alone}
+
+    def _tensors(self) -> dict[str, list[int]]:
+        """Name -> shape of every parameter, in order."""
+        names = GroupNames(list(enumerate(self.param_groups)))
+        return {name: list(parameter.shape) for name, parameter in zip(names, names.parameters, strict=True)}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         self._inner.add_param_group(param_group)

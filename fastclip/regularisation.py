@@ -39,33 +39,34 @@ class Penalty:
         return bool(self.l1 or self.l2) or any("l1" in group or "l2" in group for group in groups)
 
     def add_(self, groups: Sequence[dict[str, Any]], grad_scale: float | Tensor | None) -> None:
-        """Writes the gradients of all groups that have a penalty; scaled ones get it scaled."""
+        """Writes the gradients of all groups that have a penalty; scaled ones get it scaled.
+
+        Raises:
+            TypeError: a group with a penalty holds a sparse gradient; nothing was written.
+            ValueError: a group's strength is negative or not finite; nothing was written.
+        """
+        strengths = []
         for index, group in enumerate(groups):
             l1, l2 = (strength(f"param_groups[{index}][{k!r}]", group.get(k, getattr(self, k))) for k in ("l1", "l2"))
-            if l1 == 0.0 and l2 == 0.0:
-                continue
-            # each gradient once, however often its parameter is listed
-            pairs = {id(p.grad): (p.grad, p.detach()) for p in group["params"] if p.grad is not None}
+            strengths.append((l1, CONVENTIONS[self.convention] * l2))
             sparse = next((p for p in group["params"] if p.grad is not None and p.grad.layout != torch.strided), None)
-            if sparse is not None:
+            if sparse is not None and (l1 or l2):
                 raise TypeError(
                     f"param_groups[{index}] holds a sparse gradient of shape {tuple(sparse.shape)}: a penalty on every "
                     "weight would make it dense; set the group's l1 and l2 to 0. Nothing was written"
                 )
+        for group, (of_sign, of_weight) in zip(groups, strengths, strict=True):
+            # each gradient once, however often its parameter is listed
+            pairs = {id(p.grad): (p.grad, p.detach()) for p in group["params"] if p.grad is not None}
             grads, weights = [grad for grad, _ in pairs.values()], [weight for _, weight in pairs.values()]
-            for penalty, of in ((l1, _signs), (CONVENTIONS[self.convention] * l2, _themselves)):
-                if penalty == 0.0:
-                    continue
-                if isinstance(grad_scale, Tensor):
-                    scaled = torch._foreach_mul(of(weights), [grad_scale * penalty] * len(weights))
-                    torch._foreach_add_(grads, scaled)
-                else:
-                    torch._foreach_add_(grads, of(weights), alpha=penalty * (1.0 if grad_scale is None else grad_scale))
+            if of_sign and grads:
+                _add_(grads, list(torch._foreach_sign(weights)), of_sign, grad_scale)
+            if of_weight and grads:
+                _add_(grads, weights, of_weight, grad_scale)
 
 
-def _signs(weights: list[Tensor]) -> Any:
-    return torch._foreach_sign(weights)
-
-
-def _themselves(weights: list[Tensor]) -> Any:
-    return weights
+def _add_(grads: list[Tensor], terms: list[Tensor], factor: float, grad_scale: float | Tensor | None) -> None:
+    if isinstance(grad_scale, Tensor):
+        torch._foreach_add_(grads, torch._foreach_mul(terms, [grad_scale * factor] * len(terms)))
+    else:
+        torch._foreach_add_(grads, terms, alpha=factor * (1.0 if grad_scale is None else grad_scale))

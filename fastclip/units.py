@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import torch
+
 from fastclip.tensors import Grads
+from fastclip.types import UnsupportedGradientError
 
 SPELLED = ("out", "in", "tensor")
 
@@ -13,8 +16,10 @@ def check_units(units: str | tuple[int, ...]) -> str | tuple[int, ...]:
         if units not in SPELLED:
             raise ValueError(f"units must be one of {', '.join(SPELLED)}, or a tuple of dimensions; got {units!r}")
         return units
+    if not isinstance(units, (tuple, list)):
+        raise TypeError(f"units: expected one of {', '.join(SPELLED)}, or a tuple of dimensions; got {units!r}")
     dims = tuple(units)
-    if not dims or not all(isinstance(d, int) and d >= 0 for d in dims) or len(set(dims)) < len(dims):
+    if not dims or not all(type(d) is int and d >= 0 for d in dims) or len(set(dims)) < len(dims):
         raise ValueError(f"units: expected different dimensions, each at least 0, got {units!r}")
     return dims
 
@@ -24,7 +29,14 @@ def unit_dims(grads: Grads, units: str | tuple[int, ...]) -> list[tuple[int, ...
 
     Raises:
         ValueError: ``units`` does not fit a gradient's number of dimensions; names it.
+        UnsupportedGradientError: a sparse gradient.
     """
+    for index, grad in enumerate(grads.tensors):
+        if grad.layout != torch.strided:
+            raise UnsupportedGradientError(
+                f"units of {grads.describe(index)} are not known: it lists only some of its elements; leave it out. "
+                "Nothing was written"
+            )
     return [_dims(grads, i, grad.shape, units) for i, grad in enumerate(grads.tensors)]
 
 

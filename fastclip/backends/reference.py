@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastclip import tensors
-from fastclip.types import CLIP_COEF, TOTAL_INFS, TOTAL_NANS, TOTAL_NORM, Request, wide_dtype
+from fastclip.types import ALWAYS_FIELDS, CLIP_COEF, TOTAL_INFS, TOTAL_NANS, TOTAL_NORM, Request, wide_dtype
 
 name = "reference"
 
@@ -89,7 +89,8 @@ def count_units(grad: Tensor, dims: tuple[int, ...]) -> int:
 def unit_stats(grad: Tensor, dims: tuple[int, ...], request: Request) -> Tensor:
     """``[ALWAYS_FIELDS, u]`` of one tensor."""
     kept = [d for d in range(grad.dim()) if d not in dims]
-    widened = _widened(grad.permute(*kept, *dims)).reshape(count_units(grad, dims), -1)
+    size = math.prod(grad.shape[d] for d in dims)
+    widened = _widened(grad.permute(*kept, *dims)).reshape(count_units(grad, dims), size)
     nan = torch.isnan(widened)
     inf = torch.isinf(widened) & ~nan
     magnitudes = torch.where(nan, math.nan, widened.abs())
@@ -100,7 +101,7 @@ def unit_stats(grad: Tensor, dims: tuple[int, ...], request: Request) -> Tensor:
 def join_units(unit_rows: Tensor, counts: list[int], request: Request, rows: Tensor) -> None:
     for column, own in enumerate(torch.split(unit_rows, counts, dim=1)):
         rows[0, column] = norm_of_norms(own[0], request.norm_type)
-        rows[1:, column] = own[1:].sum(dim=1)
+        rows[1:ALWAYS_FIELDS, column] = own[1:].sum(dim=1)
 
 
 def finish(rows: Tensor, request: Request, totals: Tensor) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastclip.checks import number
-from fastclip.policies.base import Decision, Policy, coef_for, fraction, positive
+from fastclip.checks import fraction, number, positive, whole
+from fastclip.policies.base import Decision, Policy, coef_for
 from fastclip.stats import Reading
 from fastclip.types import NORM, TOTAL_NORM
 
@@ -34,7 +34,8 @@ class AdaGC(Policy):
         self, lam: float = 1.05, *, lam_abs: float = 1.0, beta: float = 0.98, warmup: int = 100, floor: float = 1e-8
     ) -> None:
         self.lam, self.lam_abs = positive("lam", lam), number("lam_abs", lam_abs)
-        self.beta, self.warmup, self.floor = fraction("beta", beta), int(number("warmup", warmup)), floor
+        self.beta, self.warmup = fraction("beta", beta), whole("warmup", warmup)
+        self.floor = number("floor", floor)
         self.step = torch.zeros((), dtype=torch.int64)
         self.averages: Tensor = torch.empty(0, dtype=torch.float64)  # Inf: nothing learned yet
 

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from fastclip.checks import number
 from fastclip.stats import Reading
 from fastclip.types import TOTAL_NORM, Request
 
@@ -45,12 +44,14 @@ class Policy:
         learned: names of the attributes, all tensors, that a resumed run needs.
         per_tensor: whether they are about single gradients, so that they fit only the same parameters.
         writes: whether it may ever ask for more than statistics.
+        clamps: whether it may clamp elements, which complex ones have no order for.
     """
 
     norm_type: float = 2.0
     learned: tuple[str, ...] = ()
     per_tensor: bool = False
     writes: bool = True
+    clamps: bool = False
 
     def request(self) -> Request:
         """What the read of this step shall yield; called once a step, before it."""
@@ -62,21 +63,25 @@ class Policy:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs; empty for a rule that learns nothing."""
-        return {name: getattr(self, name).clone() for name in self.learned}
+        if not self.learned:
+            return {}
+        return {"policy": type(self).__name__, **{name: getattr(self, name).clone() for name in self.learned}}
+
+    def check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises ``ValueError`` if ``state_dict`` was saved by another policy."""
+        name, keys = type(self).__name__, {"policy", *self.learned} if self.learned else set()
+        if state_dict.keys() != keys or state_dict.get("policy", name) != name:
+            held = ", ".join(f"{k}={v}" if k == "policy" else str(k) for k, v in state_dict.items())
+            raise ValueError(
+                f"{name} knows {', '.join(self.learned) or 'nothing'}; the state dict holds {held or 'nothing'}: "
+                "it was saved by another policy. Nothing was changed"
+            )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes back what ``state_dict`` gave.
-
-        Raises:
-            ValueError: it is another policy's; nothing was changed.
-        """
-        if state_dict.keys() != set(self.learned):
-            raise ValueError(
-                f"{type(self).__name__} knows {', '.join(self.learned) or 'nothing'}, the state dict holds "
-                f"{', '.join(map(str, state_dict)) or 'nothing'}: it was saved by another policy"
-            )
-        for name, value in state_dict.items():
-            setattr(self, name, value.clone())
+        """Takes back what ``state_dict`` gave. Raises as :meth:`check_state_dict`."""
+        self.check_state_dict(state_dict)
+        for name in self.learned:
+            setattr(self, name, state_dict[name].clone())
 
     def to(self, device: torch.device) -> None:
         """Brings what it learned to ``device``; for a step whose gradients have moved."""
@@ -99,17 +104,3 @@ def coef_for(norm: Tensor, bound: Tensor, eps: float) -> Tensor:
 def total_norm(reading: Reading) -> Tensor:
     """The reading's total norm, 0-d, in its widest dtype."""
     return reading.totals[TOTAL_NORM]
-
-
-def positive(name: str, value: float) -> float:
-    checked = number(name, value)
-    if checked == 0.0:
-        raise ValueError(f"{name} must be greater than 0")
-    return checked
-
-
-def fraction(name: str, value: float) -> float:
-    checked = number(name, value)
-    if checked >= 1.0:
-        raise ValueError(f"{name} must be below 1, got {checked}")
-    return checked

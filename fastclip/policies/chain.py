@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastclip.policies.base import Decision, Policy
-from fastclip.stats import Reading, any_of
+from fastclip.stats import Reading, Units, any_of
 from fastclip.types import Request
 
 
@@ -22,55 +23,71 @@ class Chain(Policy):
     """
 
     def __init__(self, *policies: Policy) -> None:
+        for policy in policies:
+            if not isinstance(policy, Policy):
+                raise TypeError(f"Chain: expected policies, got {policy!r}")
         if len(policies) < 2:
             raise ValueError(f"Chain needs at least two policies, got {len(policies)}")
+        if any(policy.clamps for policy in policies[:-1]):
+            raise ValueError("Chain: Value can only stand last; the norms of what a clamp leaves are not known")
+        if any(policy.request().units is not None for policy in policies[1:]):
+            raise ValueError("Chain: Unitwise can only stand first")
         kinds = {policy.norm_type for policy in policies}
         if len(kinds) > 1:
-            raise ValueError(f"the policies of a Chain have different norm_types: {sorted(kinds)}")
+            raise ValueError(f"Chain: the policies have different norm_types, {sorted(kinds)}")
         self.policies = policies
         self.norm_type = policies[0].norm_type
-
-    @property
-    def per_tensor(self) -> bool:  # type: ignore[override]
-        return any(policy.per_tensor for policy in self.policies)
+        self.clamps = policies[-1].clamps
+        self.per_tensor = any(policy.per_tensor for policy in policies)
 
     def request(self) -> Request:
-        first, *others = [policy.request() for policy in self.policies]
-        if any(request.units is not None for request in others):
-            raise ValueError("Unitwise can only stand first in a Chain")
-        self._requests = [first, *others]
-        return Request(self.norm_type, first.max_norm, first.eps, any(r.extras for r in self._requests), first.units)
+        first, *others = self._requests = [policy.request() for policy in self.policies]
+        extras = first.extras or any(request.extras for request in others)
+        return Request(self.norm_type, first.max_norm, first.eps, extras, first.units)
 
     def decide(self, reading: Reading) -> Decision:
-        total = Decision()
+        coef: float | Tensor = 1.0
+        unit_coefs: Tensor | None = None
+        skip: bool | Tensor = False
+        clamp: float | None = None
         for policy, request in zip(self.policies, self._requests, strict=True):
-            if total.clamp is not None:
-                raise ValueError("a Chain can't go on after Value: the norms of what it leaves are not known")
-            seen = reading.after(total.clip_coef, total.unit_coefs, request)
-            own = policy.decide(seen)
-            unit_coefs = own.unit_coefs if own.unit_coefs is not None else total.unit_coefs
-            total = Decision(
-                _product(total.clip_coef, own.clip_coef), any_of([total.skip, own.skip]), unit_coefs, own.clamp
-            )
-        return total
+            own = policy.decide(reading.after(coef, unit_coefs, request))
+            if own.unit_coefs is not None:
+                unit_coefs = own.unit_coefs
+            elif unit_coefs is not None and reading.units is not None:
+                unit_coefs = unit_coefs * _of_units(own.clip_coef, reading.units)
+            else:
+                coef = own.clip_coef if isinstance(coef, float) and coef == 1.0 else coef * own.clip_coef
+            skip, clamp = any_of([skip, own.skip]), own.clamp
+        return Decision(coef, skip, unit_coefs, clamp)
 
     def state_dict(self) -> dict[str, Any]:
         states = {str(i): policy.state_dict() for i, policy in enumerate(self.policies)}
         return {i: state for i, state in states.items() if state}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As :meth:`Policy.load_state_dict`, for each of them."""
+    def check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As :meth:`Policy.check_state_dict`, for each of them."""
         expected = {str(i) for i, policy in enumerate(self.policies) if policy.state_dict()}
         if state_dict.keys() != expected:
             raise ValueError(
-                f"Chain learns in its places {sorted(expected)}, the state dict holds {sorted(state_dict)}"
+                f"Chain: policies {', '.join(sorted(expected))} of it learn, the state dict holds "
+                f"{', '.join(map(str, state_dict)) or 'nothing'}: it was saved by another policy. Nothing was changed"
             )
         for i in expected:
-            self.policies[int(i)].load_state_dict(state_dict[i])
+            self.policies[int(i)].check_state_dict(state_dict[i])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.check_state_dict(state_dict)
+        for i, state in state_dict.items():
+            self.policies[int(i)].load_state_dict(state)
 
     def __repr__(self) -> str:
         return f"Chain({', '.join(map(repr, self.policies))})"
 
 
-def _product(first: float | Tensor, second: float | Tensor) -> float | Tensor:
-    return second if isinstance(first, float) and first == 1.0 else first * second
+def _of_units(clip_coef: float | Tensor, units: Units) -> float | Tensor:
+    """One for each unit where there is one for each gradient."""
+    if not isinstance(clip_coef, Tensor) or clip_coef.dim() == 0:
+        return clip_coef
+    counts = torch.tensor(units.counts, device=clip_coef.device)
+    return clip_coef.repeat_interleave(counts, output_size=sum(units.counts))

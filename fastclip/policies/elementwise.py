@@ -17,6 +17,8 @@ class Value(Policy):
     Source: torch.nn.utils.clip_grad_value_; Keras ``clipvalue``.
     """
 
+    clamps = True
+
     def __init__(self, clip_value: float = 1.0) -> None:
         self.clip_value = number("clip_value", clip_value)
 

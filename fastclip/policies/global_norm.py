@@ -77,9 +77,16 @@ class GlobalNorm(Policy):
 
     def state_dict(self) -> dict[str, Any]:
         """The number of the step, where ``max_norm`` is a callable that asks for it."""
-        return {"step": self._step} if callable(self._max_norm) and not isinstance(self._max_norm, Tensor) else {}
+        scheduled = callable(self._max_norm) and not isinstance(self._max_norm, Tensor)
+        return {"policy": "GlobalNorm", "step": self._step} if scheduled else {}
+
+    def check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises ``ValueError`` if ``state_dict`` was saved by another policy; a step that isn't needed is ignored."""
+        if state_dict and (state_dict.keys() != {"policy", "step"} or state_dict["policy"] != "GlobalNorm"):
+            super().check_state_dict(state_dict)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.check_state_dict(state_dict)
         self._step = int(state_dict.get("step", 0))
 
     def __repr__(self) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastclip.checks import number
-from fastclip.policies.base import Policy, fraction
+from fastclip.checks import fraction, whole
+from fastclip.policies.base import Policy
 
 
 class Learner(Policy):
@@ -20,7 +20,7 @@ class Learner(Policy):
 
     def __init__(self, alpha: float, warmup: int) -> None:
         self.alpha = fraction("alpha", alpha)
-        self.warmup = int(number("warmup", warmup))
+        self.warmup = whole("warmup", warmup)
         self.count = torch.zeros((), dtype=torch.int64)
         self.mean = torch.zeros((), dtype=torch.float64)
         self.var = torch.zeros((), dtype=torch.float64)

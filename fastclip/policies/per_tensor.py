@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from fastclip.checks import number
-from fastclip.policies.base import Decision, Policy, positive
+from fastclip.checks import norm_type_number, number, positive
+from fastclip.policies.base import Decision, Policy
 from fastclip.stats import Reading
 from fastclip.types import NORM
 
@@ -21,8 +21,16 @@ class PerTensorNorm(Policy):
     """
 
     def __init__(self, max_norm: float = 1.0, *, norm_type: float = 2.0) -> None:
-        self.max_norm = number("max_norm", max_norm)
-        self.norm_type = norm_type
+        self.max_norm = max_norm
+        self.norm_type = norm_type_number(norm_type)
+
+    @property
+    def max_norm(self) -> float:
+        return self._max_norm
+
+    @max_norm.setter
+    def max_norm(self, value: float) -> None:
+        self._max_norm = number("max_norm", value)
 
     def decide(self, reading: Reading) -> Decision:
         norms = reading.rows[NORM]

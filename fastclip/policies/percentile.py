@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastclip.checks import number, whole
 from fastclip.policies.base import Decision, Policy, coef_for, total_norm
 from fastclip.policies.window import Window
 from fastclip.stats import Reading
@@ -19,11 +20,9 @@ class Windowed(Policy):
     learned = ("ring", "counts")
 
     def __init__(self, percentile: float, window: int) -> None:
-        if not 0.0 <= float(percentile) <= 100.0:
-            raise ValueError(f"percentile must be between 0 and 100, got {percentile}")
-        if isinstance(window, bool) or int(window) != window or window < 1:
-            raise ValueError(f"window must be a whole number of at least 1, got {window!r}")
-        self.percentile, self.window = float(percentile), int(window)
+        self.percentile, self.window = number("percentile", percentile), whole("window", window, least=1)
+        if self.percentile > 100.0:
+            raise ValueError(f"percentile must be at most 100, got {percentile}")
         self._window: Window | None = None
 
     @property
@@ -34,16 +33,19 @@ class Windowed(Policy):
     def counts(self) -> Tensor:
         return self._window.counts if self._window is not None else torch.empty(0, dtype=torch.int64)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As :meth:`Policy.load_state_dict`; a window of another length is refused too."""
-        ring = state_dict.get("ring")
-        if state_dict.keys() != set(self.learned) or not isinstance(ring, Tensor):
-            return super().load_state_dict(state_dict)  # which says what is wrong
-        if ring.shape[1:] != (self.window,):
+    def check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As :meth:`Policy.check_state_dict`; a window of another length is refused too."""
+        super().check_state_dict(state_dict)
+        length = state_dict["ring"].shape[-1]
+        if length != self.window:
             raise ValueError(
-                f"{type(self).__name__} has a window of {self.window}, the state dict one of {ring.shape[-1]}"
+                f"{type(self).__name__} has a window of {self.window}, the state dict one of {length}. "
+                "Nothing was changed"
             )
-        self._window = Window(ring.clone(), state_dict["counts"].clone())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.check_state_dict(state_dict)
+        self._window = Window(state_dict["ring"].clone(), state_dict["counts"].clone())
 
     def fit(self, series: int, like: Tensor) -> Window:
         """The window, on the device of ``like``, with room for so many series."""
@@ -71,13 +73,13 @@ class Percentile(Windowed):
 
     def __init__(self, percentile: float = 10.0, *, window: int = 10_000, eps: float = 1e-6) -> None:
         super().__init__(percentile, window)
-        self.eps = eps
+        self.eps = number("eps", eps)
 
     def decide(self, reading: Reading) -> Decision:
         norm = total_norm(reading).reshape(1)
         window = self.fit(1, norm)
         window.push(norm, torch.isfinite(norm))
-        bound = window.at((window.lengths - 1).clamp(min=0) * (self.percentile / 100.0))
+        bound = window.at((window.lengths - 1).clamp(min=0).to(norm) * self.percentile / 100.0)
         return Decision(coef_for(norm, bound, self.eps)[0])
 
 
@@ -107,5 +109,6 @@ class PerTensorPercentile(Windowed):
         else:
             window.push(norms, valid)
         lengths = window.lengths
-        bounds = window.at((lengths * (self.percentile / 100.0)).floor().minimum((lengths - 1).clamp(min=0)))[columns]
+        ranks = (lengths.to(norms) * self.percentile / 100.0).floor().minimum((lengths - 1).clamp(min=0))
+        bounds = window.at(ranks)[columns]
         return Decision(torch.where((norms <= bounds) | (self.percentile == 100.0), 1.0, bounds / norms))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from fastclip.policies.base import Decision, positive, total_norm
+from fastclip.checks import number, positive, whole
+from fastclip.policies.base import Decision, total_norm
 from fastclip.policies.moments import Learner
 from fastclip.policies.percentile import Windowed
 from fastclip.stats import Reading
@@ -27,7 +28,7 @@ class SkipLarge(Learner):
 
     def __init__(self, k: float = 4.0, *, alpha: float = 0.97, warmup: int = 25, floor: float = 0.05) -> None:
         super().__init__(alpha, warmup)
-        self.k, self.floor = positive("k", k), floor
+        self.k, self.floor = positive("k", k), number("floor", floor)
 
     def decide(self, reading: Reading) -> Decision:
         self.to(reading.totals.device)
@@ -54,12 +55,12 @@ class SkipAboveMedian(Windowed):
 
     def __init__(self, factor: float = 10.0, *, window: int = 128, warmup: int = 16) -> None:
         super().__init__(50.0, window)
-        self.factor, self.warmup = positive("factor", factor), warmup
+        self.factor, self.warmup = positive("factor", factor), whole("warmup", warmup)
 
     def decide(self, reading: Reading) -> Decision:
         norm = total_norm(reading).reshape(1)
         window = self.fit(1, norm)
-        median = window.at((window.lengths - 1).clamp(min=0) * 0.5)
+        median = window.at((window.lengths - 1).clamp(min=0).to(norm) * 0.5)
         large = (window.counts >= self.warmup) & torch.isfinite(norm) & (norm > self.factor * median)
         window.push(norm, torch.isfinite(norm) & (norm > 0))
         return Decision(skip=large[0])

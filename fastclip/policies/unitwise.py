@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from fastclip.checks import norm_type_number, number
-from fastclip.policies.base import Decision, Policy, positive
+from fastclip.checks import norm_type_number, number, positive
+from fastclip.policies.base import Decision, Policy
 from fastclip.stats import Reading
 from fastclip.types import Request
 from fastclip.units import check_units

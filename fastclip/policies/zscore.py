@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from fastclip.policies.base import Decision, coef_for, positive, total_norm
+from fastclip.checks import number, positive
+from fastclip.policies.base import Decision, coef_for, total_norm
 from fastclip.policies.moments import Learner
 from fastclip.stats import Reading
 
@@ -39,7 +40,7 @@ class ZScore(Learner):
     ) -> None:
         super().__init__(alpha, warmup)
         self.z_threshold = positive("z_threshold", z_threshold)
-        self.floor, self.eps = floor, eps
+        self.floor, self.eps = number("floor", floor), number("eps", eps)
 
     def decide(self, reading: Reading) -> Decision:
         self.to(reading.totals.device)
