@@ -296,13 +296,13 @@ class Guard(Reports):
             return False
 
         def reason() -> tuple[str, tuple[str, ...]]:
+            if not isinstance(found_inf, bool):  # asking which tensor would wait for the device
+                return "found on the device", ()
             bad = tuple(self._record.bad())
             if bad:
                 return "NaN or Inf in the gradients", bad
             if observed is True:
                 return "the loss that was observed", ()
-            if not isinstance(found_inf, bool):
-                return "known only after the step, on the device", ()
             return f"decided by {self.policy!r}", ()
 
         went_back = self._ladder.climb(self.optimizer, news[STEPS], news[SKIPPED], reason)

@@ -22,7 +22,7 @@ class Event(NamedTuple):
         step: how many steps had been asked for, this one included.
         kind: ``"skip"``, ``"lr cut"``, ``"lr restored"``, ``"roll back"``.
         reason: why, in words.
-        tensors: names of the gradients that held NaN or Inf, if that was the reason.
+        tensors: names of the gradients that held NaN or Inf, if that was the reason and the host knew it at once.
     """
 
     step: int

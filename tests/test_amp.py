@@ -399,7 +399,7 @@ def test_the_wrapper_answers_for_itself_whether_it_takes_scaled_gradients():
         assert not hasattr(opt, "grad_scale")  # or a scaler would multiply by it a second time
 
 
-@pytest.mark.parametrize("number", [8, 8.0, torch.tensor(8.0), torch.tensor([8.0]), torch.tensor(8.0).double()])
+@pytest.mark.parametrize("number", [8, torch.tensor(8.0), torch.tensor([8.0], dtype=torch.float64)])
 @pytest.mark.parametrize("max_norm", [0.5, 1e6])
 @pytest.mark.parametrize("at", ["wrapper", "inner", "attached"])
 @every_inner
@@ -431,6 +431,53 @@ def test_a_users_own_grad_scale(name, at, max_norm, number):
     backward(model, 4)
     opt.step()
     torch.testing.assert_close(flat(model), flat(twin), **tolerance(name, max_norm < 1.0))
+
+
+@pytest.mark.parametrize("max_norm", [0.5, 1e6])
+@pytest.mark.parametrize("guarded", ["attached", "wrapped"])
+@pytest.mark.parametrize("name", ["adamw-fused", "sgd-fused", "loop", "foreign"])
+def test_riders_of_a_guarded_optimizer_in_a_wrapper(name, guarded, max_norm):
+    """Divided once: neither by both guards nor by none; and its ``found_inf`` holds the step back."""
+    model, twin = small_model(), small_model()
+    inner, plain = INNERS[name](model.parameters()), INNERS[name](twin.parameters())
+    if guarded == "attached":
+        fastclip.attach(inner, 1e6)
+        middle = inner
+    else:
+        middle = ClippedOptimizer(inner, 1e6)
+    opt = ClippedOptimizer(middle, max_norm)
+    middle.grad_scale = torch.tensor(8.0)
+    for step in range(3):
+        norm = reference_step(twin, plain, step, max_norm)
+        opt.zero_grad()
+        (backward(model, step, run=False) * 8).backward()
+        opt.step()
+        torch.testing.assert_close(opt.last_norm, norm, **tolerance(name))
+        torch.testing.assert_close(flat(model), flat(twin), **tolerance(name, max_norm < 1.0))
+    before, middle.found_inf = flat(model), 1.0
+    opt.step()
+    assert torch.equal(flat(model), before)
+
+
+@pytest.mark.parametrize("kind", [None, *SCALERS])
+@every_inner
+def test_scales_at_several_places_multiply(name, kind):
+    """One on the wrapper, the user's or a scaler's, and one that somebody else has put on the inner optimizer."""
+    model, twin = small_model(), small_model()
+    opt, plain = ClippedOptimizer(INNERS[name](model.parameters()), 0.5), INNERS[name](twin.parameters())
+    opt.inner.grad_scale = torch.tensor(8.0)
+    scaler = scaler_of(kind or "torch", scale=4.0, enabled=kind is not None)
+    for step in range(3):
+        norm = reference_step(twin, plain, step)
+        opt.zero_grad()
+        scaler.scale(backward(model, step, run=False) * (8 if kind else 32)).backward()
+        if kind is None:
+            opt.grad_scale = 4.0
+        scaler.step(opt)
+        scaler.update()
+        torch.testing.assert_close(opt.last_norm, norm, **tolerance(name))
+        torch.testing.assert_close(flat(model), flat(twin), **tolerance(name))
+        assert opt.inner.grad_scale == 8.0
 
 
 @every_scaler
@@ -668,7 +715,7 @@ def test_extremes(name, case):
 def far(monkeypatch):
     """As on an accelerator: no value is known to the host, and the reference backend serves."""
     fastclip.backends.forced = "reference"
-    for module in (fastclip.stats, fastclip.policies, fastclip.guard, fastclip.record, fastclip.clipping):
+    for module in [m for name, m in sys.modules.items() if name.startswith("fastclip.")]:
         if hasattr(module, "known_to_host"):
             monkeypatch.setattr(module, "known_to_host", lambda tensor: False)
 
@@ -990,6 +1037,48 @@ def test_a_streak_ends_in_an_error(name, host, request):
     opt.step()
     assert opt.skipped_in_a_row == 0
     assert not torch.equal(flat(model), before)
+
+
+def test_a_count_that_arrives_late(far, monkeypatch):
+    """The host learns of a streak only after the copy has arrived, and never waits for it."""
+
+    class Event:
+        asked = 0
+
+        def query(self):
+            self.asked += 1
+            return self.asked > 1
+
+    def send(echo, value):
+        if echo._copy is None:
+            echo._copy, echo._event = value.clone(), Event()
+
+    monkeypatch.setattr(fastclip.record.Echo, "send", send)
+    model = small_model()
+    opt = ClippedOptimizer(INNERS["adamw-fused"](model.parameters()), 0.5, skip_limit=2)
+    backward(model, 0)
+    poison(model)
+    for _ in range(3):
+        with no_waiting():
+            opt.step()
+    with pytest.raises(fastclip.SkipLimitError):
+        [opt.step() for _ in range(2)]
+    assert opt.skipped_steps <= 5
+
+
+@every_scaler
+@every_inner
+def test_a_streak_under_a_scaler_leaves_nothing_behind(name, kind):
+    model = small_model()
+    opt = ClippedOptimizer(INNERS[name](model.parameters()), 0.5, skip_limit=2)
+    scaler = scaler_of(kind)
+    for last in (False, True):
+        scaled_backward(model, opt, scaler, 0, factor=math.inf)
+        with pytest.raises(fastclip.SkipLimitError) if last else pytest.MonkeyPatch.context():
+            scaler.step(opt)
+        scaler.update()
+    assert clean(opt, opt.inner)
+    assert scaler.get_scale() == 256.0
 
 
 def test_far_counts_of_skips_apart_do_not_add_up(far):

@@ -293,6 +293,21 @@ def test_a_warm_up_from_rate_zero_is_no_rehearsal():
     assert (opt.steps, opt.clipped_steps) == (2, 2)
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.1])
+def test_steps_with_zero_gradients_are_steps(rate):
+    """Once there is state, or a learning rate, nobody rehearses."""
+    model = small_model()
+    opt = ClippedOptimizer(torch.optim.Adam(model.parameters(), lr=rate), 0.5)
+    if rate == 0.0:
+        train(model, opt, [0])
+    before = int(opt.steps)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    opt.step()
+    assert opt.steps == before + 1
+    assert opt.last_norm == 0.0
+
+
 @pytest.mark.parametrize("form", ["wrapper", "class", "nested"])
 @every_maker
 @copies
