@@ -84,7 +84,11 @@ class Finding:
 
     def decide(self) -> Verdict:
         """Has the policy decide, once: it may learn from what it sees."""
-        return Verdict(self.reading, self.policy.decide(self.reading))
+        decision = self.policy.decide(self.reading)
+        coef = decision.clip_coef
+        if isinstance(coef, Tensor) and coef.dim() == 0 and known_to_host(coef):
+            decision = decision._replace(clip_coef=float(coef))
+        return Verdict(self.reading, decision)
 
 
 def examine(

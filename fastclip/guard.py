@@ -90,6 +90,7 @@ class Guard(Reports):
         self._observed: bool | Tensor = False
         self._penalty, self._watch = penalty, watch or LossWatch()
         self._ladder = Ladder(backoff, rollback)
+        self._lr_factor = 1.0  # of this step
         check_groups_disjoint(optimizer.param_groups)
 
     @property
@@ -208,8 +209,8 @@ class Guard(Reports):
         return [p._version for p in parameters] + [None if g is None else (id(g), g._version) for g in grads]
 
     def _call(self, inner_step: Callable[..., Any], clearance: Clearance, kwargs: dict[str, Any]) -> Any:
-        if self._ladder.lr_factor != 1.0:
-            with reduced_lr(self.optimizer.param_groups, self._ladder.lr_factor):
+        if self._lr_factor != 1.0:
+            with reduced_lr(self.optimizer.param_groups, self._lr_factor):
                 return self._call_at_its_lr(inner_step, clearance, kwargs)
         return self._call_at_its_lr(inner_step, clearance, kwargs)
 
@@ -292,6 +293,7 @@ class Guard(Reports):
     def _has_gone_back(self, observed: bool | Tensor, found_inf: bool | Tensor) -> bool:
         """Climbs the ladder with what the host knows by now; True after a roll back."""
         news = self._record.news()
+        self._lr_factor = self._ladder.lr_factor
         if news is None:
             return False
 
@@ -305,7 +307,9 @@ class Guard(Reports):
                 return "the loss that was observed", ()
             return f"decided by {self.policy!r}", ()
 
-        went_back = self._ladder.climb(self.optimizer, news[STEPS], news[SKIPPED], reason)
+        before = self._ladder.lr_factor
+        went_back = self._ladder.climb(self.optimizer, news[STEPS], news[SKIPPED], news[IN_A_ROW], reason)
+        self._lr_factor = min(before, self._ladder.lr_factor)  # what is given back counts from the next step on
         self._record.check_streak(news[IN_A_ROW])
         return went_back
 
@@ -383,8 +387,7 @@ class Guard(Reports):
         if owner is not self.optimizer:
             if all(name in holders[0] for name in riding.RIDERS):
                 amp.check_not_unscaled(self.optimizer)
-            if amp.GUARD not in vars(self.optimizer):
-                holders.append(vars(self.optimizer))
+            holders.append(vars(self.optimizer))
         grad_scale: float | Tensor | None = None
         found: list[bool | Tensor] = []
         for holder in holders:

@@ -261,23 +261,38 @@ class Ladder:
         return 1.0 if self.backoff is None else self.backoff.lr_factor
 
     def climb(
-        self, optimizer: Optimizer, steps: int, skipped: int, reason: Callable[[], tuple[str, tuple[str, ...]]]
+        self,
+        optimizer: Optimizer,
+        steps: int,
+        skipped: int,
+        in_a_row: int,
+        reason: Callable[[], tuple[str, tuple[str, ...]]],
     ) -> bool:
         """Takes in the counts as the host knows them now. True if it went back: this step must not happen.
 
-        ``reason`` is asked only when a step was skipped. Of steps that became known together the good ones are
-        taken to have come first.
+        ``reason`` is asked only when a step was skipped. Of steps that became known together the ``in_a_row`` bad
+        ones came last; of the others the bad ones are taken to have come first.
         """
         bad = skipped - self._skipped
         good = steps - self._steps - bad
+        last = min(in_a_row, bad)
         self._steps, self._skipped = steps, skipped
-        for _ in range(good):
+        went_back = self._bad(optimizer, steps, bad - last, reason)
+        self._good(steps, good)
+        return self._bad(optimizer, steps, last, reason) or went_back
+
+    def _good(self, steps: int, count: int) -> None:
+        for _ in range(count):
             if self.rollback is not None:
                 self.rollback.good()
             if self.backoff is not None and self.backoff.good():
                 self._log(steps, "lr restored", f"{self.backoff.recover} good steps; factor {self.backoff.lr_factor:g}")
+
+    def _bad(
+        self, optimizer: Optimizer, steps: int, count: int, reason: Callable[[], tuple[str, tuple[str, ...]]]
+    ) -> bool:
         went_back = False
-        for _ in range(bad):
+        for _ in range(count):
             self.events.append(Event(steps, "skip", *reason()))
             if self.backoff is not None and self.backoff.bad():
                 self._log(steps, "lr cut", f"{self.backoff.patience} bad steps; factor {self.backoff.lr_factor:g}")

@@ -90,7 +90,7 @@ def unit_stats(grad: Tensor, dims: tuple[int, ...], request: Request) -> Tensor:
     """``[ALWAYS_FIELDS, u]`` of one tensor."""
     kept = [d for d in range(grad.dim()) if d not in dims]
     size = math.prod(grad.shape[d] for d in dims)
-    widened = _widened(grad.permute(*kept, *dims)).reshape(count_units(grad, dims), size)
+    widened = _widened(grad.permute((*kept, *dims))).reshape(count_units(grad, dims), size)
     nan = torch.isnan(widened)
     inf = torch.isinf(widened) & ~nan
     magnitudes = torch.where(nan, math.nan, widened.abs())

@@ -33,6 +33,7 @@ class Learner(Policy):
         mean = self.mean + step * delta
         squared = torch.where(warm, (value - mean).square(), delta * (value - mean))
         var = torch.where(first, 0.0, self.var + step * (squared - self.var))
+        valid = valid & torch.isfinite(var)  # norms of 1e300 have squares that no float64 holds
         self.mean = torch.where(valid, mean.to(self.mean), self.mean)
         self.var = torch.where(valid, var.to(self.var), self.var)
         self.count = self.count + valid
