@@ -302,8 +302,7 @@ class Guard(Reports):
         if owner is not self.optimizer:
             if all(name in holders[0] for name in riding.RIDERS):
                 amp.check_not_unscaled(self.optimizer)
-            if amp.GUARD not in vars(self.optimizer):
-                holders.append(vars(self.optimizer))
+            holders.append(vars(self.optimizer))
         grad_scale: float | Tensor | None = None
         found: list[bool | Tensor] = []
         for holder in holders:
