@@ -83,3 +83,77 @@ def test_a_norm_of_tensors_that_require_grad():
     compiled = torch.compile(fastclip.get_total_norm, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(weights), fastclip.get_total_norm(weights))
     assert not compiled(weights).requires_grad
+
+
+INNERS = {
+    "foreach": lambda ps: torch.optim.AdamW(ps, lr=0.05),
+    "fused": lambda ps: torch.optim.AdamW(ps, lr=0.05, fused=True),
+    "loop": lambda ps: torch.optim.SGD(ps, lr=0.05, momentum=0.9, foreach=False),
+}
+
+
+def optimizer_steps(name, form, backend):
+    """Six steps, the bad one left out where nobody guards: parameters, guard, and why the graph broke."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    ps = parameters()
+    inner, guard = INNERS[name](ps), None
+    if form == "clip+step":
+
+        def step():
+            fastclip.clip_grad_norm_(ps, 0.5)
+            inner.step()
+
+    elif form == "attached":
+        guard = fastclip.attach(inner, 0.5)
+        step = inner.step
+    else:
+        guard = fastclip.ClippedOptimizer(inner, 0.5)
+        step = guard.step
+    compiled = step if backend is None else torch.compile(step, backend=backend)
+    generator = torch.Generator().manual_seed(1)
+    for number in range(6):
+        for p in ps:
+            p.grad = torch.randn(p.shape, generator=generator)
+        if number == 3 and guard is not None:
+            ps[2].grad[0, 1] = float("nan")
+        if number != 3 or guard is not None:
+            compiled()
+    return ps, guard, dict(torch._dynamo.utils.counters["graph_break"])
+
+
+@pytest.mark.parametrize("form", ["wrapper", "attached"])
+@pytest.mark.parametrize("name", INNERS)
+def test_a_compiled_step_equals_the_eager_one(name, form):
+    """The look at the gradients is one break of the graph; all the others are those of clip, then step, compiled."""
+    ps, guard, breaks = optimizer_steps(name, form, "eager")
+    expected, _, theirs = optimizer_steps(name, "clip+step", "eager")
+    # a fused step divides by the inverse of the coefficient, one rounding apart
+    close = {"rtol": 1e-5, "atol": 1e-6} if name == "fused" else {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(ps, expected, **close)
+    assert (guard.steps, guard.clipped_steps, guard.skipped_steps) == (6, 5, 1)
+    assert len(breaks) <= len(theirs) + 1
+    if name != "foreach":  # Dynamo takes foreach's capturable road: other arithmetic, with or without clipping
+        eager, *_ = optimizer_steps(name, form, None)
+        torch.testing.assert_close(ps, eager, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo's own
+@pytest.mark.parametrize("name", ["fused", "loop"])
+def test_a_compiled_step_with_a_closure(name):
+    torch._dynamo.reset()
+    ps, twins = parameters(), parameters()
+    opt = fastclip.ClippedOptimizer(INNERS[name](ps), 0.5)
+    eager = fastclip.ClippedOptimizer(INNERS[name](twins), 0.5)
+
+    def closure(of):
+        loss = sum(p.pow(2).sum() for p in of)
+        for p in of:
+            p.grad = 2 * p.detach()
+        return loss
+
+    compiled = torch.compile(opt.step, backend="eager")
+    for _ in range(3):
+        assert torch.equal(compiled(lambda: closure(ps)), eager.step(lambda: closure(twins)))
+    assert all(torch.equal(a, b) for a, b in zip(ps, twins, strict=True))
+    assert opt.clipped_steps == 3

@@ -1,0 +1,829 @@
+"""The wrapper, the class form and attach in place of a plain optimizer: schedulers, state, copies, hooks."""
+
+import copy
+import gc
+import inspect
+import io
+import pickle
+import warnings
+import weakref
+
+import pytest
+import torch
+from test_optim import backward, flat, identical, poison, small_model
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.optim import lr_scheduler, swa_utils
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+import fastclip
+from fastclip import ClippedOptimizer
+from fastclip.policies import GlobalNorm
+
+MAKERS = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.05),
+    "adamw-fused": lambda p: torch.optim.AdamW(p, lr=0.05, fused=True),
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.05),
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.05),
+    "tensor-lr": lambda p: torch.optim.Adam(p, lr=torch.tensor(0.05), foreach=False),
+}
+every_maker = pytest.mark.parametrize("name", MAKERS)
+copies = pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+
+
+def train(model, opt, steps, clip=None):
+    for step in steps:
+        opt.zero_grad()
+        backward(model, step)
+        if clip is not None:
+            fastclip.clip_grad_norm_(model.parameters(), clip)
+        opt.step()
+
+
+SCHEDULERS = {
+    "ConstantLR": lambda o: lr_scheduler.ConstantLR(o, 0.5, 2),
+    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 5),
+    "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 3),
+    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1, 2, cycle_momentum="momentum" in o.defaults),
+    "ExponentialLR": lambda o: lr_scheduler.ExponentialLR(o, 0.5),
+    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda epoch: 1 / (epoch + 1)),
+    "LinearLR": lambda o: lr_scheduler.LinearLR(o),
+    "MultiStepLR": lambda o: lr_scheduler.MultiStepLR(o, [1, 3]),
+    "MultiplicativeLR": lambda o: lr_scheduler.MultiplicativeLR(o, lambda epoch: 0.9),
+    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 0.1, 10),
+    "PolynomialLR": lambda o: lr_scheduler.PolynomialLR(o),
+    "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0),
+    "StepLR": lambda o: lr_scheduler.StepLR(o, 2),
+    "SWALR": lambda o: swa_utils.SWALR(o, 0.001, anneal_epochs=3),
+    "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler(
+        [lr_scheduler.LinearLR(o), lr_scheduler.ExponentialLR(o, 0.9)], optimizer=o
+    ),
+    "SequentialLR": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.LinearLR(o), lr_scheduler.ExponentialLR(o, 0.9)], [3]
+    ),
+}
+
+
+def scheduled(model, opt, inner, make, early):
+    """Rates, momenta and warnings of six steps; ``early`` steps the scheduler before the optimizer."""
+    seen = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        scheduler = make(opt)
+        for step in range(6):
+            if not (early and step == 0):
+                train(model, opt, [step])
+            scheduler.step(*([1.0] if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau) else []))
+            group = inner.param_groups[0]
+            seen.append((float(group["lr"]), group.get("momentum"), group.get("betas")))
+    return seen, [(w.category, str(w.message)) for w in caught]
+
+
+def test_every_scheduler_of_torch_is_listed():
+    found = {
+        name
+        for module in (lr_scheduler, swa_utils)
+        for name, value in vars(module).items()
+        if inspect.isclass(value) and issubclass(value, lr_scheduler.LRScheduler) and "LRScheduler" not in name
+    }
+    assert found == SCHEDULERS.keys()
+
+
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("form", ["wrapper", "class", "attached", "nested"])
+@pytest.mark.parametrize("name", ["adamw", "momentum", "tensor-lr"])
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_schedulers_drive_the_inner_rate_and_warn_as_ever(scheduler, name, form, early):
+    """With an infinite bound the runs are the same to the bit, the "step() before step()" warning included."""
+    model, twin = small_model(), small_model()
+    plain, inner = MAKERS[name](twin.parameters()), MAKERS[name](model.parameters())
+    if form == "attached":
+        opt = inner
+        fastclip.attach(inner, float("inf"))
+    elif form == "class":
+        made = fastclip.clipped(type(inner), max_norm=float("inf"))
+        opt = made(model.parameters(), **{k: inner.defaults[k] for k in ("lr", "momentum") if k in inner.defaults})
+        opt.param_groups[0]["foreach"] = inner.defaults["foreach"]
+        inner = opt.inner
+    else:
+        opt = ClippedOptimizer(inner, float("inf"))
+        opt = ClippedOptimizer(opt, float("inf")) if form == "nested" else opt
+    expected = scheduled(twin, plain, plain, SCHEDULERS[scheduler], early)
+    assert scheduled(model, opt, inner, SCHEDULERS[scheduler], early) == expected
+    assert len({rate for rate, *_ in expected[0]}) > 1
+    if early and scheduler not in ("ReduceLROnPlateau", "CosineAnnealingWarmRestarts"):  # theirs doesn't look
+        assert any("optimizer.step()" in message for _, message in expected[1])
+    assert torch.equal(flat(model), flat(twin))
+
+
+@every_maker
+def test_views_stay_alive_after_loading(name):
+    """``load_state_dict`` rebinds the inner's lists: a captured one would leave a scheduler driving a dead group."""
+    model = small_model()
+    opt = ClippedOptimizer(MAKERS[name](model.parameters()))
+    before = lr_scheduler.ExponentialLR(opt, 0.5)
+    train(model, opt, range(2))
+    opt.load_state_dict(opt.state_dict())
+    for view in ("param_groups", "state", "defaults"):
+        assert getattr(opt, view) is getattr(opt.inner, view)
+    rate = float(opt.inner.param_groups[0]["lr"])
+    before.step()
+    assert float(opt.inner.param_groups[0]["lr"]) == pytest.approx(rate * 0.5)
+    after = lr_scheduler.ExponentialLR(opt, 0.1)
+    train(model, opt, [2])
+    rate = float(opt.inner.param_groups[0]["lr"])
+    after.step()
+    assert float(opt.inner.param_groups[0]["lr"]) == pytest.approx(rate * 0.1)
+
+
+@every_maker
+def test_state_travels_between_plain_and_wrapped(name):
+    """Wrapped for three steps, plain for three, wrapped again: one run, to the bit."""
+    model, twin = small_model(), small_model()
+    wrapped, plain = ClippedOptimizer(MAKERS[name](model.parameters()), 0.5), MAKERS[name](model.parameters())
+    again, reference = ClippedOptimizer(MAKERS[name](model.parameters()), 0.5), MAKERS[name](twin.parameters())
+    train(model, wrapped, range(3))
+    plain.load_state_dict(wrapped.state_dict())
+    assert plain.state_dict().keys() == wrapped.state_dict().keys() == {"state", "param_groups"}
+    assert identical(plain.state_dict(), wrapped.state_dict())
+    train(model, plain, range(3, 6), clip=0.5)
+    again.load_state_dict(plain.state_dict())
+    train(model, again, range(6, 9))
+    train(twin, reference, range(9), clip=0.5)
+    close = {"rtol": 1e-5, "atol": 1e-6} if "fused" in name else {"rtol": 0, "atol": 0}  # it divides by the inverse
+    torch.testing.assert_close(flat(model), flat(twin), **close)
+
+
+def saved_and_loaded(state_dict):
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@every_maker
+def test_a_policy_that_learns_adds_one_key(name):
+    """The plain optimizer ignores it; the wrapper finds it again, for all gradients and for single groups."""
+
+    def make():
+        model, asked = small_model(), []
+        own = GlobalNorm(lambda step: asked.append(("own", step)) or 1.0)
+        groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "policy": own}]
+        return model, ClippedOptimizer(MAKERS[name](groups), lambda step: asked.append(("all", step)) or 1.0), asked
+
+    model, opt, _ = make()
+    train(model, opt, range(3))
+    state = saved_and_loaded(opt.state_dict())
+    assert state.keys() == {"state", "param_groups", "fastclip"}
+    assert identical(state, opt.state_dict())
+    MAKERS[name](
+        [{"params": small_model()[0].parameters()}, {"params": small_model()[2].parameters()}]
+    ).load_state_dict(state)
+    other, resumed, asked = make()
+    policy = resumed.param_groups[1]["policy"]
+    resumed.load_state_dict(state)
+    assert resumed.param_groups[1]["policy"] is policy
+    train(other, resumed, [3])
+    assert sorted(asked) == [("all", 3), ("own", 3)]
+
+
+def test_nested_policies_each_get_their_own_state_back():
+    asked = []
+
+    def make(model):
+        inner = ClippedOptimizer(MAKERS["momentum"](model.parameters()), lambda step: asked.append(("in", step)) or 1.0)
+        return ClippedOptimizer(inner, lambda step: asked.append(("out", step)) or 1.0)
+
+    model = small_model()
+    opt = make(model)
+    backward(model, 0)
+    opt.inner.step()
+    train(model, opt, range(2))
+    resumed = make(model)
+    resumed.load_state_dict(saved_and_loaded(opt.state_dict()))
+    asked.clear()
+    train(model, resumed, [2])
+    assert asked == [("out", 2), ("in", 3)]
+    plain = MAKERS["momentum"](model.parameters())
+    plain.load_state_dict(resumed.state_dict())
+    resumed.load_state_dict(plain.state_dict())  # tells nothing: what they know stays
+    asked.clear()
+    train(model, resumed, [2])
+    assert asked == [("out", 3), ("in", 4)]
+
+
+def test_what_is_called_by_name():
+    """Frameworks pass these by keyword."""
+    model = small_model()
+    opt = ClippedOptimizer(MAKERS["adamw"](model.parameters()))
+    for method in ("load_state_dict", "state_dict", "add_param_group"):
+        theirs = [n for n in inspect.signature(getattr(torch.optim.Optimizer, method)).parameters if n != "self"]
+        assert list(inspect.signature(getattr(opt, method)).parameters) == theirs
+    opt.load_state_dict(state_dict=opt.state_dict())
+    opt.add_param_group(param_group={"params": [torch.nn.Parameter(torch.ones(1))]})
+    opt.zero_grad(set_to_none=False)
+    assert opt.step(closure=None) is None
+
+
+def test_bounds_of_groups_stay_over_a_plain_checkpoint():
+    model = small_model()
+
+    def groups():
+        return [{"params": model[0].parameters()}, {"params": model[2].parameters()}]
+
+    own = groups()
+    own[1]["group_max_norm"] = 0.25
+    opt = ClippedOptimizer(torch.optim.SGD(own, lr=0.1), 0.5)
+    opt.load_state_dict(torch.optim.SGD(groups(), lr=0.2).state_dict())
+    assert opt.param_groups[0]["lr"] == 0.2
+    train(model, opt, [0])
+    parts = [fastclip.get_total_norm([p.grad for p in model[i].parameters()]) for i in (0, 2)]
+    torch.testing.assert_close(parts, [torch.tensor(0.5), torch.tensor(0.25)])
+    other = ClippedOptimizer(torch.optim.SGD(groups(), lr=0.1), 0.5)
+    other.load_state_dict(saved_and_loaded(opt.state_dict()))
+    assert other.param_groups[1]["group_max_norm"] == 0.25
+
+
+def test_state_dict_hooks_run_once():
+    model = small_model()
+    opt, calls = ClippedOptimizer(MAKERS["adamw"](model.parameters())), []
+    opt.register_state_dict_pre_hook(lambda o: calls.append("pre"))
+    opt.register_state_dict_post_hook(lambda o, s: calls.append("post"))
+    opt.register_load_state_dict_pre_hook(lambda o, s: calls.append("load pre"))
+    opt.register_load_state_dict_post_hook(lambda o: calls.append("load post"))
+    opt.load_state_dict(opt.state_dict())
+    assert calls == ["pre", "post", "load pre", "load post"]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore:.*:UserWarning")
+@pytest.mark.parametrize("form", ["wrapper", "attached"])
+@every_maker
+def test_distributed_checkpoints(name, form):
+    """Its rehearsal, a step with zero gradients and no rate, is no step of the training and no state of the guard."""
+    model, other, twin = small_model(), small_model(), small_model()
+
+    def make(m, bound):
+        inner = MAKERS[name](m.parameters())
+        guard = fastclip.attach(inner, bound) if form == "attached" else ClippedOptimizer(inner, bound)
+        return (inner if form == "attached" else guard), guard
+
+    (opt, guard), (resumed, fresh) = make(model, 0.5), make(other, lambda step: 0.5)
+    plain = MAKERS[name](twin.parameters())
+    assert get_optimizer_state_dict(model, opt).keys() == {"state", "param_groups"}
+    assert (guard.steps, guard.last_norm) == (0, None)
+    opt, guard = make(model, 0.5)  # the rehearsal has counted in Adam's own state
+    train(model, opt, range(2))
+    other.load_state_dict(model.state_dict())
+    opt.zero_grad()
+    set_optimizer_state_dict(other, resumed, get_optimizer_state_dict(model, opt))
+    assert (fresh.steps, fresh.last_norm) == (0, None)
+    assert (guard.steps, guard.clipped_steps) == (2, 2)
+    assert identical(resumed.state_dict()["state"], opt.state_dict()["state"])
+    train(other, resumed, range(2, 4))
+    train(twin, plain, range(4), clip=0.5)
+    close = {"rtol": 1e-5, "atol": 1e-6} if "fused" in name else {"rtol": 0, "atol": 0}  # it divides by the inverse
+    torch.testing.assert_close(flat(other), flat(twin), **close)
+    assert fresh.steps == 2
+
+
+def test_a_warm_up_from_rate_zero_is_no_rehearsal():
+    model = small_model()
+    opt = ClippedOptimizer(torch.optim.Adam(model.parameters(), lr=0.0), 0.5)
+    train(model, opt, range(2))
+    assert (opt.steps, opt.clipped_steps) == (2, 2)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1])
+def test_steps_with_zero_gradients_are_steps(rate):
+    """Once there is state, or a learning rate, nobody rehearses."""
+    model = small_model()
+    opt = ClippedOptimizer(torch.optim.Adam(model.parameters(), lr=rate), 0.5)
+    if rate == 0.0:
+        train(model, opt, [0])
+    before = int(opt.steps)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    opt.step()
+    assert opt.steps == before + 1
+    assert opt.last_norm == 0.0
+
+
+@pytest.mark.parametrize("form", ["wrapper", "class", "nested"])
+@every_maker
+@copies
+def test_copies_go_on_by_themselves(copied, name, form):
+    """torch leaves hooks and a scheduler's patched ``step`` out of copies; what clips is not an addition."""
+    model, twin = small_model(), small_model()
+    made, reference = MAKERS[name](model.parameters()), MAKERS[name](twin.parameters())
+    if form == "class":
+        keys = [k for k in ("lr", "momentum", "fused", "foreach") if k in made.defaults]
+        opt = fastclip.clipped(type(made), max_norm=0.5)(model.parameters(), **{k: made.defaults[k] for k in keys})
+    else:
+        opt = ClippedOptimizer(made, 0.5)
+        opt = ClippedOptimizer(opt, 1e6) if form == "nested" else opt
+    scheduler = lr_scheduler.ExponentialLR(opt, 1.0)
+    opt.register_step_pre_hook(lambda *_: None)  # can't be pickled
+    opt.register_step_post_hook(lambda *_: None)
+    train(model, opt, range(3))
+    scheduler.step()
+    model_2, opt_2 = copied((model, opt))
+    assert type(opt_2) is type(opt)
+    assert isinstance(opt_2, ClippedOptimizer)
+    assert opt_2.steps == 3
+    assert opt_2.last_norm == opt.last_norm
+    assert opt_2.param_groups[0]["params"][0] is model_2[0].weight
+    scheduler_2 = lr_scheduler.ExponentialLR(opt_2, 1.0)
+    train(model_2, opt_2, range(3, 6))
+    scheduler_2.step()
+    assert (opt.steps, opt_2.steps) == (3, 6)
+    train(model, opt, range(3, 6))  # the original, and new ones, go on as well
+    train(twin, reference, range(6), clip=0.5)
+    close = {"rtol": 1e-5, "atol": 1e-6} if "fused" in name else {"rtol": 0, "atol": 0}  # it divides by the inverse
+    torch.testing.assert_close(flat(model), flat(twin), **close)
+    assert torch.equal(flat(model_2), flat(model))
+    calls = []
+    for optimizer in (opt_2, ClippedOptimizer(MAKERS[name](small_model().parameters()))):
+        optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
+        optimizer.step()
+    MAKERS[name](small_model().parameters()).step()
+    assert calls == ["pre", "pre"]
+
+
+@copies
+def test_copies_of_attached_optimizers_are_plain(copied):
+    """torch drops what isn't defaults, state and groups; that is said, and no copy shares the guard."""
+    model = small_model()
+    inner = MAKERS["momentum"](model.parameters())
+    guard = fastclip.attach(inner, 1e-3)
+    train(model, inner, [0])
+    model_2, inner_2 = copied((model, inner))
+    before = flat(model_2)
+    train(model_2, inner_2, [1])
+    assert (flat(model_2) - before).norm() > 0.01
+    assert guard.steps == 1
+    again = fastclip.attach(inner_2, 1e-3)
+    train(model_2, inner_2, [2])
+    assert (again.steps, guard.steps) == (1, 1)
+    assert "attach again" in fastclip.attach.__doc__.replace("\n    ", " ")
+
+
+def test_whole_objects_save_and_load():
+    model = small_model()
+    opt = ClippedOptimizer(MAKERS["momentum"](model.parameters()), 1e-3)
+    train(model, opt, range(2))
+    file = io.BytesIO()
+    torch.save((model, opt), file)
+    file.seek(0)
+    model, opt = torch.load(file, weights_only=False)
+    train(model, opt, [2])
+    assert (opt.steps, opt.clipped_steps) == (3, 3)
+    assert opt.last_stats.names[0] == "param_groups[0]['params'][0]"
+
+
+@pytest.mark.parametrize("through", ["wrapper", "inner"])
+@every_maker
+def test_new_parameters_join_the_norm(name, through):
+    model = small_model()
+    opt = ClippedOptimizer(MAKERS[name](model.parameters()), 1.0)
+    train(model, opt, [0])
+    extra = torch.nn.Parameter(torch.zeros(2))
+    (opt if through == "wrapper" else opt.inner).add_param_group({"params": [extra]})
+    extra.grad = torch.full((2,), 3e6)
+    opt.step()
+    assert opt.last_norm > 4e6
+    assert fastclip.get_total_norm([extra.grad]) == pytest.approx(1.0, rel=1e-4)
+    with pytest.raises(ValueError, match="more than one"):
+        opt.add_param_group({"params": [extra]})
+    replaced = torch.nn.Parameter(torch.zeros(4))
+    replaced.grad = torch.full((4,), 4e7)
+    opt.param_groups[1]["params"] = [replaced]
+    opt.step()
+    assert opt.last_norm == pytest.approx(8e7)
+    assert replaced.any()
+    opt.param_groups[1]["params"][0] = extra
+    opt.step()
+    assert opt.last_norm < 10.0
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_setting_the_views_reaches_the_inner(depth):
+    model = small_model()
+    inner = opt = MAKERS["momentum"](model.parameters())
+    for _ in range(depth):
+        opt = ClippedOptimizer(opt, 1e6)
+    group = {**inner.param_groups[0], "params": [model[0].weight], "lr": 0.5}
+    state, defaults = {}, {**inner.defaults, "lr": 3.0}
+    opt.param_groups, opt.state, opt.defaults = [group], state, defaults
+    assert inner.param_groups[0] is group
+    assert inner.state is state
+    assert inner.defaults is defaults
+    before = flat(model)
+    opt.state = torch.optim.SGD(model.parameters()).state
+    train(model, opt, [0])
+    moved = flat(model) != before
+    assert moved.any()
+    assert not moved[model[0].weight.numel() :].any()
+    assert opt.last_norm == fastclip.get_total_norm([model[0].weight.grad])
+    assert opt.state
+    assert inner.state is opt.state
+
+
+FORMS = {
+    "plain": lambda p: torch.optim.SGD(p, lr=0.1),
+    "wrapper": lambda p: ClippedOptimizer(torch.optim.SGD(p, lr=0.1), 1e-3),
+    "class": lambda p: fastclip.clipped(torch.optim.SGD, max_norm=1e-3)(p, lr=0.1),
+    "nested": lambda p: ClippedOptimizer(ClippedOptimizer(torch.optim.SGD(p, lr=0.1), 1e-3), 1.0),
+}
+
+
+def calls_of_hooks(opt, *arguments, **keywords):
+    """What the hooks of one step get to see, less the identity of the optimizer."""
+    calls = []
+
+    def hook(name):
+        def call(optimizer, args, kwargs):
+            assert optimizer is args[0]
+            calls.append((name, optimizer is opt, args[1:], kwargs, torch.is_grad_enabled()))
+
+        return call
+
+    handles = [
+        register_optimizer_step_pre_hook(hook("all pre")),
+        register_optimizer_step_post_hook(hook("all post")),
+        opt.register_step_pre_hook(hook("own pre")),
+        opt.register_step_post_hook(hook("own post")),
+    ]
+    opt.step(*arguments, **keywords)
+    for handle in handles:
+        handle.remove()
+    opt.step(*arguments, **keywords)
+    return calls
+
+
+@pytest.mark.parametrize("form", ["wrapper", "class", "nested"])
+def test_hooks_run_once_each(form):
+    """Global ones too, which fire in the inner optimizer; arguments and grad mode are those of a plain step."""
+
+    def closure():
+        return None
+
+    for arguments, keywords in [((), {}), ((closure,), {})]:
+        expected, got = (
+            {call[0]: call[2:] for call in calls}
+            for calls in (
+                calls_of_hooks(FORMS[kind](small_model().parameters()), *arguments, **keywords)
+                for kind in ("plain", form)
+            )
+        )
+        assert {name: got[name] for name in ("own pre", "own post")} == {
+            name: expected[name] for name in ("own pre", "own post")
+        }
+        assert len(got) == 4
+    model = small_model()
+    calls = calls_of_hooks(FORMS[form](model.parameters()))
+    assert [name for name, *_ in calls] == ["own pre", "all pre", "all post", "own post"]
+    assert [is_wrapper for _, is_wrapper, *_ in calls] == [True, False, False, True]
+    assert all(grad_mode for *_, grad_mode in calls)
+
+
+@pytest.mark.parametrize("form", ["wrapper", "class", "nested"])
+def test_hooks_see_gradients_before_and_after(form):
+    model, seen = small_model(), []
+    opt = FORMS[form](model.parameters())
+    norm = lambda *_: seen.append(float(fastclip.get_total_norm([p.grad for p in model.parameters()])))  # noqa: E731
+    opt.register_step_pre_hook(norm)
+    opt.register_step_post_hook(norm)
+    backward(model, 0)
+    opt.step()
+    assert seen == [pytest.approx(float(opt.last_norm)), pytest.approx(1e-3, rel=1e-2)]
+
+
+def test_hooks_may_rewrite_the_arguments():
+    """As with a plain optimizer, also what comes from a closure that a hook put in; rubbish is refused alike."""
+    for form in FORMS:
+        model = small_model()
+        opt = FORMS[form](model.parameters())
+        handle = opt.register_step_pre_hook(lambda o, args, kwargs: ((o, lambda: "loss"), {}))
+        assert opt.step() == "loss"
+        handle.remove()
+        handle = opt.register_step_pre_hook(lambda o, args, kwargs: ((o,), {"closure": lambda: "named"}))
+        assert opt.step() == "named"
+        handle.remove()
+        for rubbish in (3, (1, 2, 3), "ab"):
+            handle = opt.register_step_pre_hook(lambda *_, rubbish=rubbish: rubbish)
+            with pytest.raises(RuntimeError, match="must return None or"):
+                opt.step()
+            handle.remove()
+
+
+def test_hooks_on_the_inner_still_run():
+    model, calls = small_model(), []
+    inner = MAKERS["adamw"](model.parameters())
+    inner.register_step_pre_hook(lambda o, a, k: calls.append(o is inner))
+    inner.register_step_post_hook(lambda o, a, k: calls.append(o is inner))
+    train(model, ClippedOptimizer(inner), [0])
+    assert calls == [True, True]
+
+
+@pytest.mark.parametrize("through", ["wrapper", "inner", "model", "nobody"])
+@every_maker
+def test_any_way_to_zero_gradients(name, through):
+    """To None by default; and who calls it, if anyone, makes no difference (several trainers call the model's)."""
+    model, twin = small_model(), small_model()
+    opt, plain = ClippedOptimizer(MAKERS[name](model.parameters()), 0.5), MAKERS[name](twin.parameters())
+    zero = {"wrapper": opt.zero_grad, "inner": opt.inner.zero_grad, "model": model.zero_grad, "nobody": lambda: None}
+    for step in range(3):
+        zero[through]()
+        if through != "nobody":
+            assert all(p.grad is None for p in model.parameters())
+            plain.zero_grad()
+        backward(model, step)
+        backward(twin, step)
+        fastclip.clip_grad_norm_(twin.parameters(), 0.5)
+        opt.step()
+        plain.step()
+        torch.testing.assert_close(flat(model), flat(twin), rtol=1e-5, atol=1e-6)
+    opt.zero_grad(set_to_none=False)
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+def test_a_zero_grad_without_arguments():
+    """apex's optimizers have one: nothing is passed that the caller didn't."""
+
+    class Bare(torch.optim.SGD):
+        def zero_grad(self):
+            super().zero_grad()
+
+    model = small_model()
+    opt = ClippedOptimizer(Bare(model.parameters(), lr=0.1))
+    backward(model, 0)
+    opt.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("form", ["wrapper", "attached", "nested"])
+@pytest.mark.parametrize("max_norm", [1e-3, 1e6])
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("bad", [False, True])
+@every_maker
+def test_gradients_are_not_kept_alive(name, bad, backend, max_norm, form):
+    """Between zero_grad and the next backward their memory is the activations'."""
+    fastclip.backends.forced = backend
+    model = small_model()
+    opt = MAKERS[name](model.parameters())
+    guard = fastclip.attach(opt, max_norm) if form == "attached" else ClippedOptimizer(opt, max_norm)
+    guard = ClippedOptimizer(guard, max_norm) if form == "nested" else guard
+    opt = opt if form == "attached" else guard
+    backward(model, 0)
+    if bad:
+        poison(model)
+    gc.disable()  # not even in a cycle
+    try:
+        alive = [weakref.ref(p.grad) for p in model.parameters()]
+        opt.step()
+        opt.zero_grad()
+        assert not any(ref() is not None for ref in alive)
+    finally:
+        gc.enable()
+    assert guard.last_norm != 0
+    assert len(guard.last_stats.names) == 4
+
+
+@pytest.mark.parametrize("form", ["wrapper", "attached", "nested"])
+@every_maker
+def test_steps_without_gradients(name, form):
+    model = small_model()
+    inner = MAKERS[name](model.parameters())
+    guard = fastclip.attach(inner) if form == "attached" else ClippedOptimizer(inner)
+    guard = ClippedOptimizer(guard) if form == "nested" else guard
+    opt = inner if form == "attached" else guard
+    before = flat(model)
+    assert opt.step() is None
+    assert opt.step(lambda: None) is None
+    assert float(opt.step(lambda: torch.tensor(2.0))) == 2.0
+    assert (guard.last_norm, guard.last_stats) == (None, None)
+    assert (guard.steps, guard.clip_rate, guard.skipped_in_a_row) == (0, 0, 0)
+    backward(model, 0)
+    opt.step()
+    norm = guard.last_norm
+    opt.zero_grad()
+    opt.step()
+    assert (guard.steps, guard.last_norm) == (1, norm)
+    assert not torch.equal(flat(model), before)
+    assert opt.step(lambda: (backward(model, 0), None)[1]) is None
+    assert guard.steps == 2
+
+
+class Odd(torch.optim.SGD):
+    """With attributes of its own, one of which is called as frameworks call what they wrap."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, lr)
+        self.optimizer, self.mode = "not to be seen", "start"
+
+    def train(self):
+        self.mode = "train"
+
+    @property
+    def broken(self):
+        raise ValueError("inside")
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_attributes_of_the_inner(depth):
+    inner = opt = Odd(small_model().parameters())
+    for _ in range(depth):
+        opt = ClippedOptimizer(opt)
+    opt.train()
+    assert opt.mode == inner.mode == "train"
+    inner.mode = "later"
+    assert opt.mode == "later"
+    assert not hasattr(opt, "optimizer")
+    with pytest.raises(AttributeError, match=r"ClippedOptimizer.*consolidate"):
+        opt.consolidate()
+    with pytest.raises(ValueError, match="inside"):
+        opt.broken  # noqa: B018
+    assert isinstance(opt, torch.optim.Optimizer)
+    assert "max_norm=1" in repr(opt)
+    assert "Odd" in repr(opt)
+    assert opt.inner is (inner if depth == 1 else opt.inner)
+    with pytest.raises(AttributeError):
+        opt.inner = inner
+    with pytest.raises(AttributeError, match="_inner"):
+        ClippedOptimizer.__new__(ClippedOptimizer)._inner  # noqa: B018
+
+
+def test_only_optimizers_are_wrapped():
+    class AcceleratedOptimizer(torch.optim.SGD):
+        pass
+
+    ClippedOptimizer(AcceleratedOptimizer(small_model().parameters()))  # somebody's own, by that name
+    AcceleratedOptimizer.__module__ = "accelerate.optimizer"
+    for wrap in (ClippedOptimizer, fastclip.attach):
+        with pytest.raises(TypeError, match=r"accelerator\.prepare\(fastclip\.ClippedOptimizer"):
+            wrap(AcceleratedOptimizer(small_model().parameters()))
+        with pytest.raises(TypeError, match=r"expected a torch\.optim\.Optimizer, got list"):
+            wrap([])
+
+
+CLASSES = {
+    "AdamW": (torch.optim.AdamW, {"lr": 0.05}),
+    "AdamW-fused": (torch.optim.AdamW, {"lr": 0.05, "fused": True}),
+    "SGD": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}),
+}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_the_class_form_equals_the_wrapper(name):
+    optimizer_class, arguments = CLASSES[name]
+    made = fastclip.clipped(optimizer_class, max_norm=0.5)
+    assert isinstance(made, type)
+    assert issubclass(made, ClippedOptimizer)
+    assert made is fastclip.clipped(optimizer_class, max_norm=0.5)
+    assert optimizer_class.__name__ in made.__name__
+    model, twin = small_model(), small_model()
+    opt = made(model.parameters(), **arguments)
+    wrapped = ClippedOptimizer(optimizer_class(twin.parameters(), **arguments), 0.5)
+    train(model, opt, range(4))
+    train(twin, wrapped, range(4))
+    assert torch.equal(flat(model), flat(twin))
+    assert opt.clipped_steps == 4
+    assert type(opt.inner) is optimizer_class
+    positional = made(model.parameters(), 0.125)
+    assert positional.param_groups[0]["lr"] == 0.125
+    with pytest.raises(TypeError):
+        made(model.parameters(), no_such=1)
+
+
+def test_settings_of_the_class_form():
+    """Those of the call go before those of the class; policies aren't shared between objects."""
+    policy = GlobalNorm(0.5)
+    made = fastclip.clipped(torch.optim.SGD, policy=policy, skip_limit=7, nonfinite="zero")
+    a, b = made(small_model().parameters(), lr=0.1), made(small_model().parameters(), lr=0.1, skip_limit=None)
+    assert a.policy is not b.policy is not policy
+    assert (a.max_norm, a._record.skip_limit, b._record.skip_limit) == (0.5, 7, None)
+    assert (a._fastclip.nonfinite, b._fastclip.nonfinite) == ("zero", "zero")
+    own = fastclip.clipped(torch.optim.SGD, max_norm=1.0, norm_type=1.0)(small_model().parameters(), max_norm=3.0)
+    assert (own.max_norm, own.policy.norm_type) == (3.0, 1.0)
+    for wrong, message in [((torch.nn.Linear,), "subclass"), ((3,), "subclass")]:
+        with pytest.raises(TypeError, match=message):
+            fastclip.clipped(*wrong)
+    with pytest.raises(TypeError, match="unknown setting max_nrom"):
+        fastclip.clipped(torch.optim.SGD, max_nrom=1.0)
+    with pytest.raises(ValueError, match="max_norm"):
+        fastclip.clipped(torch.optim.SGD, max_norm=-1.0)(small_model().parameters())
+
+
+def test_the_class_itself_pickles(python):
+    """skorch and GridSearchCV send it to other processes."""
+    made = fastclip.clipped(torch.optim.AdamW, max_norm=0.5, nonfinite="raise")
+    assert pickle.loads(pickle.dumps(made)) is made
+    assert copy.deepcopy(made) is made
+    program = (
+        "import pickle, torch, fastclip\n"
+        f"made = pickle.loads({pickle.dumps(made)!r})\n"
+        "opt = made(torch.nn.Linear(2, 1).parameters(), lr=0.1)\n"
+        "assert (opt.max_norm, opt.inner.__class__) == (0.5, torch.optim.AdamW)\n"
+        "assert made is fastclip.clipped(torch.optim.AdamW, nonfinite='raise', max_norm=0.5)\n"
+    )
+    done = python(program)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("with_closure", [False, True])
+@every_maker
+def test_attach_equals_the_wrapper(name, with_closure):
+    """On the very same object: its type, its identity and its signature stay."""
+    model, twin = small_model(), small_model()
+    inner, wrapped = MAKERS[name](model.parameters()), ClippedOptimizer(MAKERS[name](twin.parameters()), 0.5)
+    signature = inspect.signature(inner.step)
+    guard, losses = fastclip.attach(inner, 0.5), []
+    assert inspect.signature(inner.step) == signature
+    assert guard.optimizer is inner
+    for step in range(5):
+        for opt, m in ((inner, model), (wrapped, twin)):
+            opt.zero_grad()
+            if with_closure:
+
+                def closure(opt=opt, m=m, step=step):
+                    assert torch.is_grad_enabled()
+                    opt.zero_grad()
+                    loss = backward(m, step)
+                    if step == 2:
+                        poison(m)
+                    return loss
+
+                losses.append(opt.step(closure))
+                continue
+            backward(m, step)
+            if step == 2:
+                poison(m)
+            opt.step()
+        assert torch.equal(flat(model), flat(twin))
+        assert guard.last_norm.equal(wrapped.last_norm) or step == 2
+    assert len(losses) == (10 if with_closure else 0)
+    assert losses[::2] == losses[1::2]
+    assert (guard.steps, guard.clipped_steps, guard.skipped_steps) == (5, 4, 1)
+    guard.max_norm = 1e-3
+    wrapped.max_norm = 1e-3
+    train(model, inner, [5])
+    train(twin, wrapped, [5])
+    assert torch.equal(flat(model), flat(twin))
+    assert "max_norm=0.001" in repr(guard)
+
+
+@pytest.mark.parametrize("scheduled", ["before", "after", "never"])
+def test_attach_comes_off(scheduled):
+    model, twin = small_model(), small_model()
+    inner, plain = MAKERS["momentum"](model.parameters()), MAKERS["momentum"](twin.parameters())
+    before = dict(vars(inner))
+    if scheduled == "before":
+        lr_scheduler.StepLR(inner, 10)
+        before = dict(vars(inner))
+    guard = fastclip.attach(inner, 1e-3)
+    with pytest.raises(ValueError, match="already"):
+        fastclip.attach(inner)
+    if scheduled == "after":
+        lr_scheduler.StepLR(inner, 10)
+    guard.remove()
+    if scheduled != "after":  # what a scheduler has put around it since stays
+        assert vars(inner) == before
+    train(model, inner, range(3))
+    train(twin, plain, range(3))
+    assert torch.equal(flat(model), flat(twin))
+    assert guard.steps == 0
+    with pytest.raises(RuntimeError, match="not attached"):
+        guard.remove()
+    again = fastclip.attach(inner, 1e-3)
+    train(model, inner, range(3))
+    assert (guard.steps, again.steps, again.clipped_steps) == (0, 3, 3)
+
+
+def test_hooks_of_an_attached_optimizer():
+    model, calls = small_model(), []
+    inner = MAKERS["adamw"](model.parameters())
+    fastclip.attach(inner)
+    inner.register_step_pre_hook(lambda o, a, k: calls.append((o is inner, a[0] is inner, torch.is_grad_enabled())))
+    inner.register_step_post_hook(lambda o, a, k: calls.append((o is inner, a[0] is inner, torch.is_grad_enabled())))
+    handle = register_optimizer_step_pre_hook(lambda *_: calls.append("all"))
+    backward(model, 0)
+    inner.step()
+    handle.remove()
+    assert calls == ["all", (True, True, True), (True, True, True)]
+
+
+def test_a_wrapper_around_an_attached_optimizer():
+    model, twin = small_model(), small_model()
+    inner, plain = MAKERS["adamw-fused"](model.parameters()), MAKERS["adamw-fused"](twin.parameters())
+    guard = fastclip.attach(inner, 0.5)
+    opt = ClippedOptimizer(inner, 2.0)
+    scaler = fastclip.GradScaler("cpu", init_scale=256.0)
+    for step in range(3):
+        opt.zero_grad()
+        scaler.scale(backward(model, step, run=False)).backward()
+        scaler.step(opt)
+        scaler.update()
+        train(twin, plain, [step], clip=0.5)
+        torch.testing.assert_close(flat(model), flat(twin), rtol=1e-5, atol=1e-6)  # two divisors, one after the other
+    assert opt.last_norm > 2.0
+    assert guard.last_norm == pytest.approx(2.0, rel=1e-5)
