@@ -678,6 +678,25 @@ def test_a_subclass_with_a_step_of_its_own_does_not_ride(name):
         assert torch.equal(flat(model), flat(twin))
 
 
+@every_scaler
+@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.SGD])
+def test_groups_of_which_only_some_are_fused(make, kind):
+    """torch's other groups refuse riders: nothing rides."""
+
+    def groups(m):
+        return [{"params": [*m[0].parameters()], "fused": True}, {"params": [*m[2].parameters()], "foreach": False}]
+
+    model, twin = small_model(), small_model()
+    opt, plain = ClippedOptimizer(make(groups(model), lr=0.05), 0.5), make(groups(twin), lr=0.05)
+    scaler = scaler_of(kind)
+    for step in range(3):
+        reference_step(twin, plain, step)
+        scaled_backward(model, opt, scaler, step)
+        scaler.step(opt)
+        scaler.update()
+        assert torch.equal(flat(model), flat(twin))
+
+
 EXTREMES = {
     "past float32": (1e30, 1e-10, 2.0, None),
     "huge": (1e37, 1.0, 2.0, None),
@@ -1039,6 +1058,33 @@ def test_a_streak_ends_in_an_error(name, host, request):
     assert not torch.equal(flat(model), before)
 
 
+def test_counts_go_on_when_the_gradients_move_away(monkeypatch, request):
+    """From a host that knows every outcome to one that doesn't: a model that is moved to an accelerator."""
+    model = small_model()
+    opt = ClippedOptimizer(INNERS["adamw-fused"](model.parameters()), 0.5, skip_limit=4)
+
+    def steps(bad):
+        for step, each in enumerate(bad):
+            opt.zero_grad()
+            backward(model, step)
+            if each:
+                poison(model)
+            opt.step()
+
+    steps([False, True, False, True, True])
+    assert (opt.steps, opt.clipped_steps, opt.skipped_steps, opt.skipped_in_a_row) == (5, 2, 3, 2)
+    request.getfixturevalue("far")
+    steps([True])
+    assert (opt.steps, opt.clipped_steps, opt.skipped_steps, opt.skipped_in_a_row) == (6, 2, 4, 3)
+    with pytest.raises(fastclip.SkipLimitError):
+        steps([True, True])
+    monkeypatch.undo()
+    opt.skip_limit = None
+    steps([False, True])
+    assert opt.skipped_in_a_row == 1
+    assert opt.clipped_steps == 3
+
+
 def test_a_count_that_arrives_late(far, monkeypatch):
     """The host learns of a streak only after the copy has arrived, and never waits for it."""
 
@@ -1105,7 +1151,7 @@ def test_far_bounds(name, max_norm, far):
     poison(model)
     with pytest.raises(fastclip.NonFiniteGradientError):
         opt.step()
-    opt._fastclip.nonfinite = "skip"
+    opt.nonfinite = "skip"
     for step in range(3):
         reference_step(twin, plain, step)
         opt.zero_grad()
@@ -1113,7 +1159,7 @@ def test_far_bounds(name, max_norm, far):
         with may_wait(name, step == 0):
             opt.step()
         torch.testing.assert_close(flat(model), flat(twin), **tolerance(name))
-    opt._fastclip.nonfinite = "raise"
+    opt.nonfinite = "raise"
     poison(model)
     with pytest.raises(fastclip.NonFiniteGradientError):
         opt.step()

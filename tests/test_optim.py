@@ -780,6 +780,31 @@ def test_limits_that_are_none(limit):
         ClippedOptimizer(torch.optim.SGD(small_model().parameters(), lr=0.1), skip_limit=limit)
 
 
+@pytest.mark.parametrize("form", ["wrapper", "attached"])
+def test_rules_may_change_between_steps(form):
+    model = small_model()
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard = fastclip.attach(inner) if form == "attached" else ClippedOptimizer(inner)
+    opt = inner if form == "attached" else guard
+    assert (guard.nonfinite, guard.skip_limit) == ("skip", 100)
+    backward(model, 0)
+    poison(model)
+    opt.step()
+    guard.nonfinite = "raise"
+    with pytest.raises(fastclip.NonFiniteGradientError):
+        opt.step()
+    guard.nonfinite, guard.skip_limit = "skip", 2
+    with pytest.raises(fastclip.SkipLimitError):
+        opt.step()
+    guard.skip_limit = None
+    opt.step()
+    assert guard.skipped_steps == 3
+    for name, value in [("nonfinite", "ignore"), ("skip_limit", 0), ("max_norm", -1.0)]:
+        with pytest.raises(ValueError, match=name):
+            setattr(guard, name, value)
+    assert (guard.nonfinite, guard.skip_limit, guard.max_norm) == ("skip", None, 1.0)
+
+
 class Sharpness(torch.optim.SGD):
     """As SAM does: climbs along the gradient first, and steps from where it was with the gradient from up there."""
 

@@ -1,0 +1,1343 @@
+"""Every clipping rule gives the numbers of the library it comes from, and none of the damage seen there."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+import math
+import pickle
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import HALVES, INF, NAN, REALS, bits, norm, parameter, parameters, randn, ulps
+from torch import Tensor
+
+import fastclip
+import fastclip.backends
+from fastclip import ClippedOptimizer
+from fastclip.backends import plan
+from fastclip.policies import (
+    AdaGC,
+    BlockRMS,
+    Chain,
+    Decision,
+    GlobalNorm,
+    Percentile,
+    PerTensorNorm,
+    PerTensorPercentile,
+    Policy,
+    SkipAboveMedian,
+    SkipLarge,
+    Unitwise,
+    Value,
+    ZScore,
+)
+from fastclip.stats import read
+from fastclip.tensors import grads_of
+
+
+def shrinking(step: int) -> float:
+    return 2.0 / (1 + step)
+
+
+STATELESS: dict[str, Callable[[], Policy]] = {
+    "global": lambda: GlobalNorm(0.7),
+    "global-1": lambda: GlobalNorm(0.7, norm_type=1.0),
+    "value": lambda: Value(0.4),
+    "tensor": lambda: PerTensorNorm(0.5),
+    "rms": lambda: BlockRMS(0.2),
+    "unitwise": lambda: Unitwise(0.05),
+    "unitwise-value": lambda: Chain(Unitwise(0.05), Value(0.02)),
+    "unitwise-global": lambda: Chain(Unitwise(0.5), GlobalNorm(0.3), PerTensorNorm(0.1)),
+}
+LEARNING: dict[str, Callable[[], Policy]] = {
+    "schedule": lambda: GlobalNorm(shrinking),
+    "percentile": lambda: Percentile(30, window=5),
+    "tensor-percentile": lambda: PerTensorPercentile(30, window=5),
+    "zscore": lambda: ZScore(1.0, warmup=3),
+    "adagc": lambda: AdaGC(warmup=3),
+    "skip-large": lambda: SkipLarge(2.0, warmup=3),
+    "skip-median": lambda: SkipAboveMedian(2.0, window=6, warmup=2),
+    "chain": lambda: Chain(ZScore(1.0, warmup=3), AdaGC(warmup=3), GlobalNorm(0.7)),
+    "chain-value": lambda: Chain(Percentile(30, window=5), Value(0.3)),
+    "nested": lambda: Chain(Chain(Unitwise(0.5), ZScore(1.0, warmup=3)), PerTensorPercentile(50, window=5)),
+}
+POLICIES = STATELESS | LEARNING
+SHAPES = ((4, 3), (5,), (2, 3, 2), ())
+SIZES = (1.0, 1.2, 0.8, 1.1, 5.0, 0.9, 1.0, 30.0, 0.1, 1.0, 2.0, 1.0)
+
+
+def step_grads(step: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """The gradients of a step, the same in every run."""
+    generator = torch.Generator().manual_seed(step)
+    size = SIZES[step % len(SIZES)]
+    return [(torch.randn(shape, generator=generator) * size).to(dtype) for shape in SHAPES]
+
+
+def weights(dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(99)
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES]
+
+
+def give(params: list[torch.nn.Parameter], grads: list[Tensor]) -> None:
+    for p, grad in zip(params, grads, strict=True):
+        p.grad = grad.clone()
+
+
+def clipped(policy: Policy, grads: list[Tensor], params: list[Tensor] | None = None, **kwargs: str) -> list[Tensor]:
+    """What a policy makes of these gradients, at these parameters."""
+    params = [torch.nn.Parameter(p.clone()) for p in params] if params else parameters(grads)
+    give(params, grads)
+    fastclip.clip_grads_(params, policy, **kwargs)
+    return [p.grad for p in params]
+
+
+def series(policy: Policy, norms: list[float], dtype: torch.dtype = torch.float32) -> list[float]:
+    """One gradient of two elements per norm -> the norms after clipping."""
+    p = parameter(torch.zeros(2, dtype=dtype))
+    after = []
+    for n in norms:
+        p.grad = torch.tensor([0.6 * n, 0.8 * n], dtype=dtype)
+        fastclip.clip_grads_([p], policy)
+        after.append(norm(p.grad))
+    return after
+
+
+def skips(policy: Policy, norms: list[float]) -> list[bool]:
+    """Which of the steps with these norms does not happen."""
+    p = parameter(torch.zeros(1))
+    opt = ClippedOptimizer(torch.optim.SGD([p], lr=1.0), policy=policy, skip_limit=None)
+    skipped = []
+    for n in norms:
+        before = p.detach().clone()
+        p.grad = torch.tensor([n])
+        opt.step()
+        skipped.append(torch.equal(p.detach(), before))
+    assert int(opt.skipped_steps) == sum(skipped)
+    return skipped
+
+
+def identical(a: object, b: object) -> bool:
+    """Whether two state dicts are bitwise the same."""
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.dtype == b.dtype and a.shape == b.shape and torch.equal(bits(a), bits(b))
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(identical(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return isinstance(b, (list, tuple)) and len(a) == len(b) and all(map(identical, a, b))
+    return bool(a == b)
+
+
+def numbers_of(state: object) -> Iterator[Tensor]:
+    if isinstance(state, Tensor):
+        yield state
+    elif isinstance(state, dict):
+        for value in state.values():
+            yield from numbers_of(value)
+
+
+def no_nan_in(state: object) -> bool:
+    return not any(bool(tensor.isnan().any()) for tensor in numbers_of(state))
+
+
+def tensors(*values: object, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return [torch.tensor(value, dtype=dtype) for value in values]
+
+
+def use(backend: str) -> None:
+    """Put back by the fixture ``same_start``."""
+    fastclip.backends.forced = backend
+
+
+@pytest.fixture(params=["cpu", "reference"])
+def backend(request: pytest.FixtureRequest, same_start: None) -> str:
+    """Instruction sets differ in kernels, not in rules: one of them will do."""
+    use(request.param)
+    return request.param
+
+
+# ---- the reference implementations ----
+
+G = ([[3.0, -4.0], [0.0, 12.0]], [5.0, -6.0, 7.0])
+KERAS = ([[3.0, 4.0], [0.0, 0.0]], [0.6, 0.8], [0.0, 0.0])
+TIMM_G = ([[3.0, 0.0, 4.0], [0.3, 0.4, 0.0]], [3.0, 4.0], 1.0, (torch.arange(12.0).reshape(2, 3, 2) + 1).tolist())
+TIMM_W = ([[1.0, 2.0, 2.0], [0.0, 0.0, 0.0]], [0.0, 0.0], 2.0, TIMM_G[3])
+ROWS = [[0.018, 0.0, 0.024], [6e-6, 8e-6, 0.0]]
+NONFINITE = [[INF, 1.0], [NAN, 1.0], [0.001, 0.0]]
+# (source, policy, gradients, parameters or None, what the source made of the gradients)
+ONE_STEP = [
+    (
+        "torch 2.13 clip_grad_norm_, p=1",
+        lambda: GlobalNorm(2.0, norm_type=1.0),
+        G,
+        None,
+        ([[0.16216217, -0.21621622], [0.0, 0.64864868]], [0.27027029, -0.32432434, 0.37837839]),
+    ),
+    (
+        "torch 2.13 clip_grad_norm_, p=inf",
+        lambda: GlobalNorm(0.5, norm_type=INF),
+        G,
+        None,
+        ([[0.12499999, -0.16666666], [0.0, 0.49999997]], [0.20833331, -0.24999999, 0.29166666]),
+    ),
+    (
+        "torch 2.13 clip_grad_norm_, p=3",
+        lambda: GlobalNorm(1.0, norm_type=3.0),
+        G,
+        None,
+        ([[0.22095349, -0.29460466], [0.0, 0.88381398]], [0.36825583, -0.44190699, 0.51555812]),
+    ),
+    ("torch 2.13 clip_grad_norm_, within", lambda: GlobalNorm(100.0), G, None, G),
+    ("torch 2.13 clip_grad_norm_, zeros", lambda: GlobalNorm(1.0), ([0.0, 0.0], [0.0]), None, ([0.0, 0.0], [0.0])),
+    ("torch 2.13 clip_grad_norm_, Inf", lambda: GlobalNorm(1.0), ([1.0, INF], [2.0]), None, ([0.0, NAN], [0.0])),
+    (
+        "torch 2.13 clip_grad_value_",
+        lambda: Value(1.0),
+        ([INF, -INF, NAN, 0.3],),
+        None,
+        ([1.0, -1.0, NAN, 0.3],),
+    ),
+    ("optax 0.2.8 clip", lambda: Value(0.5), G, None, ([[0.5, -0.5], [0.0, 0.5]], [0.5, -0.5, 0.5])),
+    (
+        "Keras 3.15 clipnorm",
+        lambda: PerTensorNorm(1.0),
+        KERAS,
+        None,
+        ([[0.6, 0.8], [0.0, 0.0]], [0.6, 0.8], [0.0, 0.0]),
+    ),
+    ("Keras 3.15 global_clipnorm, within", lambda: GlobalNorm(100.0), KERAS, None, KERAS),
+    (
+        "optax 0.2.8 clip_by_block_rms",
+        lambda: BlockRMS(1.0),
+        (*G, [0.1, -0.1]),
+        None,
+        ([[0.46153849, -0.61538464], [0.0, 1.846154]], [0.82572281, -0.99086738, 1.15601194], [0.1, -0.1]),
+    ),
+    (
+        "timm adaptive_clip_grad",
+        Unitwise,
+        TIMM_G,
+        TIMM_W,
+        (ROWS, [6e-6, 8e-6], 0.02, (torch.tensor(TIMM_G[3]) / 100).tolist()),
+    ),
+    (
+        "timm adaptive_clip_grad, not finite",
+        Unitwise,
+        (NONFINITE,),
+        ([[1.0, 1.0]] * 3,),
+        ([[NAN, 0.0], [NAN, NAN], [0.001, 0.0]],),
+    ),
+    (
+        "timm adaptive_clip_grad, p=1",
+        lambda: Unitwise(norm_type=1.0),
+        TIMM_G[:1],
+        TIMM_W[:1],
+        ([[0.02142857, 0.0, 0.02857143], [4.28571457e-06, 5.71428563e-06, 0.0]],),
+    ),
+    ("optax 0.2.8 adaptive_grad_clip axis=1", lambda: Unitwise(units=(1,)), TIMM_G[:1], TIMM_W[:1], (ROWS,)),
+]
+
+
+@pytest.mark.parametrize(
+    ("policy", "grads", "params", "want"), [row[1:] for row in ONE_STEP], ids=[r[0] for r in ONE_STEP]
+)
+def test_one_step_gives_the_numbers_of_its_source(backend: str, policy, grads, params, want) -> None:
+    got = clipped(policy(), tensors(*grads), tensors(*params) if params else None)
+    for ours, theirs in zip(got, tensors(*want), strict=True):
+        # the sources round the norm, the quotient and the product to float32, the table to 8 digits
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0, equal_nan=True)
+
+
+def test_keras_clipnorm_with_inf_is_damped_to_nothing_worse(backend: str) -> None:
+    """Keras writes [0, NaN] over a gradient that holds Inf; an infinite norm is no reason to write here or there."""
+    bad, good = clipped(PerTensorNorm(1.0), tensors([1.0, INF], [2.0]))
+    assert torch.equal(good, torch.tensor([1.0]))
+    assert float(bad[1]) != 1.0
+
+
+def test_mixed_dtypes_share_one_norm(backend: str) -> None:
+    """torch 2.13 on a float32 and a bfloat16 gradient."""
+    grads = [torch.tensor([3.0, 4.0]), torch.tensor([5.0, 12.0], dtype=torch.bfloat16)]
+    single, half = clipped(GlobalNorm(1.0), grads)
+    torch.testing.assert_close(single, torch.tensor([0.21538742, 0.28718323]), rtol=1e-6, atol=0)
+    assert int(ulps(half, torch.tensor([0.359375, 0.86328125], dtype=torch.bfloat16)).max()) <= 1
+
+
+# optax 0.2.8 unitwise_norm: shape of 1, 2, 3, ... -> the norm of each unit
+OPTAX_UNITS = {
+    (): [1.0],
+    (3,): [3.7416574954986572],
+    (2, 3): [4.123105525970459, 5.385164737701416, 6.7082037925720215],
+    (2, 3, 2): [7.0710678, 8.2462111, 9.4868326, 10.7703295, 12.083046, 13.4164076],
+    (2, 2, 2, 2): [26.07680892944336, 28.56571388244629],
+    (1, 3): [3.7416574954986572],  # squeezed to one dimension
+}
+
+
+@pytest.mark.parametrize("shape", OPTAX_UNITS, ids=str)
+def test_units_in_are_those_of_optax(backend: str, shape: tuple[int, ...]) -> None:
+    grad = (torch.arange(float(math.prod(shape))) + 1).reshape(shape)
+    reading = read(plan(grads_of([parameter(grad)])), Unitwise(units="in").request())
+    torch.testing.assert_close(reading.units.norms, torch.tensor(OPTAX_UNITS[shape]).double(), rtol=1e-6, atol=0)
+
+
+ZCLIP = (1.0, 1.2, 0.8, 1.1, 0.9, 1.05, 5.0, 1.0, 0.2)
+# (source, policy, norms, norms afterwards)
+SERIES = [
+    ("AutoClip, 10", lambda: Percentile(10), (4.0, 2.0, 8.0, 1.0, 16.0), (4.0, 2.0, 2.4, 1.0, 1.4)),
+    ("AutoClip, 100", lambda: Percentile(100), (4.0, 2.0, 8.0, 1.0, 16.0), (4.0, 2.0, 8.0, 1.0, 16.0)),
+    ("ZClip, no cap", lambda: ZScore(warmup=5), ZCLIP, (*ZCLIP[:6], 1.031934142112732, 1.0, 0.2)),
+    (
+        "ZClip, max_grad_norm=1",
+        lambda: Chain(ZScore(warmup=5), GlobalNorm(1.0)),
+        ZCLIP,
+        (1.0, 1.0, 0.8, 1.0, 0.9, 1.0, 1.0, 1.0, 0.2),
+    ),
+    # window grows: at the fourth step the least of 5, 10, 0.5, 5 is the bound, and not the first norm
+    ("bitsandbytes 0.49, grown", PerTensorPercentile, (5.0, 10.0, 0.5, 5.0), (5.0, 5.0, 0.5, 0.5)),
+    ("bitsandbytes 0.49, off", lambda: PerTensorPercentile(100.0), (5.0, 10.0, 0.5, 50.0), (5.0, 10.0, 0.5, 50.0)),
+]
+
+
+@pytest.mark.parametrize(("policy", "norms", "want"), [row[1:] for row in SERIES], ids=[row[0] for row in SERIES])
+def test_a_series_of_steps_gives_the_norms_of_its_source(backend: str, policy, norms, want) -> None:
+    # AutoClip and ZClip clip by torch, which also multiplies by n / (n + 1e-6) at the bound itself
+    assert series(policy(), norms) == pytest.approx(list(want), rel=2e-6)
+
+
+def test_zclip_learns_what_its_source_learns(backend: str) -> None:
+    """Mean and variance of bluorion-com/ZClip after each step past the warm-up of 5, with and without its cap."""
+    mean = (1.000000011920929, 1.0015000101327896, 1.0024130421233832, 1.0023406508596817, 0.9782704314232982)
+    var = (0.02000000476837215, 0.019470571957075054, 0.018912600132881832, 0.018345386488288786, 0.03596617068730874)
+    alone = ZScore(warmup=5)
+    within = Chain(ZScore(warmup=5), GlobalNorm(1.0))
+    for step, norms in enumerate(zip(ZCLIP, ZCLIP, strict=True)):
+        for policy, n in zip((alone, within), norms, strict=True):
+            clipped(policy, tensors([n]))
+        if step >= 4:
+            for policy in (alone, within.policies[0]):
+                assert float(policy.mean) == pytest.approx(mean[step - 4], rel=1e-6)
+                assert float(policy.var) == pytest.approx(var[step - 4], rel=1e-6)
+
+
+def test_the_window_wraps_as_in_bitsandbytes(backend: str) -> None:
+    """130 norms 1, 2, ... through a window of 100: the last two were clipped to 35 and 36."""
+    after = series(PerTensorPercentile(5.0, window=100), [float(n) for n in range(1, 131)])
+    assert after[-2:] == pytest.approx([35.0, 36.0], rel=1e-6)
+
+
+@pytest.mark.parametrize("default", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_the_percentile_of_a_full_window_is_an_index(default: torch.dtype) -> None:
+    """bitsandbytes takes sorted[percentile] of 100: no rounding of a product may move it, in no default dtype."""
+    torch.set_default_dtype(default)
+    try:
+        params = [torch.nn.Parameter(torch.zeros(1, dtype=torch.float64)) for _ in range(2)]
+        for percentile in range(100):
+            policy = PerTensorPercentile(percentile, window=100)
+            ring = torch.stack([torch.arange(1000.0, 1100.0, dtype=torch.float64).roll(k) for k in (1, 37)])
+            policy.load_state_dict(policy.state_dict() | {"ring": ring, "counts": torch.full((2,), 100)})
+            give(params, [torch.tensor([1e6], dtype=torch.float64)] * 2)
+            fastclip.clip_grads_(params, policy)
+            for row, p in zip(ring, params, strict=True):  # the oldest, at slot 0, has left
+                want = torch.cat([row[1:], row.new_tensor([1e6])]).sort().values[percentile]
+                assert float(p.grad) == pytest.approx(float(want), rel=1e-12)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("percentile", [0, 10, 37.3, 50, 99, 100])
+@pytest.mark.parametrize("default", [torch.float32, torch.bfloat16], ids=str)
+def test_percentile_is_numpys(percentile: float, default: torch.dtype) -> None:
+    import numpy as np
+
+    norms = randn(60, dtype=torch.float64, scale=10).abs().tolist()
+    torch.set_default_dtype(default)
+    try:
+        for window in (7, 1000):
+            after = series(Percentile(percentile, window=window, eps=0.0), norms, torch.float64)
+            for step, n in enumerate(norms):
+                seen = norms[max(0, step + 1 - window) : step + 1]
+                assert after[step] == pytest.approx(min(n, np.percentile(seen, percentile)), rel=1e-12)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_adagc_is_the_rule_of_its_paper(backend: str) -> None:
+    """The rule in plain Python, for two gradients: the joint norm clips for 3 steps, each one's own average after."""
+    lam, beta, gamma = 1.05, 0.9, [INF, INF]
+    policy = AdaGC(lam, lam_abs=1.0, beta=beta, warmup=3)
+    for step, norms in enumerate([(3.0, 4.0), (0.3, 0.4), (5.0, 0.2), (9.0, 0.1), (0.2, 8.0), (0.5, 0.5)]):
+        got = [norm(grad) for grad in clipped(policy, tensors([norms[0], 0.0], [[norms[1]]]))]
+        if step < 3:
+            want = [n * min(1.0, 1.0 / (math.hypot(*norms) + 1e-6)) for n in norms]
+            gamma = [min(old, n) for old, n in zip(gamma, norms, strict=True)]
+        else:
+            want = [min(n, lam * own) for n, own in zip(norms, gamma, strict=True)]
+            gamma = [beta * own + (1 - beta) * n for own, n in zip(gamma, want, strict=True)]
+        assert got == pytest.approx(want, rel=1e-6)
+        assert policy.averages.tolist() == pytest.approx(gamma, rel=1e-6)
+
+
+def test_skip_large_is_the_rule_of_its_paper(backend: str) -> None:
+    """arXiv:1804.09849, four deviations of log(norm), decay 0.9 after 3 steps."""
+    policy = SkipLarge(4.0, alpha=0.9, warmup=3)
+    assert skips(policy, [1.0, 1.1, 0.9, 1.0, 30.0, 1.0]) == [False, False, False, False, True, False]
+
+
+def test_skip_large_learns_the_moments_of_the_logarithm(backend: str) -> None:
+    policy, norms = SkipLarge(alpha=0.9, warmup=4), (1.0, 3.0, 0.5, 2.0)
+    skips(policy, list(norms))
+    logs = torch.tensor(norms, dtype=torch.float64).log()
+    assert float(policy.mean) == pytest.approx(float(logs.mean()), rel=1e-6)
+    assert float(policy.var) == pytest.approx(float(logs.var(correction=0)), rel=1e-6)
+
+
+def test_skip_above_median(backend: str) -> None:
+    policy = SkipAboveMedian(3.0, window=4, warmup=2)
+    # medians: -, -, 1.5, 2 (of 1 2 5), 2.5 (1 2 3 5), 4 (2 3 5 100)
+    assert skips(policy, [1.0, 2.0, 5.0, 3.0, 100.0, 11.0, 1.0]) == [False, False, True, False, True, False, False]
+    assert skips(SkipAboveMedian(3.0, warmup=4), [1.0, 1.0, 1.0, 50.0, 50.0]) == [False, False, False, False, True]
+
+
+@pytest.mark.parametrize("policy", [SkipLarge(warmup=5), SkipAboveMedian(window=8, warmup=4)], ids=repr)
+def test_a_lasting_change_of_level_is_followed(policy: Policy) -> None:
+    skipped = skips(policy, [1.0, 1.1, 0.9, 1.0, 1.05, 1.0, 0.95] + [1000.0] * 200)
+    assert skipped[7]
+    assert not any(skipped[-20:])
+
+
+# ---- what went wrong elsewhere ----
+
+
+def test_a_bound_is_never_negative() -> None:
+    """torch flips every sign."""
+    p = parameter(torch.ones(2))
+    for policy in (GlobalNorm(1.0), PerTensorNorm(1.0)):
+        opt = ClippedOptimizer(torch.optim.SGD([p], lr=0.1), policy=policy)
+        for bad in (-1.0, NAN):
+            with pytest.raises(ValueError, match="max_norm"):
+                opt.max_norm = bad
+            opt.param_groups[0]["max_norm"] = bad
+            with pytest.raises(ValueError, match="max_norm"):
+                opt.step()
+            del opt.param_groups[0]["max_norm"]
+    assert torch.equal(p.grad, torch.ones(2))
+
+
+def test_an_infinite_bound_leaves_an_infinite_gradient(backend: str) -> None:
+    """torch makes NaN of all of it."""
+    for policy in (GlobalNorm(INF), PerTensorNorm(INF), BlockRMS(INF), Value(INF)):
+        p = parameter(torch.tensor([3.0, INF]))
+        assert float(fastclip.clip_grads_([p], policy)) == INF
+        assert torch.equal(p.grad, torch.tensor([3.0, INF]))
+
+
+@pytest.mark.parametrize("policy", [GlobalNorm(1.0), PerTensorNorm(1.0), Percentile(), BlockRMS(1.0)], ids=repr)
+def test_norms_beyond_float16_wipe_nothing(backend: str, policy: Policy) -> None:
+    """torch: 64 elements of 1e4 have a norm above 65,504, and become 0."""
+    (got,) = clipped(policy, [torch.full((64,), 1e4, dtype=torch.float16)])
+    assert bool((got > 0).all())
+    assert bool(got.isfinite().all())
+
+
+@pytest.mark.parametrize("fault", [NAN, INF, -INF])
+@pytest.mark.parametrize("name", [name for name in LEARNING if name != "schedule"])
+def test_a_step_that_is_not_finite_teaches_nothing(backend: str, name: str, fault: float) -> None:
+    """AutoClip's history, ZClip's and AdaGC's averages, OLMo's window never get rid of one NaN."""
+    policy, spared = LEARNING[name](), LEARNING[name]()
+    for step in range(8):
+        got = clipped(policy, step_grads(step), weights())
+        want = clipped(spared, step_grads(step), weights())
+        assert identical(got, want)
+        if step in (0, 1, 4, 5):  # before anything is known, in the warm-up, and after it
+            bad = step_grads(step)
+            for grad in bad:
+                grad.view(-1)[-1] = fault
+            clipped(policy, bad, weights())
+            assert identical(policy.state_dict(), spared.state_dict())
+
+
+@pytest.mark.parametrize("name", LEARNING)
+def test_one_bad_tensor_puts_no_nan_into_a_state(backend: str, name: str) -> None:
+    policy = LEARNING[name]()
+    for step in range(8):
+        grads = step_grads(step)
+        if step % 3 == 0:
+            grads[1][2] = NAN
+        clipped(policy, grads, weights(), nonfinite="skip")
+        assert no_nan_in(policy.state_dict())
+    assert all(bool(grad.isfinite().all()) for grad in clipped(policy, step_grads(8), weights()))
+
+
+def test_nan_in_a_window_skips_one_step(backend: str) -> None:
+    """OLMo-core skips until it has left the window."""
+    norms = [1.0, 1.1, 0.9, NAN, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+    for policy in (SkipAboveMedian(10.0, window=4, warmup=2), SkipLarge(warmup=2)):
+        assert skips(policy, norms) == [math.isnan(n) for n in norms]
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        AdaGC(warmup=3),
+        PerTensorPercentile(),
+        ZScore(warmup=3),
+        ZScore(warmup=0),
+        Chain(ZScore(warmup=3), GlobalNorm(1e3)),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("zeros", [1, 3, 10])
+def test_zero_gradients_at_first_silence_nothing(backend: str, policy: Policy, zeros: int) -> None:
+    """AdaGC's average, OLMo's first norm and AGGC's start of 0 make a bound of 0, for ever."""
+    policy = copy.deepcopy(policy)
+    after = series(policy, [0.0] * zeros + [0.5, 0.5, 0.6, 3.0])
+    assert after[zeros : zeros + 2] == pytest.approx([0.5, 0.5], rel=1e-6)
+    assert after[-1] > 0.4
+
+
+def test_zero_gradients_of_one_tensor_silence_only_themselves(backend: str) -> None:
+    """An unused expert, or a layer that is frozen at first."""
+    for policy in (AdaGC(warmup=2), PerTensorPercentile(50)):
+        for late in (0.0, 0.0, 0.0, 0.5, 0.5, 0.5):
+            got = clipped(policy, tensors([0.3, 0.4], [late]))
+        assert [norm(grad) for grad in got] == pytest.approx([0.5, 0.5], rel=1e-6)
+
+
+@pytest.mark.parametrize("policy", [ZScore(warmup=0), SkipLarge(warmup=0), SkipAboveMedian(warmup=0)], ids=repr)
+def test_without_a_warm_up_the_first_step_is_no_outlier(policy: Policy) -> None:
+    """A mean that starts at 0 makes one of it (AGGC)."""
+    assert series(copy.deepcopy(policy), [50.0, 50.0]) == pytest.approx([50.0, 50.0], rel=1e-6)
+    assert skips(copy.deepcopy(policy), [50.0, 50.0, 51.0]) == [False] * 3
+
+
+def test_weights_of_zero_can_start_to_learn(backend: str) -> None:
+    """Composer's AGC has no floor under their norm."""
+    (got,) = clipped(Unitwise(0.01, eps=1e-3), tensors([[3.0, 4.0], [0.0, 0.0]]), tensors([[0.0, 0.0], [0.0, 0.0]]))
+    torch.testing.assert_close(got, torch.tensor([[6e-6, 8e-6], [0.0, 0.0]]), rtol=1e-6, atol=0)
+
+
+def test_norms_are_never_hidden(backend: str) -> None:
+    """DeepSpeed turns NaN into -1; apex's inf-norm drops it."""
+    for policy in (GlobalNorm(1.0), GlobalNorm(1.0, norm_type=INF), PerTensorNorm(1.0), Unitwise(norm_type=INF)):
+        for nonfinite in ("propagate", "skip"):
+            params = parameters(tensors([1.0, NAN], [2.0, 3.0]))
+            assert math.isnan(float(fastclip.clip_grads_(params, policy, nonfinite=nonfinite)))
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_gradients_in_place_of_parameters_are_noticed(name: str) -> None:
+    with pytest.warns(UserWarning, match="gradients passed"):
+        fastclip.clip_grads_(step_grads(0), POLICIES[name]())
+    with pytest.warns(UserWarning, match="gradients passed"):
+        fastclip.adaptive_clip_grad_(step_grads(0))
+
+
+def test_spikes_are_clipped_towards_the_mean_and_do_not_move_it_far(backend: str) -> None:
+    policy = ZScore(warmup=10)
+    usual = [1.0 + 0.1 * math.sin(step) for step in range(30)]
+    before = series(policy, usual)
+    assert before == pytest.approx(usual, rel=1e-6)
+    mean = float(policy.mean)
+    spikes = [series(policy, [n])[0] for n in (3.0, 30.0, 3e6)]
+    assert all(0.9 < n < 1.3 for n in spikes)
+    assert spikes[0] > spikes[1] > spikes[2]  # the further out, the closer to the mean
+    assert float(policy.mean) == pytest.approx(mean, rel=0.05)
+
+
+def test_equal_norms_make_no_outlier_of_a_small_change(backend: str) -> None:
+    assert series(ZScore(warmup=5), [1.0] * 20 + [1.002]) == pytest.approx([1.0] * 20 + [1.002], rel=1e-6)
+    assert not any(skips(SkipLarge(warmup=5), [1.0] * 20 + [1.15, 0.1]))
+
+
+# ---- chains ----
+
+
+def test_a_chain_is_its_rules_one_after_the_other(backend: str) -> None:
+    """Each sees what the one before it leaves, as if it had been read again."""
+    makers = (
+        (lambda: Unitwise(0.5), lambda: GlobalNorm(0.3)),
+        (lambda: Unitwise(0.5), lambda: PerTensorNorm(0.1), lambda: GlobalNorm(0.1)),
+        (lambda: Unitwise(0.5), lambda: Value(0.05)),
+        (lambda: Unitwise(0.5), lambda: BlockRMS(0.05), lambda: Value(0.05)),
+        (lambda: PerTensorNorm(0.5), lambda: GlobalNorm(0.6)),
+        (lambda: GlobalNorm(0.6), lambda: PerTensorNorm(0.2), lambda: Value(0.1)),
+        (lambda: GlobalNorm(2.0), lambda: AdaGC(warmup=2)),
+        (lambda: AdaGC(warmup=2), lambda: Percentile(50), lambda: GlobalNorm(0.5)),
+        (lambda: PerTensorPercentile(50), lambda: ZScore(0.5, warmup=2)),
+    )
+    for rules in makers:
+        chain, each = Chain(*(rule() for rule in rules)), [rule() for rule in rules]
+        for step in range(8):
+            got, want = clipped(chain, step_grads(step, torch.float64), weights(torch.float64)), step_grads(step)
+            want = step_grads(step, torch.float64)
+            for policy in each:
+                want = clipped(policy, want, weights(torch.float64))
+            for ours, theirs in zip(got, want, strict=True):
+                # norms of the unclipped gradients times a coefficient, not norms of the rounded product
+                torch.testing.assert_close(ours, theirs, rtol=1e-6 if "p" in str(chain) else 0, atol=0)
+
+
+def test_a_chain_skips_when_one_of_its_rules_does() -> None:
+    norms = [1.0, 1.0, 1.0, 50.0, 1.0]
+    for rules in ((SkipAboveMedian(warmup=2), GlobalNorm(2.0)), (GlobalNorm(INF), SkipAboveMedian(warmup=2))):
+        assert skips(Chain(*rules), norms) == [n == 50.0 for n in norms]
+    # the second rule sees the clipped norm, which is no outlier
+    assert not any(skips(Chain(GlobalNorm(1.0), SkipAboveMedian(warmup=2)), norms))
+
+
+def test_the_first_rule_learns_from_the_unclipped_norm() -> None:
+    chain = Chain(Percentile(100), GlobalNorm(1.0))
+    series(chain, [3.0, 5.0])
+    assert chain.policies[0].ring[0, :2].tolist() == pytest.approx([3.0, 5.0], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        (GlobalNorm(), Unitwise()),
+        (Value(), GlobalNorm()),
+        (Chain(GlobalNorm(), Value()), GlobalNorm()),
+        (GlobalNorm(), Chain(Unitwise(), GlobalNorm())),
+    ],
+    ids=repr,
+)
+def test_a_chain_that_can_not_be_followed_is_refused_at_once(rules: tuple[Policy, ...]) -> None:
+    """Not at the first step at which it matters."""
+    p = parameter(torch.full((2, 2), 1e-3))
+    with pytest.raises(ValueError, match="Chain"):
+        fastclip.clip_grads_([p], Chain(*rules))
+
+
+# ---- the ways in ----
+
+
+def test_adaptive_clip_grad_has_the_signature_of_timm() -> None:
+    got = inspect.signature(fastclip.adaptive_clip_grad_).parameters
+    defaults = {name: parameter.default for name, parameter in got.items()}
+    assert defaults == {"parameters": inspect.Parameter.empty, "clip_factor": 0.01, "eps": 1e-3, "norm_type": 2.0}
+
+
+def test_adaptive_clip_grad_is_unitwise(backend: str) -> None:
+    for args in ((), (0.02,), (0.02, 0.1), (0.02, 0.1, 1.0)):
+        params = weights()
+        give(params, step_grads(3))
+        assert fastclip.adaptive_clip_grad_(iter(params), *args) is None
+        factor, eps, p = (*args, *(0.01, 1e-3, 2.0)[len(args) :])
+        want = clipped(Unitwise(factor, eps=eps, norm_type=p), step_grads(3), weights())
+        assert identical([param.grad for param in params], want)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_optimizer_clips_as_the_function_does(backend: str, name: str) -> None:
+    params, twins, policy = weights(), weights(), POLICIES[name]()
+    opt = ClippedOptimizer(torch.optim.SGD(params, lr=0.1), policy=POLICIES[name]())
+    for step in range(10):
+        give(params, step_grads(step))
+        give(twins, step_grads(step))
+        before, skipped = [p.detach().clone() for p in params], int(opt.skipped_steps)
+        opt.step()
+        total = fastclip.clip_grads_(twins, policy)
+        assert torch.equal(opt.last_norm, total)
+        assert identical([p.grad for p in params], [p.grad for p in twins])
+        if int(opt.skipped_steps) > skipped:
+            assert identical(before, [p.detach() for p in params])
+        else:
+            for p, q in zip(params, twins, strict=True):
+                q.data.add_(q.grad, alpha=-0.1)
+                assert torch.equal(bits(p), bits(q))
+        for p, q in zip(params, twins, strict=True):
+            q.data.copy_(p.data)
+    assert identical(opt.policy.state_dict(), policy.state_dict())
+
+
+def test_the_total_norm_comes_back_unclipped(backend: str) -> None:
+    for name in POLICIES:
+        policy = POLICIES[name]()
+        params = weights()
+        give(params, step_grads(4))
+        want = norm(step_grads(4), policy.norm_type)
+        assert float(fastclip.clip_grads_(params, policy)) == pytest.approx(want, rel=1e-6)
+
+
+def test_nothing_to_clip() -> None:
+    for name in POLICIES:
+        assert float(fastclip.clip_grads_([parameter(None)], POLICIES[name]())) == 0.0
+        assert float(fastclip.clip_grads_([], POLICIES[name]())) == 0.0
+    with pytest.raises(TypeError, match="policy"):
+        fastclip.clip_grads_([parameter(torch.ones(2))], 1.0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_parameter_without_a_gradient_keeps_its_place(backend: str, name: str) -> None:
+    """What a policy knows about a tensor belongs to its parameter, also when others have no gradient for a while."""
+    policy, each = POLICIES[name](), None
+    per_tensor = name in ("tensor-percentile", "adagc")
+    if per_tensor:
+        each = [POLICIES[name]() for _ in SHAPES]
+        if name == "adagc":
+            policy, each = AdaGC(warmup=0), [AdaGC(warmup=0) for _ in SHAPES]
+    params = weights()
+    for step in range(8):
+        give(params, step_grads(step))
+        missing = {0: (1, 3), 1: (0,), 4: (2,), 5: (0, 1, 2)}.get(step, ())
+        for i in missing:
+            params[i].grad = None
+        fastclip.clip_grads_(params, policy)
+        for i, (p, grad) in enumerate(zip(params, step_grads(step), strict=True)):
+            assert (p.grad is None) == (i in missing)
+            if each is not None and p.grad is not None:
+                (want,) = clipped(each[i], [grad])
+                assert torch.equal(bits(p.grad), bits(want))
+
+
+def test_each_group_has_its_own_rule(backend: str) -> None:
+    params, twins = weights(), weights()
+    own, joint = AdaGC(warmup=2), Percentile(50)
+    groups = [
+        {"params": params[:1]},
+        {"params": params[1:2], "policy": own},
+        {"params": params[2:3], "group_max_norm": 0.2},
+        {"params": params[3:]},
+    ]
+    opt = ClippedOptimizer(torch.optim.SGD(groups, lr=0.1), policy=joint)
+    rules = (Percentile(50), AdaGC(warmup=2), GlobalNorm(0.2))
+    for step in range(6):
+        give(params, step_grads(step))
+        give(twins, step_grads(step))
+        opt.step()
+        for policy, share in zip(rules, ((0, 3), (1,), (2,)), strict=True):
+            fastclip.clip_grads_([twins[i] for i in share], policy)
+        assert identical([p.grad for p in params], [p.grad for p in twins])
+        assert float(opt.last_norm) == pytest.approx(norm(step_grads(step)), rel=1e-6)
+    assert identical(own.state_dict(), rules[1].state_dict())
+    assert identical(joint.state_dict(), rules[0].state_dict())
+
+
+def test_the_last_layer_is_left_out_by_a_rule_of_its_own() -> None:
+    params = weights()
+    groups = [{"params": params[:2]}, {"params": params[2:], "policy": GlobalNorm(INF)}]
+    opt = ClippedOptimizer(torch.optim.SGD(groups, lr=0.1), policy=Unitwise())
+    give(params, step_grads(0))
+    opt.step()
+    assert identical([p.grad for p in params[2:]], step_grads(0)[2:])
+    assert identical([p.grad for p in params[:2]], clipped(Unitwise(), step_grads(0)[:2], weights()[:2]))
+
+
+# ---- gradients that are not finite ----
+
+
+@pytest.mark.parametrize("fault", [NAN, INF])
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("nonfinite", ["skip", "raise", "zero", "propagate"])
+def test_the_rule_for_nonfinite_gradients_holds_under_every_policy(name: str, nonfinite: str, fault: float) -> None:
+    params, twins = weights(), weights()
+    opt = ClippedOptimizer(torch.optim.SGD(params, lr=0.1, momentum=0.9), policy=POLICIES[name](), nonfinite=nonfinite)
+    spared = ClippedOptimizer(torch.optim.SGD(twins, lr=0.1, momentum=0.9), policy=POLICIES[name]())
+    for step in range(4):
+        for own, them in ((params, opt), (twins, spared)):
+            give(own, step_grads(step))
+            them.step()
+    bad = step_grads(0)
+    bad[0][1, 1] = fault
+    before = copy.deepcopy((opt.inner.state_dict(), [p.detach() for p in params]))
+    learned = opt.policy.state_dict()
+    give(params, bad)
+    if nonfinite == "raise":
+        with pytest.raises(fastclip.NonFiniteGradientError, match=r"\(1, 1\)"):
+            opt.step()
+        assert identical(opt.policy.state_dict(), learned)
+    else:
+        opt.step()
+    unchanged = identical(before, (opt.inner.state_dict(), [p.detach() for p in params]))
+    assert no_nan_in(opt.policy.state_dict())
+    if nonfinite in ("skip", "raise"):
+        assert unchanged
+        assert identical([p.grad.nan_to_num(7.0) for p in params], [grad.nan_to_num(7.0) for grad in bad])
+    elif nonfinite == "zero":
+        bad[0][1, 1] = 0.0
+        give(twins, bad)
+        spared.step()
+        assert identical(opt.state_dict(), spared.state_dict())
+        assert identical([p.detach() for p in params], [p.detach() for p in twins])
+    elif not unchanged and name != "value":
+        assert not bool(params[0].isfinite().all())
+
+
+# ---- AMP and fused steps ----
+
+
+def amp_run(name: str, scale: float | None, fused: bool) -> tuple[list[list[Tensor]], ClippedOptimizer]:
+    """Parameters and gradients after each of 10 steps, in float64 where no rounding hides a difference of rules."""
+    params = weights()
+    inner = torch.optim.SGD(params, lr=0.1, fused=fused)
+    opt = ClippedOptimizer(inner, policy=POLICIES[name]())
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
+    found = []
+    for step in range(10):
+        opt.zero_grad()
+        loss = torch.stack([(p * grad).sum() for p, grad in zip(params, step_grads(step), strict=True)]).sum()
+        scaler.scale(loss).backward()
+        scaler.step(opt)
+        scaler.update()
+        found.append([*(p.detach().clone() for p in params), *(p.grad.clone() for p in params)])
+    return found, opt
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_scaled_run_is_the_unscaled_one(backend: str, name: str, fused: bool) -> None:
+    """The policy sees unscaled norms; a power of two as scale changes no bit, but where a step divides (fused)."""
+    (scaled, opt), (plain, other) = amp_run(name, 2.0**10, fused), amp_run(name, None, fused)
+    for step, (ours, theirs) in enumerate(zip(scaled, plain, strict=True)):
+        for a, b in zip(ours, theirs, strict=True):
+            if step and int(opt.skipped_steps):
+                continue  # a skipped step's gradients stay scaled
+            torch.testing.assert_close(a, b, rtol=1e-5 if fused else 0, atol=1e-6 if fused else 0)
+    for a, b in zip(scaled[-1][: len(SHAPES)], plain[-1][: len(SHAPES)], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5 if fused else 0, atol=1e-6 if fused else 0)
+    assert torch.equal(opt.last_norm, other.last_norm)
+    assert (int(opt.skipped_steps), int(opt.clipped_steps)) == (int(other.skipped_steps), int(other.clipped_steps))
+    if not fused:
+        assert identical(opt.policy.state_dict(), other.policy.state_dict())
+
+
+@pytest.mark.parametrize("cls", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad])
+@pytest.mark.parametrize("name", POLICIES)
+def test_one_number_rides_and_many_are_written(name: str, cls: type[torch.optim.Optimizer]) -> None:
+    params, twins = weights(), weights()
+    inner, plain = cls(params, lr=0.1, fused=True), cls(twins, lr=0.1, fused=True)
+    opt, policy = ClippedOptimizer(inner, policy=POLICIES[name]()), POLICIES[name]()
+    riders: list[object] = []
+    inner.register_step_pre_hook(lambda inner, args, kwargs: riders.append(getattr(inner, "grad_scale", None)))
+    for step in range(10):
+        give(params, step_grads(step))
+        give(twins, step_grads(step))
+        steps, clips = len(riders), int(opt.clipped_steps)
+        opt.step()
+        if len(riders) == steps:
+            continue  # skipped
+        reading = read(plan(grads_of(twins)), policy.request())
+        decision = policy.decide(reading)
+        fastclip.clip_grads_(twins, Fixed(decision, policy))
+        plain.step()
+        scalar = not isinstance(decision.clip_coef, Tensor) or decision.clip_coef.dim() == 0
+        one = scalar and decision.unit_coefs is None and decision.clamp is None
+        assert (riders[-1] is not None) == (one and int(opt.clipped_steps) > clips)
+        for p, q in zip(params, twins, strict=True):
+            # a ride divides by the rounded inverse where clipping multiplies
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-6, atol=1e-9)
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+            q.data.copy_(p.data)
+        plain.load_state_dict(copy.deepcopy(inner.state_dict()))
+
+
+class Fixed(Policy):
+    """Decides what was decided before."""
+
+    def __init__(self, decision: Decision, like: Policy) -> None:
+        self.decision, self._like = decision, like
+        self.norm_type = like.norm_type
+
+    def request(self):
+        return self._like.request()
+
+    def decide(self, reading):
+        return self.decision
+
+
+# ---- saving and loading ----
+
+
+def training(name: str, where: str, fused: bool) -> tuple[list[torch.nn.Parameter], ClippedOptimizer]:
+    params = weights()
+    policy = POLICIES[name]()
+    if where == "all":
+        return params, ClippedOptimizer(torch.optim.AdamW(params, lr=0.1, fused=fused), policy=policy)
+    groups = [{"params": params[:3], "policy": policy}, {"params": params[3:]}]
+    norm_type = policy.norm_type
+    return params, ClippedOptimizer(torch.optim.AdamW(groups, lr=0.1, fused=fused), 0.5, norm_type=norm_type)
+
+
+def train(params: list[torch.nn.Parameter], opt: ClippedOptimizer, steps: range) -> None:
+    for step in steps:
+        give(params, step_grads(step))
+        opt.step()
+
+
+@pytest.mark.parametrize("where", ["all", "group"])
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize(("middle", "fused"), [(0, False), (2, True), (7, False)])
+def test_a_resumed_run_continues_bit_for_bit(name: str, where: str, middle: int, fused: bool) -> None:
+    """AutoClip and ZClip keep no state."""
+    straight, opt = training(name, where, fused)
+    train(straight, opt, range(12))
+    first, saved = training(name, where, fused)
+    train(first, saved, range(middle))
+    file = io.BytesIO()
+    torch.save(saved.state_dict(), file)
+    file.seek(0)
+    resumed, other = training(name, where, fused)
+    for p, q in zip(resumed, first, strict=True):
+        p.data.copy_(q.data)
+    other.load_state_dict(torch.load(file))
+    train(first, saved, range(middle, middle + 1))  # what was loaded is not what the saved run goes on to change
+    train(resumed, other, range(middle, 12))
+    assert all(torch.equal(bits(p), bits(q)) for p, q in zip(resumed, straight, strict=True))
+    assert identical(other.state_dict(), opt.state_dict())
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda opt: pickle.loads(pickle.dumps(opt))], ids=["deep", "pickle"])
+def test_copies_go_on_alone(name: str, copied: Callable[[ClippedOptimizer], ClippedOptimizer]) -> None:
+    params, opt = training(name, "all", False)
+    train(params, opt, range(5))
+    twin = copied(opt)
+    known = copy.deepcopy(twin.policy.state_dict())
+    train(params, opt, range(5, 12))
+    assert identical(twin.policy.state_dict(), known)
+    train(twin.param_groups[0]["params"], twin, range(5, 12))
+    assert identical(twin.state_dict(), opt.state_dict())
+    alone = copied(POLICIES[name]())  # type: ignore[arg-type]
+    assert repr(alone) == repr(POLICIES[name]())
+
+
+SAME_WINDOW: dict[str, Callable[[], Policy]] = {
+    "percentile-6": lambda: Percentile(window=6),
+    "tensor-percentile-6": lambda: PerTensorPercentile(window=6),
+}
+LEARNERS = {name: make for name, make in (LEARNING | SAME_WINDOW).items() if name != "schedule"}
+
+
+@pytest.mark.parametrize("name", [*LEARNERS, "global", "value", "unitwise-value", "schedule"])
+def test_another_policys_state_is_refused(name: str) -> None:
+    """Half of a foreign state, or one whose keys happen to fit, would only show in the results."""
+    everyone = POLICIES | LEARNERS
+    policy = everyone[name]()
+    for step in range(4):
+        clipped(policy, step_grads(step), weights())
+    before = policy.state_dict()
+    for other, make in LEARNERS.items():
+        foreign = make()
+        for step in range(5):
+            clipped(foreign, step_grads(step), weights())
+        if type(foreign) is type(policy) and repr(foreign) == repr(policy):
+            continue
+        with pytest.raises(ValueError, match=r"polic|window|Chain|GlobalNorm|places"):
+            policy.load_state_dict(foreign.state_dict())
+        assert identical(policy.state_dict(), before), other
+
+
+def test_a_chain_loads_all_or_nothing() -> None:
+    chain, other = (Chain(ZScore(warmup=2), Percentile(window=5)) for _ in range(2))
+    series(other, [1.0, 2.0, 3.0])
+    state = other.state_dict()
+    state["1"] = {"unknown": torch.zeros(1)}
+    before = chain.state_dict()
+    with pytest.raises(ValueError, match="Percentile"):
+        chain.load_state_dict(state)
+    assert identical(chain.state_dict(), before)
+
+
+def test_an_optimizer_loads_all_or_nothing() -> None:
+    params, opt = training("zscore", "all", False)
+    train(params, opt, range(3))
+    others, foreign = training("percentile", "all", False)
+    train(others, foreign, range(6))
+    before = copy.deepcopy(opt.state_dict())
+    with pytest.raises(ValueError, match="ZScore"):
+        opt.load_state_dict(foreign.state_dict())
+    assert identical(opt.state_dict(), before)
+
+
+def test_a_window_of_another_length_is_refused() -> None:
+    policy, longer = Percentile(window=5), Percentile(window=6)
+    series(policy, [1.0, 2.0])
+    before = policy.state_dict()
+    with pytest.raises(ValueError, match=r"window of 5.*6"):
+        policy.load_state_dict(longer.state_dict())
+    assert identical(policy.state_dict(), before)
+
+
+def test_the_bare_optimizer_takes_the_state(backend: str) -> None:
+    for name in ("zscore", "adagc", "chain"):
+        for where in ("all", "group"):
+            params, opt = training(name, where, False)
+            train(params, opt, range(3))
+            bare = torch.optim.AdamW([{"params": group["params"]} for group in opt.param_groups], lr=0.1)
+            bare.load_state_dict(opt.state_dict())
+            assert identical(bare.state_dict()["state"], opt.state_dict()["state"])
+            known = opt.policy.state_dict() if where == "all" else opt.param_groups[0]["policy"].state_dict()
+            opt.load_state_dict(bare.state_dict())  # what it doesn't tell stays
+            policy = opt.policy if where == "all" else opt.param_groups[0]["policy"]
+            assert identical(policy.state_dict(), known)
+
+
+def test_a_state_is_a_copy() -> None:
+    for name in LEARNERS:
+        policy = LEARNERS[name]()
+        clipped(policy, step_grads(0), weights())
+        state = policy.state_dict()
+        twin = LEARNERS[name]()
+        twin.load_state_dict(state)
+        kept = copy.deepcopy(state)
+        for step in range(1, 5):
+            clipped(policy, step_grads(step), weights())
+        assert identical(state, kept)
+        assert identical(twin.state_dict(), kept)
+
+
+# ---- properties ----
+
+
+def once_and_twice(make: Callable[[], Policy], grads: list[Tensor], params: list[Tensor]) -> tuple[list[Tensor], ...]:
+    once = clipped(make(), grads, params)
+    return once, clipped(make(), once, params)
+
+
+EXPONENTS = {torch.float64: 30, torch.float32: 30, torch.bfloat16: 30, torch.float16: 4}
+
+
+def drawn(values: list[list[float]], dtype: torch.dtype) -> list[Tensor]:
+    """Sign and power of ten of every element, within what the dtype holds."""
+    top = EXPONENTS[dtype]
+    return [
+        torch.tensor([math.copysign(10.0 ** max(-30.0, min(abs(v) - 30.0, top)), v) for v in row], dtype=dtype)
+        for row in values
+    ]
+
+
+ELEMENTS = st.lists(st.lists(st.floats(-60.0, 60.0), min_size=1, max_size=6), min_size=1, max_size=4)
+IDEMPOTENT: dict[str, Callable[[], Policy]] = {
+    "global": lambda: GlobalNorm(0.7, eps=0.0),  # an eps would clip again, by eps / 0.7, what rounding left above
+    "value": lambda: Value(0.4),
+    "tensor": lambda: PerTensorNorm(0.5),
+    "rms": lambda: BlockRMS(0.2),
+    "unitwise": lambda: Unitwise(0.5, eps=1e-3),
+}
+
+
+@pytest.mark.parametrize("name", IDEMPOTENT)
+@given(values=ELEMENTS, dtype=st.sampled_from(REALS))
+def test_clipping_twice_is_clipping_once(name: str, backend: str, values, dtype: torch.dtype) -> None:
+    grads = drawn(values, dtype)
+    once, twice = once_and_twice(IDEMPOTENT[name], grads, [torch.full_like(grad, 0.25) for grad in grads])
+    for a, b in zip(once, twice, strict=True):
+        # rounding may leave a norm above its bound by half an ulp of the dtype, and the second pass corrects it;
+        # a norm in float64 is itself some ulp off
+        assert int(ulps(a, b).max()) <= (8 if dtype == torch.float64 else 2)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@given(steps=st.lists(ELEMENTS, min_size=2, max_size=6), dtype=st.sampled_from(REALS))
+def test_no_finite_gradient_becomes_nonfinite(name: str, backend: str, steps, dtype: torch.dtype) -> None:
+    policy = POLICIES[name]()
+    for values in steps:
+        values = (values + [[0.0]] * 4)[:4]
+        grads = drawn(values, dtype)
+        got = clipped(policy, grads, [torch.full_like(grad, 0.25) for grad in grads])
+        for before, after in zip(grads, got, strict=True):
+            assert bool(after.isfinite().all())
+            assert bool((after.abs() <= before.abs()).all())
+            assert bool(((after == 0) | (after.sign() == before.sign())).all())
+    assert no_nan_in(policy.state_dict())
+
+
+@pytest.mark.parametrize("name", LEARNING)
+def test_norms_near_the_largest_number_leave_no_nan_behind(name: str) -> None:
+    """Squares of such norms overflow float64."""
+    policy = LEARNING[name]()
+    for size in (1e300, 1e-300, 1e300, 1e308, 1.0, 0.0, 1e160, 5.0):
+        grads = [torch.full(shape, size, dtype=torch.float64) for shape in SHAPES]
+        got = clipped(policy, grads, weights(torch.float64))
+        assert all(bool(grad.isfinite().all()) for grad in got)
+        assert no_nan_in(policy.state_dict())
+
+
+@pytest.mark.parametrize("name", ["global", "tensor", "rms", "unitwise", "percentile", "tensor-percentile", "adagc"])
+@pytest.mark.parametrize("shift", [-20, -1, 7, 30])
+def test_norms_of_a_reading_scale_exactly(backend: str, name: str, shift: int) -> None:
+    params = weights()
+    policy = POLICIES[name]()
+    give(params, step_grads(0))
+    plain = read(plan(grads_of(params)), policy.request())
+    give(params, [grad * 2.0**shift for grad in step_grads(0)])
+    scaled = read(plan(grads_of(params)), policy.request())
+    assert torch.equal(bits(scaled.rows[0]), bits(plain.rows[0] * 2.0**shift))
+    unscaled = read(plan(grads_of(params)), policy.request(), 2.0**shift)
+    assert torch.equal(bits(unscaled.rows), bits(plain.rows))
+    assert torch.equal(bits(unscaled.totals), bits(plain.totals))
+    if plain.units is not None:
+        assert torch.equal(bits(scaled.units.norms), bits(plain.units.norms * 2.0**shift))
+        assert torch.equal(bits(unscaled.units.rows), bits(plain.units.rows))
+        assert torch.equal(bits(scaled.units.weight_norms), bits(plain.units.weight_norms))
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_order_changes_no_bit_of_tensor_norms(backend: str, name: str) -> None:
+    order = [2, 0, 3, 1]
+    policy = POLICIES[name]()
+    straight, mixed = weights(), [weights()[i] for i in order]
+    give(straight, step_grads(1))
+    give(mixed, [step_grads(1)[i] for i in order])
+    rows, others = (read(plan(grads_of(params)), policy.request()).rows for params in (straight, mixed))
+    assert torch.equal(bits(others), bits(rows[:, order]))
+
+
+# ---- no accelerator at hand: the CPU plays one ----
+
+LOOKS = ("item", "__bool__", "__float__", "__int__", "__index__", "__complex__", "tolist", "numpy", "cpu", "__array__")
+
+
+@pytest.fixture
+def accelerator(monkeypatch: pytest.MonkeyPatch) -> Callable[[], pytest.MonkeyPatch]:
+    """Nothing is known to the host; within the patches that are returned, asking is an error."""
+    monkeypatch.setattr(fastclip.backends, "forced", "reference")
+
+    def start() -> pytest.MonkeyPatch:
+        patches = pytest.MonkeyPatch()
+        for name, module in list(sys.modules.items()):
+            if name.split(".")[0] == "fastclip" and hasattr(module, "known_to_host"):
+                patches.setattr(module, "known_to_host", lambda tensor: False)
+
+        def looks(tensor: Tensor, *args: object, **kwargs: object) -> None:
+            raise AssertionError("a GPU would be waited for")
+
+        for name in LOOKS:
+            patches.setattr(torch.Tensor, name, looks)
+        return patches
+
+    return start
+
+
+def test_the_trap_for_looks_works(accelerator) -> None:
+    patches = accelerator()
+    try:
+        for look in (bool, float, int, torch.Tensor.item, torch.Tensor.tolist, lambda t: bool(t.sum() > 0)):
+            with pytest.raises(AssertionError, match="waited"):
+                look(torch.ones(1))
+    finally:
+        patches.undo()
+    assert bool(torch.ones(1))
+
+
+@pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
+@pytest.mark.parametrize("name", POLICIES)
+def test_nothing_waits_for_a_device(accelerator, name: str, nonfinite: str) -> None:
+    """The same coefficients, gradients and state as where the host may look, and nobody looks."""
+    policy, twin = POLICIES[name](), POLICIES[name]()
+    for step in range(12):
+        params, twins, grads = weights(), weights(), step_grads(step)
+        if step in (3, 8):
+            grads[1][2] = NAN
+        give(params, grads)
+        give(twins, grads)
+        patches = accelerator()
+        try:
+            probe = copy.deepcopy(policy)
+            decision = probe.decide(read(plan(grads_of(params)), probe.request()))
+            if not (nonfinite == "skip" and decision.clamp is not None):  # a clamp can't be selected, so it waits
+                fastclip.clip_grads_(params, policy, nonfinite=nonfinite)
+            else:
+                policy = probe
+        finally:
+            patches.undo()
+        probe = copy.deepcopy(twin)
+        host = probe.decide(read(plan(grads_of(twins)), probe.request()))
+        for ours, theirs in zip(decision[:3], host[:3], strict=True):
+            if theirs is None:
+                assert ours is None
+                continue
+            ours, theirs = (torch.as_tensor(value, dtype=torch.float64) for value in (ours, theirs))
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+        fastclip.clip_grads_(twins, twin, nonfinite=nonfinite)
+        if not (nonfinite == "skip" and decision.clamp is not None):
+            for p, q in zip(params, twins, strict=True):
+                torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=0, equal_nan=True)
+        assert identical(policy.state_dict(), twin.state_dict())
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_skip_on_a_device_selects_and_never_multiplies_by_0(accelerator, name: str) -> None:
+    """OLMo-core's factor 0 times NaN is NaN, and 0 times a number is not that number."""
+    params, policy = weights(), POLICIES[name]()
+    bad = step_grads(0)
+    bad[0][1, 1], bad[2][0, 0, 0] = NAN, INF
+    give(params, bad)
+    patches = pytest.MonkeyPatch()
+    for module in [m for n, m in sys.modules.items() if n.split(".")[0] == "fastclip" and hasattr(m, "known_to_host")]:
+        patches.setattr(module, "known_to_host", lambda tensor: False)
+    try:
+        use("reference")
+        fastclip.clip_grads_(params, policy, nonfinite="skip")
+    finally:
+        patches.undo()
+    for p, grad in zip(params, bad, strict=True):
+        torch.testing.assert_close(p.grad, grad, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_policies_run_where_there_are_no_values(name: str) -> None:
+    policy = POLICIES[name]()
+    params = [torch.nn.Parameter(torch.zeros(shape, device="meta")) for shape in SHAPES]
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        assert fastclip.clip_grads_(params, policy).device.type == "meta"
+
+
+def test_what_was_learned_follows_the_gradients() -> None:
+    """A run that moves to another device, or comes from a checkpoint on one."""
+    for name in LEARNERS:
+        policy = LEARNERS[name]()
+        params = [torch.nn.Parameter(torch.zeros(shape, device="meta")) for shape in SHAPES]
+        clipped(policy, step_grads(0), weights())
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        fastclip.clip_grads_(params, policy)
+
+
+# ---- arguments ----
+
+BAD_ARGUMENTS = [
+    (GlobalNorm, {"max_norm": -1.0}),
+    (GlobalNorm, {"eps": -1.0}),
+    (GlobalNorm, {"norm_type": NAN}),
+    (GlobalNorm, {"norm_type": "two"}),
+    (Value, {"clip_value": -1.0}),
+    (Value, {"clip_value": NAN}),
+    (Value, {"clip_value": "1"}),
+    (PerTensorNorm, {"max_norm": -1.0}),
+    (PerTensorNorm, {"norm_type": NAN}),
+    (PerTensorNorm, {"norm_type": "two"}),
+    (BlockRMS, {"threshold": 0.0}),
+    (BlockRMS, {"threshold": NAN}),
+    (Unitwise, {"clip_factor": -0.1}),
+    (Unitwise, {"eps": 0.0}),
+    (Unitwise, {"norm_type": NAN}),
+    (Unitwise, {"units": "rows"}),
+    (Unitwise, {"units": ()}),
+    (Unitwise, {"units": (0, 0)}),
+    (Unitwise, {"units": (-1,)}),
+    (Unitwise, {"units": 1}),
+    (Unitwise, {"units": None}),
+    (Unitwise, {"units": (True,)}),
+    (Percentile, {"percentile": 101}),
+    (Percentile, {"percentile": NAN}),
+    (Percentile, {"percentile": "ten"}),
+    (Percentile, {"percentile": None}),
+    (Percentile, {"window": 0}),
+    (Percentile, {"window": 2.5}),
+    (Percentile, {"window": "a"}),
+    (Percentile, {"window": INF}),
+    (Percentile, {"window": True}),
+    (Percentile, {"eps": -1.0}),
+    (PerTensorPercentile, {"percentile": -1}),
+    (PerTensorPercentile, {"window": -3}),
+    (ZScore, {"z_threshold": 0.0}),
+    (ZScore, {"alpha": 1.0}),
+    (ZScore, {"alpha": -0.1}),
+    (ZScore, {"warmup": -1}),
+    (ZScore, {"warmup": 2.5}),
+    (ZScore, {"warmup": INF}),
+    (ZScore, {"floor": -1.0}),
+    (ZScore, {"floor": NAN}),
+    (ZScore, {"eps": -1.0}),
+    (ZScore, {"eps": "small"}),
+    (AdaGC, {"lam": 0.0}),
+    (AdaGC, {"lam_abs": -1.0}),
+    (AdaGC, {"beta": 1.0}),
+    (AdaGC, {"warmup": 1.5}),
+    (AdaGC, {"floor": -1.0}),
+    (SkipLarge, {"k": 0.0}),
+    (SkipLarge, {"alpha": 2.0}),
+    (SkipLarge, {"floor": -1.0}),
+    (SkipLarge, {"floor": None}),
+    (SkipAboveMedian, {"factor": 0.0}),
+    (SkipAboveMedian, {"window": 0}),
+    (SkipAboveMedian, {"warmup": -1}),
+    (SkipAboveMedian, {"warmup": "x"}),
+]
+
+
+@pytest.mark.parametrize(("cls", "arguments"), BAD_ARGUMENTS, ids=[f"{c.__name__}-{a}" for c, a in BAD_ARGUMENTS])
+def test_a_bad_argument_is_named(cls: type[Policy], arguments: dict[str, object]) -> None:
+    with pytest.raises((TypeError, ValueError), match=next(iter(arguments))):
+        cls(**arguments)
+
+
+@pytest.mark.parametrize("rules", [(), (GlobalNorm(),), (GlobalNorm(), 3), (GlobalNorm, GlobalNorm())], ids=str)
+def test_a_chain_takes_two_policies_or_more(rules: tuple[object, ...]) -> None:
+    with pytest.raises((TypeError, ValueError), match=r"Chain|polic"):
+        Chain(*rules)  # type: ignore[arg-type]
+
+
+def test_norm_types_of_a_chain_and_of_groups_must_agree() -> None:
+    with pytest.raises(ValueError, match="norm_type"):
+        Chain(GlobalNorm(norm_type=1.0), GlobalNorm())
+    p = parameter(torch.ones(2))
+    groups = [{"params": [p], "policy": GlobalNorm(norm_type=1.0)}]
+    opt = ClippedOptimizer(torch.optim.SGD(groups, lr=0.1), policy=PerTensorNorm(1.0))
+    with pytest.raises(ValueError, match="norm_type"):
+        opt.step()
+    with pytest.raises(ValueError, match="policy"):
+        ClippedOptimizer(torch.optim.SGD([p], lr=0.1), 1.0, policy=GlobalNorm())
+
+
+def test_complex_numbers_have_no_order_to_clamp_by(backend: str) -> None:
+    for policy in (Value(1.0), Chain(GlobalNorm(2.0), Value(1.0))):
+        params = parameters([torch.full((2,), 3.0), torch.full((2,), 3 + 4j)])
+        with pytest.raises(RuntimeError, match=r"parameters\[1\].*complex"):
+            fastclip.clip_grads_(params, policy)
+        assert torch.equal(params[0].grad, torch.full((2,), 3.0))
+
+
+@pytest.mark.parametrize("policy", [POLICIES[name]() for name in POLICIES], ids=list(POLICIES))
+def test_a_policy_shows_its_settings(policy: Policy) -> None:
+    assert repr(policy).startswith(f"{type(policy).__name__}(")
+    clipped(policy, step_grads(0), weights())
+    assert "tensor(" not in repr(policy)
+    assert policy.writes
+
+
+@pytest.mark.parametrize("norm_type", ["inf", 1, INF, 3.0])
+def test_norm_types_are_those_of_torch(backend: str, norm_type: float | str) -> None:
+    for cls in (GlobalNorm, PerTensorNorm):
+        (got,) = clipped(cls(1.0, norm_type=norm_type), tensors([3.0, -4.0]))
+        assert norm(got, float(norm_type)) == pytest.approx(1.0, rel=2e-6)
+
+
+def test_a_policy_of_ones_own(backend: str) -> None:
+    """decide() and the names of what it learns are all that it takes."""
+
+    class Loudest(Policy):
+        learned = ("record",)
+
+        def __init__(self) -> None:
+            self.record = torch.zeros((), dtype=torch.float64)
+
+        def decide(self, reading):
+            self.record = torch.maximum(self.record, reading.totals[0])
+            return Decision(0.5)
+
+    policy = Loudest()
+    assert series(policy, [2.0, 4.0, 1.0]) == pytest.approx([1.0, 2.0, 0.5])
+    other = Loudest()
+    other.load_state_dict(policy.state_dict())
+    assert float(other.record) == pytest.approx(4.0)
+    with pytest.raises(NotImplementedError, match="decide"):
+        series(Policy(), [1.0])
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_state_is_kept_in_float64(dtype: torch.dtype) -> None:
+    for name in LEARNERS:
+        policy = LEARNERS[name]()
+        clipped(policy, step_grads(0, dtype), weights(dtype))
+        kept = {tensor.dtype for tensor in numbers_of(policy.state_dict())}
+        assert kept <= {torch.float64, torch.int64}
