@@ -15,7 +15,7 @@ from torch.optim import SGD, AdamW, Optimizer
 import fastclip
 from fastclip._native import C
 
-from . import oracle
+from . import oracle, peers
 from .oracle import WrongResult
 from .workloads import (
     EMBEDDING,
@@ -528,6 +528,98 @@ def host_time(inputs: Inputs) -> tuple[Contestant, Contestant]:
     )
 
 
+# ---- policies ------------------------------------------------------------------------------------------
+
+AGC_FACTOR, AGC_EPS = 0.01, 1e-3  # timm's defaults: with weights as large as gradients every unit is clipped
+WINDOW = 10_000
+
+
+def unitwise(inputs: Inputs) -> tuple[Contestant, Contestant]:
+    """Adaptive gradient clipping against timm's, every unit clipped."""
+    generator = torch.Generator().manual_seed(1)
+    for param in inputs.params:
+        param.data.copy_(torch.randn(param.shape, generator=generator).mul_(0.02))
+    theirs = peers.timm_agc()
+
+    def check(_: Any) -> float:
+        worst = 0.0
+        for got, grad, param in zip(inputs.grads, inputs.pristine, inputs.params, strict=True):
+            want = peers.agc_oracle(grad, param, AGC_FACTOR, AGC_EPS)
+            worst = max(worst, float((got.double() - want).norm() / want.norm().clamp(min=1e-30)))
+        if worst > 1e-5:
+            raise WrongResult(f"a unit is off by {worst:.1e}, relative to float64")
+        return worst
+
+    def contestant(name: str, call: Callable[[], Any], reads: int, writes: int) -> Contestant:
+        return Contestant(name, call, check, inputs.bytes(reads=reads, writes=writes), inputs.restore)
+
+    return (
+        contestant(
+            "fastclip", lambda: fastclip.adaptive_clip_grad_(inputs.params, AGC_FACTOR, AGC_EPS), reads=3, writes=1
+        ),
+        contestant("timm", lambda: theirs(inputs.params, AGC_FACTOR, AGC_EPS), reads=6, writes=3),
+    )
+
+
+def adaptive(inputs: Inputs, policy: Callable[[], Any], peer: str) -> tuple[Contestant, Contestant]:
+    """A rule of the joint norm against the package of its authors; equal norms, so nothing is clipped."""
+    total_norm, ours = inputs.total_norm(), policy()
+    theirs = peers.zclip_step(inputs.params) if peer == "zclip" else peers.autoclip_step(inputs.params, WINDOW)
+
+    def check_ours(norm: Tensor) -> float:
+        oracle.check_untouched(inputs.grads, inputs.pristine)
+        return oracle.check_norm("total_norm", norm, total_norm)
+
+    return (
+        Contestant("fastclip", lambda: fastclip.clip_grads_(inputs.params, ours), check_ours, inputs.bytes(reads=1)),
+        Contestant(peer, theirs, lambda _: None, inputs.bytes(reads=1)),
+    )
+
+
+def host_time_of(inputs: Inputs, policy: Callable[[], Any]) -> tuple[Contestant, Contestant]:
+    """The host time of a rule against that of GlobalNorm: gradients of one element, nothing to clip."""
+    total_norm = inputs.total_norm()
+
+    def contestant(name: str, rule: Any) -> Contestant:
+        return Contestant(
+            name,
+            lambda: fastclip.clip_grads_(inputs.params, rule),
+            lambda norm: oracle.check_norm("total_norm", norm, total_norm),
+            inputs.bytes(reads=1),
+        )
+
+    plain = fastclip.policies.GlobalNorm(NOTHING_TO_CLIP * total_norm)
+    return contestant("fastclip", policy()), contestant("GlobalNorm", plain)
+
+
+def _policy_rows() -> list[Row]:
+    """Those against other packages stand where the package is installed."""
+    make = functools.partial
+    rules: dict[str, Callable[[], Any]] = {
+        "ZScore": fastclip.policies.ZScore,
+        "Percentile": functools.partial(fastclip.policies.Percentile, window=WINDOW),
+        "PerTensorPercentile": fastclip.policies.PerTensorPercentile,
+        "AdaGC": fastclip.policies.AdaGC,
+    }
+    rows = [
+        Row(f"host time of {name} / GlobalNorm, 150 tensors", (SCALARS,), make(host_time_of, policy=rule))
+        for name, rule in rules.items()
+    ]
+    if peers.installed("timm"):
+        rows += [
+            Row("AGC ResNet-50 fp32 / timm", (RESNET50,), unitwise, 8.0),
+            Row("AGC 2,000 small fp32 / timm", (SMALL,), unitwise, 20.0),
+        ]
+    if peers.installed("zclip"):
+        rows.append(
+            Row("ZScore GPT-2 fp32 / zclip", (GPT2,), make(adaptive, policy=rules["ZScore"], peer="zclip"), 3.0)
+        )
+    if peers.installed("autoclip"):
+        percentile = make(adaptive, policy=rules["Percentile"], peer="autoclip")
+        rows.append(Row("Percentile GPT-2 fp32 / autoclip", (GPT2,), percentile, 3.0))
+    return rows
+
+
 # ---- the table -----------------------------------------------------------------------------------------
 
 
@@ -597,6 +689,7 @@ def all_rows() -> list[Row]:
         *_capability_rows(FLAT),
         *_capability_rows(FLAT_BF16),
         Row("norm 100M x 0.1 fp32", (FLAT_CONSTANT,), make(norm, p=2.0)),
+        *_policy_rows(),
         Row("embedding fp32, 99% zero rows / dense", (ROWS, EMBEDDING), rows_against_dense, 0.95),
         Row("embedding bf16, 99% zero rows / dense", (ROWS_BF16, EMBEDDING_BF16), rows_against_dense),
     ]
