@@ -226,7 +226,7 @@ class LossWatch(Learner):
     Args:
         k: deviations above the running mean from which on a loss is a spike; None minds only NaN and Inf.
         alpha: decay of mean and variance.
-        warmup: losses that are only learned from.
+        warmup: losses that are only learned from; at least the first is.
         floor: the deviation is never taken for less than this share of the mean's magnitude.
     """
 
@@ -241,7 +241,7 @@ class LossWatch(Learner):
         finite = torch.isfinite(value)
         if self.k is None:
             return ~finite
-        warm = self.count >= self.warmup
+        warm = self.is_warm
         deviation = torch.maximum(self.var.sqrt(), self.floor * self.mean.abs())
         largest = torch.where(warm, self.mean + self.k * deviation, torch.inf)
         self.learn(torch.minimum(value, largest), finite, warm)

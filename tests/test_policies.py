@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import HALVES, INF, NAN, REALS, bits, norm, parameter, parameters, randn, ulps
 from torch import Tensor
@@ -1023,6 +1023,7 @@ IDEMPOTENT: dict[str, Callable[[], Policy]] = {
 
 
 @pytest.mark.parametrize("name", IDEMPOTENT)
+@settings(max_examples=30)
 @given(values=ELEMENTS, dtype=st.sampled_from(REALS))
 def test_clipping_twice_is_clipping_once(name: str, backend: str, values, dtype: torch.dtype) -> None:
     grads = drawn(values, dtype)
@@ -1034,6 +1035,7 @@ def test_clipping_twice_is_clipping_once(name: str, backend: str, values, dtype:
 
 
 @pytest.mark.parametrize("name", POLICIES)
+@settings(max_examples=15)
 @given(steps=st.lists(ELEMENTS, min_size=2, max_size=6), dtype=st.sampled_from(REALS))
 def test_no_finite_gradient_becomes_nonfinite(name: str, backend: str, steps, dtype: torch.dtype) -> None:
     policy = POLICIES[name]()

@@ -25,14 +25,18 @@ class Learner(Policy):
         self.mean = torch.zeros((), dtype=torch.float64)
         self.var = torch.zeros((), dtype=torch.float64)
 
+    @property
+    def is_warm(self) -> Tensor:
+        """0-d bool: whether there is enough to judge by."""
+        return self.count >= max(self.warmup, 1)
+
     def learn(self, value: Tensor, valid: Tensor, warm: Tensor) -> None:
         """Takes in a 0-d value, where ``valid``; ``warm`` says whether the warm-up is over."""
-        first = self.count == 0  # also without any warm-up
-        step = torch.where(warm & ~first, 1.0 - self.alpha, 1.0 / (self.count + 1))
+        step = torch.where(warm, 1.0 - self.alpha, 1.0 / (self.count + 1))
         delta = value - self.mean
         mean = self.mean + step * delta
         squared = torch.where(warm, (value - mean).square(), delta * (value - mean))
-        var = torch.where(first, 0.0, self.var + step * (squared - self.var))
+        var = self.var + step * (squared - self.var)
         valid = valid & torch.isfinite(var)  # norms of 1e300 have squares that no float64 holds
         self.mean = torch.where(valid, mean.to(self.mean), self.mean)
         self.var = torch.where(valid, var.to(self.var), self.var)

@@ -17,7 +17,7 @@ class SkipLarge(Learner):
     Args:
         k: deviations of log(norm).
         alpha: decay of mean and variance.
-        warmup: finite norms that are only learned from.
+        warmup: norms that are only learned from; at least the first is.
         floor: the deviation of log(norm) is never taken for less: 0.05 lets norms differ by 5 k percent.
 
     What it learns from a skipped step is the largest norm it would have let pass: a lasting change of level is
@@ -32,7 +32,7 @@ class SkipLarge(Learner):
 
     def decide(self, reading: Reading) -> Decision:
         self.to(reading.totals.device)
-        norm, warm = total_norm(reading), self.count >= self.warmup
+        norm, warm = total_norm(reading), self.is_warm
         valid = torch.isfinite(norm) & (norm > 0)
         log_norm = torch.where(valid, norm, 1.0).log()
         largest = torch.where(warm, self.mean + self.k * self.var.sqrt().clamp(min=self.floor), torch.inf)

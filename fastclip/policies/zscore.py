@@ -19,7 +19,8 @@ class ZScore(Learner):
     Args:
         z_threshold: deviations from which on a norm is clipped.
         alpha: decay of mean and variance.
-        warmup: finite norms that are only learned from, before anything is clipped by this rule.
+        warmup: norms that are only learned from, before anything is clipped by this rule; at least the first is. A
+            norm of 0 or one that isn't finite is not among them, then or later.
         floor: the deviation is never taken for less than this share of the mean, so that a stretch of equal norms
             doesn't make an outlier of every change.
         eps: added to the deviation, and to the norm in the denominator.
@@ -44,10 +45,10 @@ class ZScore(Learner):
 
     def decide(self, reading: Reading) -> Decision:
         self.to(reading.totals.device)
-        norm, warm = total_norm(reading), self.count >= self.warmup
+        norm, warm = total_norm(reading), self.is_warm
         deviation = torch.maximum(self.var.sqrt(), self.floor * self.mean)
         z = (norm - self.mean) / (deviation + self.eps)
         outlier = warm & (z > self.z_threshold)
         bound = torch.where(outlier, self.mean + self.z_threshold**2 * deviation / z, torch.inf)
-        self.learn(torch.minimum(norm, bound), torch.isfinite(norm), warm)
+        self.learn(torch.minimum(norm, bound), torch.isfinite(norm) & (norm > 0), warm)
         return Decision(coef_for(norm, bound, self.eps))
