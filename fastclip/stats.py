@@ -236,10 +236,12 @@ def _read_units(plan: Plan, request: Request) -> Units:
 def _unit_rows(plan: Plan, dims: list[tuple[int, ...]], counts: list[int], request: Request) -> Tensor:
     own = []
     for part in plan.parts:
-        positions = range(len(dims)) if part.positions is None else part.positions
+        of_part = (dims, counts)
+        if part.positions is not None:
+            of_part = [dims[i] for i in part.positions], [counts[i] for i in part.positions]
         like = part.table.grads[0] if len(part.table) else torch.empty(0)
-        rows = like.new_empty((ALWAYS_FIELDS, sum(counts[i] for i in positions)), dtype=wide_dtype(like.device))
-        part.backend.read_units(part.table, [dims[i] for i in positions], request, rows)
+        rows = like.new_empty((ALWAYS_FIELDS, sum(of_part[1])), dtype=wide_dtype(like.device))
+        part.backend.read_units(part.table, of_part[0], request, rows)
         own.append(rows)
     if len(own) == 1 and plan.parts[0].positions is None:
         return own[0]

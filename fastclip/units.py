@@ -32,12 +32,19 @@ def unit_dims(grads: Grads, units: str | tuple[int, ...]) -> list[tuple[int, ...
         UnsupportedGradientError: a sparse gradient.
     """
     for index, grad in enumerate(grads.tensors):
-        if grad.layout != torch.strided:
+        if grad.layout is not torch.strided:
             raise UnsupportedGradientError(
                 f"units of {grads.describe(index)} are not known: it lists only some of its elements; leave it out. "
                 "Nothing was written"
             )
-    return [_dims(grads, i, grad.shape, units) for i, grad in enumerate(grads.tensors)]
+    of_rank: dict[int, tuple[int, ...]] = {}
+    found = []
+    for index, grad in enumerate(grads.tensors):
+        rank = grad.dim()
+        if units == "in" or rank not in of_rank:  # the others depend on nothing but the rank
+            of_rank[rank] = _dims(grads, index, grad.shape, units)
+        found.append(of_rank[rank])
+    return found
 
 
 def _dims(grads: Grads, index: int, shape: tuple[int, ...], units: str | tuple[int, ...]) -> tuple[int, ...]:

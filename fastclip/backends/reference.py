@@ -83,6 +83,8 @@ def read_units(table: ReferenceTable, dims: list[tuple[int, ...]], request: Requ
 
 def count_units(grad: Tensor, dims: tuple[int, ...]) -> int:
     """How many units a tensor has that extend over ``dims``."""
+    if len(dims) == grad.dim():
+        return 1
     return math.prod(size for d, size in enumerate(grad.shape) if d not in dims)
 
 
