@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test bench lint types sanitize clean
+.PHONY: demo test soak bench lint types sanitize clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fastclip demo
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+# 20,000 steps under each clipping rule, with faults thrown in; about ten minutes
+soak: $(VENV)/.installed
+	$(BIN)/python -m fastclip.bench.soak --json bench/results/soak.json
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m fastclip.bench.compare --json bench/results/cpu.json --markdown bench/results/cpu.md

@@ -108,8 +108,8 @@ def test_the_command_writes_a_table_and_a_record(tmp_path, capsys):
 
 
 def test_the_command_fails_when_something_does_not_hold(monkeypatch, capsys):
-    monkeypatch.setitem(soak.POLICIES, "forgetful", Forgetful)
-    assert soak.main(["--steps", "130", "--only", "forgetful", "--jobs", "1"]) == 1
+    monkeypatch.setitem(soak.POLICIES, "reckless", Reckless)
+    assert soak.main(["--steps", "10", "--only", "reckless", "--jobs", "1"]) == 1
     assert " NO" in capsys.readouterr().out
 
 
