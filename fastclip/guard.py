@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 from types import MethodType
 from typing import Any, NamedTuple
@@ -22,34 +21,12 @@ from fastclip.policies import GlobalNorm, Policy
 from fastclip.record import IN_A_ROW, SKIPPED, STEPS, Record, Reports, Seen
 from fastclip.regularisation import Penalty
 from fastclip.stats import any_of, known_to_host, read
+from fastclip.step_arguments import step_arguments_of
 from fastclip.tensors import Grads, check_groups_disjoint, grads_among, grads_of_groups
 from fastclip.types import TOTAL_NORM, Request
 
 ATTACHED = ("step", amp.GUARD, "_step_supports_amp_scaling")  # what an attached guard sets on its optimizer
 OWN_RULES = ("policy", "group_max_norm")  # keys of a param group that take it out of the joint norm
-
-
-class StepSignature(NamedTuple):
-    """What an optimizer's ``step`` takes."""
-
-    closure: bool
-    closure_required: bool
-    names: frozenset[str] | None  # None: any
-    required: tuple[str, ...]
-
-
-def signature_of_step(optimizer: Optimizer) -> StepSignature:
-    """That of its class: an object's own ``step`` may be a scheduler's or a framework's."""
-    parameters = list(inspect.signature(type(optimizer).step).parameters.values())[1:]
-    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    required = [p.name for p in named if p.default is p.empty]
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    return StepSignature(
-        closure=takes_any or any(p.name == "closure" for p in named),
-        closure_required="closure" in required,
-        names=None if takes_any else frozenset(p.name for p in named),
-        required=tuple(name for name in required if name != "closure"),
-    )
 
 
 class Clearance(NamedTuple):
@@ -83,7 +60,7 @@ class Guard(Reports):
         self.optimizer = optimizer
         self.policy = policy
         self.nonfinite = nonfinite
-        self._takes = signature_of_step(optimizer)
+        self._takes = step_arguments_of(optimizer)
         self._record = Record()
         self.skip_limit = skip_limit
         self._report: Tensor | None = None
@@ -162,7 +139,7 @@ class Guard(Reports):
             raise TypeError(f"step takes a closure and named arguments, got {len(args)} unnamed ones; nothing was done")
         closure = args[0] if args else kwargs.get("closure")
         kwargs = {name: value for name, value in kwargs.items() if name != "closure"}
-        self._check_arguments(closure, kwargs)
+        self._takes.check(closure, kwargs)
         if closure is None:
             clearance = self.look(owner)
             return self._call(inner_step, clearance, kwargs) if clearance.go else None
@@ -188,19 +165,6 @@ class Guard(Reports):
             return loss
 
         return self._call(inner_step, clearance, {**kwargs, "closure": guarded_closure})
-
-    def _check_arguments(self, closure: Any, kwargs: dict[str, Any]) -> None:
-        name, takes = type(self.optimizer).__name__, self._takes
-        if closure is None and takes.closure_required:
-            raise TypeError(f"{name}.step needs a closure that evaluates the model and returns the loss")
-        if closure is not None and not callable(closure):
-            raise TypeError(f"closure: expected a callable, got {type(closure).__name__}")
-        if kwargs and takes.names is not None and not takes.names >= kwargs.keys():
-            unknown = ", ".join(sorted(kwargs.keys() - takes.names))
-            raise TypeError(f"{name}.step takes no argument {unknown}; nothing was done")
-        if takes.required and not kwargs.keys() >= set(takes.required):
-            missing = ", ".join(argument for argument in takes.required if argument not in kwargs)
-            raise TypeError(f"{name}.step needs the argument {missing}: pass it by name; nothing was done")
 
     def _versions(self) -> list[Any]:
         """Changes when the optimizer moves a parameter, or writes or drops a gradient."""
