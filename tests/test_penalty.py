@@ -1,6 +1,7 @@
 """Weight penalties against their formula, and the gradient that is clipped where it crosses a boundary."""
 
 import math
+import sys
 from typing import NamedTuple
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from test_optim import backward, flat, identical, poison, small_model
 
 import fastclip
+import fastclip.backends
 from fastclip import ClippedOptimizer, clip_boundary
 
 SIZES = [
@@ -133,10 +135,15 @@ def test_groups_with_a_bound_of_their_own():
     close(b.grad, wanted[1])
 
 
-@pytest.mark.parametrize("form", [float, torch.tensor])
+@pytest.mark.parametrize("form", [float, torch.tensor, "on a device"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam-fused"])
-def test_scaled_gradients_get_a_scaled_penalty(form, optimizer):
+def test_scaled_gradients_get_a_scaled_penalty(form, optimizer, monkeypatch):
     """Under AMP the gradients are the scale times too large; the weights are not."""
+    if form == "on a device":  # where the host doesn't know the scale
+        form, fastclip.backends.forced = torch.tensor, "reference"
+        for name, module in list(sys.modules.items()):
+            if name.split(".")[0] == "fastclip" and hasattr(module, "known_to_host"):
+                monkeypatch.setattr(module, "known_to_host", lambda tensor: False)
     scale = 1024.0
     sizes = [((3, 2), torch.float32), ((5,), torch.float32)]
     params, twins = parameters(sizes), parameters(sizes)

@@ -210,6 +210,7 @@ ONE_STEP = [
         None,
         ([[0.6, 0.8], [0.0, 0.0]], [0.6, 0.8], [0.0, 0.0]),
     ),
+    ("Keras 3.15 clipnorm, Inf", lambda: PerTensorNorm(1.0), ([1.0, INF], [2.0]), None, ([0.0, NAN], [1.0])),
     ("Keras 3.15 global_clipnorm, within", lambda: GlobalNorm(100.0), KERAS, None, KERAS),
     (
         "optax 0.2.8 clip_by_block_rms",
@@ -251,13 +252,6 @@ def test_one_step_gives_the_numbers_of_its_source(backend: str, policy, grads, p
     for ours, theirs in zip(got, tensors(*want), strict=True):
         # the sources round the norm, the quotient and the product to float32, the table to 8 digits
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0, equal_nan=True)
-
-
-def test_keras_clipnorm_with_inf_is_damped_to_nothing_worse(backend: str) -> None:
-    """Keras writes [0, NaN] over a gradient that holds Inf; an infinite norm is no reason to write here or there."""
-    bad, good = clipped(PerTensorNorm(1.0), tensors([1.0, INF], [2.0]))
-    assert torch.equal(good, torch.tensor([1.0]))
-    assert float(bad[1]) != 1.0
 
 
 def test_mixed_dtypes_share_one_norm(backend: str) -> None:
@@ -316,8 +310,8 @@ def test_zclip_learns_what_its_source_learns(backend: str) -> None:
     var = (0.02000000476837215, 0.019470571957075054, 0.018912600132881832, 0.018345386488288786, 0.03596617068730874)
     alone = ZScore(warmup=5)
     within = Chain(ZScore(warmup=5), GlobalNorm(1.0))
-    for step, norms in enumerate(zip(ZCLIP, ZCLIP, strict=True)):
-        for policy, n in zip((alone, within), norms, strict=True):
+    for step, n in enumerate(ZCLIP):
+        for policy in (alone, within):
             clipped(policy, tensors([n]))
         if step >= 4:
             for policy in (alone, within.policies[0]):
@@ -445,7 +439,7 @@ def test_norms_beyond_float16_wipe_nothing(backend: str, policy: Policy) -> None
     assert bool(got.isfinite().all())
 
 
-@pytest.mark.parametrize("fault", [NAN, INF, -INF])
+@pytest.mark.parametrize("fault", [NAN, INF])
 @pytest.mark.parametrize("name", [name for name in LEARNING if name != "schedule"])
 def test_a_step_that_is_not_finite_teaches_nothing(backend: str, name: str, fault: float) -> None:
     """AutoClip's history, ZClip's and AdaGC's averages, OLMo's window never get rid of one NaN."""
@@ -560,6 +554,7 @@ def test_equal_norms_make_no_outlier_of_a_small_change(backend: str) -> None:
 
 def test_a_chain_is_its_rules_one_after_the_other(backend: str) -> None:
     """Each sees what the one before it leaves, as if it had been read again."""
+    wide = torch.float64
     makers = (
         (lambda: Unitwise(0.5), lambda: GlobalNorm(0.3)),
         (lambda: Unitwise(0.5), lambda: PerTensorNorm(0.1), lambda: GlobalNorm(0.1)),
@@ -574,13 +569,12 @@ def test_a_chain_is_its_rules_one_after_the_other(backend: str) -> None:
     for rules in makers:
         chain, each = Chain(*(rule() for rule in rules)), [rule() for rule in rules]
         for step in range(8):
-            got, want = clipped(chain, step_grads(step, torch.float64), weights(torch.float64)), step_grads(step)
-            want = step_grads(step, torch.float64)
+            got, want = clipped(chain, step_grads(step, wide), weights(wide)), step_grads(step, wide)
             for policy in each:
-                want = clipped(policy, want, weights(torch.float64))
+                want = clipped(policy, want, weights(wide))
             for ours, theirs in zip(got, want, strict=True):
-                # norms of the unclipped gradients times a coefficient, not norms of the rounded product
-                torch.testing.assert_close(ours, theirs, rtol=1e-6 if "p" in str(chain) else 0, atol=0)
+                # norms times coefficients, where the others see norms of rounded products
+                torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=0)
 
 
 def test_a_chain_skips_when_one_of_its_rules_does() -> None:
@@ -732,9 +726,10 @@ def test_the_last_layer_is_left_out_by_a_rule_of_its_own() -> None:
 # ---- gradients that are not finite ----
 
 
-@pytest.mark.parametrize("fault", [NAN, INF])
 @pytest.mark.parametrize("name", POLICIES)
-@pytest.mark.parametrize("nonfinite", ["skip", "raise", "zero", "propagate"])
+@pytest.mark.parametrize(
+    ("nonfinite", "fault"), [("skip", NAN), ("skip", INF), ("raise", NAN), ("zero", INF), ("propagate", NAN)]
+)
 def test_the_rule_for_nonfinite_gradients_holds_under_every_policy(name: str, nonfinite: str, fault: float) -> None:
     params, twins = weights(), weights()
     opt = ClippedOptimizer(torch.optim.SGD(params, lr=0.1, momentum=0.9), policy=POLICIES[name](), nonfinite=nonfinite)
@@ -772,20 +767,21 @@ def test_the_rule_for_nonfinite_gradients_holds_under_every_policy(name: str, no
 # ---- AMP and fused steps ----
 
 
-def amp_run(name: str, scale: float | None, fused: bool) -> tuple[list[list[Tensor]], ClippedOptimizer]:
-    """Parameters and gradients after each of 10 steps, in float64 where no rounding hides a difference of rules."""
+def amp_run(name: str, scale: float | None, fused: bool) -> tuple[list[tuple[bool, list[Tensor]]], ClippedOptimizer]:
+    """For each of 8 steps whether it was skipped, and parameters and gradients after it."""
     params = weights()
-    inner = torch.optim.SGD(params, lr=0.1, fused=fused)
-    opt = ClippedOptimizer(inner, policy=POLICIES[name]())
+    opt = ClippedOptimizer(torch.optim.SGD(params, lr=0.1, fused=fused), policy=POLICIES[name]())
     scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
     found = []
-    for step in range(10):
+    for step in range(8):
         opt.zero_grad()
         loss = torch.stack([(p * grad).sum() for p, grad in zip(params, step_grads(step), strict=True)]).sum()
+        before = int(opt.skipped_steps)
         scaler.scale(loss).backward()
         scaler.step(opt)
         scaler.update()
-        found.append([*(p.detach().clone() for p in params), *(p.grad.clone() for p in params)])
+        skipped = int(opt.skipped_steps) > before
+        found.append((skipped, [p.detach().clone() for p in params] + [p.grad.clone() for p in params]))
     return found, opt
 
 
@@ -794,20 +790,17 @@ def amp_run(name: str, scale: float | None, fused: bool) -> tuple[list[list[Tens
 def test_a_scaled_run_is_the_unscaled_one(backend: str, name: str, fused: bool) -> None:
     """The policy sees unscaled norms; a power of two as scale changes no bit, but where a step divides (fused)."""
     (scaled, opt), (plain, other) = amp_run(name, 2.0**10, fused), amp_run(name, None, fused)
-    for step, (ours, theirs) in enumerate(zip(scaled, plain, strict=True)):
-        for a, b in zip(ours, theirs, strict=True):
-            if step and int(opt.skipped_steps):
-                continue  # a skipped step's gradients stay scaled
-            torch.testing.assert_close(a, b, rtol=1e-5 if fused else 0, atol=1e-6 if fused else 0)
-    for a, b in zip(scaled[-1][: len(SHAPES)], plain[-1][: len(SHAPES)], strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5 if fused else 0, atol=1e-6 if fused else 0)
+    close = {"rtol": 1e-5, "atol": 1e-6} if fused else {"rtol": 0, "atol": 0}
+    for (skipped, ours), (also, theirs) in zip(scaled, plain, strict=True):
+        assert skipped == also
+        shown = len(SHAPES) if skipped else None  # the gradients of a skipped step stay scaled
+        torch.testing.assert_close(ours[:shown], theirs[:shown], **close)
     assert torch.equal(opt.last_norm, other.last_norm)
-    assert (int(opt.skipped_steps), int(opt.clipped_steps)) == (int(other.skipped_steps), int(other.clipped_steps))
-    if not fused:
-        assert identical(opt.policy.state_dict(), other.policy.state_dict())
+    assert torch.equal(opt.clipped_steps, other.clipped_steps)
+    assert identical(opt.policy.state_dict(), other.policy.state_dict())
 
 
-@pytest.mark.parametrize("cls", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad])
+@pytest.mark.parametrize("cls", [torch.optim.AdamW, torch.optim.SGD])
 @pytest.mark.parametrize("name", POLICIES)
 def test_one_number_rides_and_many_are_written(name: str, cls: type[torch.optim.Optimizer]) -> None:
     params, twins = weights(), weights()
@@ -815,7 +808,7 @@ def test_one_number_rides_and_many_are_written(name: str, cls: type[torch.optim.
     opt, policy = ClippedOptimizer(inner, policy=POLICIES[name]()), POLICIES[name]()
     riders: list[object] = []
     inner.register_step_pre_hook(lambda inner, args, kwargs: riders.append(getattr(inner, "grad_scale", None)))
-    for step in range(10):
+    for step in range(8):
         give(params, step_grads(step))
         give(twins, step_grads(step))
         steps, clips = len(riders), int(opt.clipped_steps)
@@ -989,7 +982,13 @@ def test_a_state_is_a_copy() -> None:
         for step in range(1, 5):
             clipped(policy, step_grads(step), weights())
         assert identical(state, kept)
+        for tensor in numbers_of(state):
+            tensor.fill_(3)
         assert identical(twin.state_dict(), kept)
+        known = copy.deepcopy(policy.state_dict())
+        for tensor in numbers_of(policy.state_dict()):
+            tensor.fill_(3)
+        assert identical(policy.state_dict(), known)
 
 
 # ---- properties ----
@@ -1097,11 +1096,11 @@ LOOKS = ("item", "__bool__", "__float__", "__int__", "__index__", "__complex__",
 
 
 @pytest.fixture
-def accelerator(monkeypatch: pytest.MonkeyPatch) -> Callable[[], pytest.MonkeyPatch]:
-    """Nothing is known to the host; within the patches that are returned, asking is an error."""
+def far_away(monkeypatch: pytest.MonkeyPatch) -> Callable[..., pytest.MonkeyPatch]:
+    """Starts a time in which nothing is known to the host, and with ``ban`` asking is an error; undo() ends it."""
     monkeypatch.setattr(fastclip.backends, "forced", "reference")
 
-    def start() -> pytest.MonkeyPatch:
+    def start(ban: bool = True) -> pytest.MonkeyPatch:
         patches = pytest.MonkeyPatch()
         for name, module in list(sys.modules.items()):
             if name.split(".")[0] == "fastclip" and hasattr(module, "known_to_host"):
@@ -1110,15 +1109,15 @@ def accelerator(monkeypatch: pytest.MonkeyPatch) -> Callable[[], pytest.MonkeyPa
         def looks(tensor: Tensor, *args: object, **kwargs: object) -> None:
             raise AssertionError("a GPU would be waited for")
 
-        for name in LOOKS:
+        for name in LOOKS if ban else ():
             patches.setattr(torch.Tensor, name, looks)
         return patches
 
     return start
 
 
-def test_the_trap_for_looks_works(accelerator) -> None:
-    patches = accelerator()
+def test_the_trap_for_looks_works(far_away) -> None:
+    patches = far_away()
     try:
         for look in (bool, float, int, torch.Tensor.item, torch.Tensor.tolist, lambda t: bool(t.sum() > 0)):
             with pytest.raises(AssertionError, match="waited"):
@@ -1130,16 +1129,16 @@ def test_the_trap_for_looks_works(accelerator) -> None:
 
 @pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
 @pytest.mark.parametrize("name", POLICIES)
-def test_nothing_waits_for_a_device(accelerator, name: str, nonfinite: str) -> None:
+def test_nothing_waits_for_a_device(far_away, name: str, nonfinite: str) -> None:
     """The same coefficients, gradients and state as where the host may look, and nobody looks."""
     policy, twin = POLICIES[name](), POLICIES[name]()
-    for step in range(12):
+    for step in range(9):
         params, twins, grads = weights(), weights(), step_grads(step)
         if step in (3, 8):
             grads[1][2] = NAN
         give(params, grads)
         give(twins, grads)
-        patches = accelerator()
+        patches = far_away()
         try:
             probe = copy.deepcopy(policy)
             decision = probe.decide(read(plan(grads_of(params)), probe.request()))
@@ -1165,17 +1164,14 @@ def test_nothing_waits_for_a_device(accelerator, name: str, nonfinite: str) -> N
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_a_skip_on_a_device_selects_and_never_multiplies_by_0(accelerator, name: str) -> None:
+def test_a_skip_on_a_device_selects_and_never_multiplies_by_0(far_away, name: str) -> None:
     """OLMo-core's factor 0 times NaN is NaN, and 0 times a number is not that number."""
     params, policy = weights(), POLICIES[name]()
     bad = step_grads(0)
     bad[0][1, 1], bad[2][0, 0, 0] = NAN, INF
     give(params, bad)
-    patches = pytest.MonkeyPatch()
-    for module in [m for n, m in sys.modules.items() if n.split(".")[0] == "fastclip" and hasattr(m, "known_to_host")]:
-        patches.setattr(module, "known_to_host", lambda tensor: False)
+    patches = far_away(ban=False)  # a clamp can't be selected, so it waits
     try:
-        use("reference")
         fastclip.clip_grads_(params, policy, nonfinite="skip")
     finally:
         patches.undo()

@@ -97,22 +97,28 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 @pytest.mark.parametrize("dtype", WRITABLE, ids=str)
 @pytest.mark.parametrize("units", UNITS, ids=str)
-def test_every_unit_of_every_shape_is_read(backend: str, dtype: torch.dtype, units) -> None:
-    """Served alone, so the native core has to hand over what isn't one piece of memory."""
-    for order in ORDERS[:3] if backend != "reference" else ORDERS:
+def test_every_unit_of_every_shape_is_read(on_each, dtype: torch.dtype, units) -> None:
+    """Each backend alone, so the native core has to hand over what isn't one piece of memory."""
+    for order in ORDERS[:3]:
         grads = [laid_out(randn(*shape, dtype=dtype), order) for shape in shapes_for(units)]
         for grad in grads:
             if grad.dim() == 2 and grad.numel():
                 grad[0, -1], grad[-1, 0] = NAN, -INF
         dims = unit_dims(Grads(grads, None), units)
         assert dims == [dims_of(tuple(grad.shape), units) for grad in grads]
-        table = module(backend).table_of(grads)
-        assert not table.refused
         for p in P if (dtype, order) == (torch.float32, "transposed") else P[:1]:
             want = torch.cat([oracle(grad, over, p) for grad, over in zip(grads, dims, strict=True)], dim=1)
-            rows = torch.full((ALWAYS_FIELDS, want.shape[1]), 77.0, dtype=torch.float64)
-            module(backend).read_units(table, dims, Request(p, units=units), rows)
-            torch.testing.assert_close(rows, want, rtol=1e-7, atol=0, equal_nan=True)  # kernels sum in float32 pairs
+
+            def rows(grads=grads, dims=dims, p=p, count=want.shape[1]) -> Tensor:
+                backend = module(fastclip.backends.forced)
+                table = backend.table_of(grads)
+                assert not table.refused
+                rows = torch.full((ALWAYS_FIELDS, count), 77.0, dtype=torch.float64)
+                backend.read_units(table, dims, Request(p, units=units), rows)
+                return rows
+
+            for got in on_each(rows).values():
+                torch.testing.assert_close(got, want, rtol=1e-7, atol=0, equal_nan=True)  # kernels sum float32 pairs
 
 
 @pytest.mark.parametrize("p", P)
@@ -165,8 +171,10 @@ def test_only_clipped_units_are_written(backend: str, dtype: torch.dtype, units)
 
 @pytest.mark.parametrize("units", UNITS, ids=str)
 @pytest.mark.parametrize("order", ORDERS)
-def test_clipping_equals_the_formula(route: str, units, order: str) -> None:
+@pytest.mark.parametrize("forced", [None, "reference"])
+def test_clipping_equals_the_formula(forced: str | None, units, order: str) -> None:
     """The whole way, where strided views go to the reference, against one unit after the other."""
+    fastclip.backends.forced = forced  # put back by the fixture ``same_start``
     shapes = [shape for shape in shapes_for(units) if math.prod(shape)]
     for dtype in (torch.float32, torch.bfloat16):
         grads = [laid_out(randn(*shape, dtype=dtype), order) for shape in shapes]
@@ -252,6 +260,20 @@ def test_versions_of_a_mixed_list() -> None:
     fastclip.clip_grads_(params, Unitwise(0.01))
     moved = [p.grad._version > version for p, version in zip(params, versions, strict=True)]
     assert moved == [True, False, True, False, True]
+
+
+@pytest.mark.parametrize("small", [(1,), (0, 2), (0, 1, 2), ()])
+def test_only_what_is_clipped_gets_a_new_version(small: tuple[int, ...]) -> None:
+    """All in the native core's own order of memory; one clipped row in three is a write."""
+    grads = [torch.full((3, 2), 1e-6) for _ in range(3)]
+    for i, grad in enumerate(grads):
+        if i not in small:
+            grad[-1] = 9.0
+    versions = [grad._version for grad in grads]
+    fastclip.clip_grads_(pairs(grads), Unitwise(0.01))
+    written = [grad._version > version for grad, version in zip(grads, versions, strict=True)]
+    assert written == [i not in small for i in range(3)]
+    assert all(bool((grad < 1).all()) for grad in grads)
 
 
 def test_the_clipped_gradient_is_noticed_by_autograd(backend: str) -> None:
