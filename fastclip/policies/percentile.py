@@ -65,7 +65,7 @@ class Percentile(Windowed):
 
     Args:
         percentile: 0 to 100, linearly interpolated as in ``numpy.percentile``.
-        window: how many norms are remembered. A norm that isn't finite is never one of them.
+        window: how many norms are remembered. A norm of 0 or one that isn't finite is never one of them.
         eps: added to the norm in the denominator.
 
     Source: AutoClip, Seetharaman et al. 2020, arXiv:2007.14469.
@@ -78,7 +78,7 @@ class Percentile(Windowed):
     def decide(self, reading: Reading) -> Decision:
         norm = total_norm(reading).reshape(1)
         window = self.fit(1, norm)
-        window.push(norm, torch.isfinite(norm))
+        window.push(norm, torch.isfinite(norm) & (norm > 0))
         bound = window.at((window.lengths - 1).clamp(min=0).to(norm) * self.percentile / 100.0)
         return Decision(coef_for(norm, bound, self.eps)[0])
 
