@@ -530,12 +530,13 @@ def host_time(inputs: Inputs) -> tuple[Contestant, Contestant]:
 
 # ---- policies ------------------------------------------------------------------------------------------
 
-AGC_FACTOR, AGC_EPS = 0.01, 1e-3  # timm's defaults: with weights as large as gradients every unit is clipped
+AGC_EPS = 1e-3  # timm's default
+AGC_NOTHING, AGC_ALL = 100.0, 0.01  # clip_factor; weights are as large as gradients, so it clips no unit, or all
 WINDOW = 10_000
 
 
-def unitwise(inputs: Inputs) -> tuple[Contestant, Contestant]:
-    """Adaptive gradient clipping against timm's, every unit clipped."""
+def unitwise(inputs: Inputs, factor: float) -> tuple[Contestant, Contestant]:
+    """Adaptive gradient clipping against timm's, no unit clipped or all."""
     generator = torch.Generator().manual_seed(1)
     for param in inputs.params:
         param.data.copy_(torch.randn(param.shape, generator=generator).mul_(0.02))
@@ -544,20 +545,26 @@ def unitwise(inputs: Inputs) -> tuple[Contestant, Contestant]:
     def check(_: Any) -> float:
         worst = 0.0
         for got, grad, param in zip(inputs.grads, inputs.pristine, inputs.params, strict=True):
-            want = peers.agc_oracle(grad, param, AGC_FACTOR, AGC_EPS)
+            want = peers.agc_oracle(grad, param, factor, AGC_EPS)
             worst = max(worst, float((got.double() - want).norm() / want.norm().clamp(min=1e-30)))
         if worst > 1e-5:
             raise WrongResult(f"a unit is off by {worst:.1e}, relative to float64")
         return worst
 
+    clips = factor == AGC_ALL
+
     def contestant(name: str, call: Callable[[], Any], reads: int, writes: int) -> Contestant:
-        return Contestant(name, call, check, inputs.bytes(reads=reads, writes=writes), inputs.restore)
+        moved = inputs.bytes(reads=reads, writes=writes)
+        return Contestant(name, call, check, moved, inputs.restore if clips else _nothing)
 
     return (
         contestant(
-            "fastclip", lambda: fastclip.adaptive_clip_grad_(inputs.params, AGC_FACTOR, AGC_EPS), reads=3, writes=1
+            "fastclip",
+            lambda: fastclip.adaptive_clip_grad_(inputs.params, factor, AGC_EPS),
+            reads=2 + clips,
+            writes=int(clips),
         ),
-        contestant("timm", lambda: theirs(inputs.params, AGC_FACTOR, AGC_EPS), reads=6, writes=3),
+        contestant("timm", lambda: theirs(inputs.params, factor, AGC_EPS), reads=6, writes=3),
     )
 
 
@@ -607,8 +614,9 @@ def _policy_rows() -> list[Row]:
     ]
     if peers.installed("timm"):
         rows += [
-            Row("AGC ResNet-50 fp32 / timm", (RESNET50,), unitwise, 8.0),
-            Row("AGC 2,000 small fp32 / timm", (SMALL,), unitwise, 20.0),
+            Row(f"AGC {workload.name} / timm, {what}", (workload,), make(unitwise, factor=factor), floor)
+            for workload, floor in ((RESNET50, 8.0), (SMALL, 20.0))
+            for what, factor in (("nothing to clip", AGC_NOTHING), ("clipping", AGC_ALL))
         ]
     if peers.installed("zclip"):
         rows.append(

@@ -39,7 +39,7 @@ class Verdict:
         coef, _, unit_coefs, clamp = self.decision
         reasons: list[bool | Tensor] = []
         if clamp is not None:  # which asks for the largest magnitudes
-            reasons.append((self.reading.rows[MAX_ABS] > clamp).any())
+            reasons.append(~(self.reading.rows[MAX_ABS] <= clamp).all())  # NaN hides how large the others are
         for factor in (coef, unit_coefs):
             if isinstance(factor, Tensor):
                 reasons.append((factor != 1.0).any())
@@ -49,6 +49,8 @@ class Verdict:
 
     def apply(self, grad_scale: float | Tensor | None = None, skip: bool | Tensor = False) -> None:
         """Multiplies the gradients by ``clip_coef``, divided by ``grad_scale`` if they are scaled; not if ``skip``."""
+        if grad_scale is None and self.clipped is False:
+            return
         coef, _, unit_coefs, clamp = self.decision
         if clamp is not None and isinstance(skip, Tensor):
             skip = bool(skip)

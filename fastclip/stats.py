@@ -77,8 +77,10 @@ class Reading:
     units: Units | None = None
 
     @property
-    def columns(self) -> Tensor:
-        """``[n]`` int64: the place of each gradient's parameter among all that were listed."""
+    def columns(self) -> Tensor | None:
+        """``[n]`` int64: the place of each gradient's parameter among all that were listed; None if each has one."""
+        if self.plan.grads.positions is None and self.parameters == self.rows.shape[1]:
+            return None
         return torch.tensor(self.plan.grads.columns, dtype=torch.int64, device=self.rows.device)
 
     @property

@@ -45,7 +45,7 @@ class AdaGC(Policy):
         missing = reading.parameters - len(self.averages)
         if missing > 0:
             self.averages = torch.cat([self.averages, self.averages.new_full((missing,), torch.inf)])
-        own = self.averages[columns]
+        own = self.averages if columns is None else self.averages[columns]
         warm = self.step >= self.warmup
         coefs = torch.where(
             warm, coef_for(norms, self.lam * own, 0.0), coef_for(total, norms.new_tensor(self.lam_abs), 1e-6)
@@ -53,6 +53,7 @@ class AdaGC(Policy):
         after = torch.where(torch.isinf(own), norms, self.beta * own + (1.0 - self.beta) * coefs * norms)
         learnt = torch.where(warm, after, torch.minimum(own, norms)).clamp(min=self.floor)
         valid = torch.isfinite(norms) & (norms > 0)
-        self.averages = self.averages.index_copy(0, columns, torch.where(valid, learnt, own).to(self.averages))
+        learnt = torch.where(valid, learnt, own)
+        self.averages = learnt if columns is None else self.averages.index_copy(0, columns, learnt)
         self.step = self.step + torch.isfinite(total)
         return Decision(coefs)

@@ -32,12 +32,12 @@ class Learner(Policy):
 
     def learn(self, value: Tensor, valid: Tensor, warm: Tensor) -> None:
         """Takes in a 0-d value, where ``valid``; ``warm`` says whether the warm-up is over."""
-        step = torch.where(warm, 1.0 - self.alpha, 1.0 / (self.count + 1))
+        step = torch.where(warm, 1.0 - self.alpha, (self.count + 1).reciprocal())
         delta = value - self.mean
-        mean = self.mean + step * delta
-        squared = torch.where(warm, (value - mean).square(), delta * (value - mean))
-        var = self.var + step * (squared - self.var)
+        mean = torch.addcmul(self.mean, step, delta)
+        residual = value - mean
+        var = torch.lerp(self.var, torch.where(warm, residual, delta) * residual, step)
         valid = valid & torch.isfinite(var)  # norms of 1e300 have squares that no float64 holds
-        self.mean = torch.where(valid, mean.to(self.mean), self.mean)
-        self.var = torch.where(valid, var.to(self.var), self.var)
+        self.mean = torch.where(valid, mean, self.mean)
+        self.var = torch.where(valid, var, self.var)
         self.count = self.count + valid

@@ -103,12 +103,13 @@ class PerTensorPercentile(Windowed):
         norms, columns = reading.rows[NORM], reading.columns
         window = self.fit(reading.parameters, norms)
         valid = torch.isfinite(norms) & (norms > 0)
-        if len(columns) < len(window.ring):
+        if columns is not None:
             everyone = norms.new_zeros(len(window.ring))
             window.push(everyone.index_copy(0, columns, norms), everyone.index_copy(0, columns, valid.to(norms)) > 0)
         else:
             window.push(norms, valid)
         lengths = window.lengths
         ranks = (lengths.to(norms) * self.percentile / 100.0).floor().minimum((lengths - 1).clamp(min=0))
-        bounds = window.at(ranks)[columns]
+        bounds = window.at(ranks)
+        bounds = bounds if columns is None else bounds[columns]
         return Decision(torch.where((norms <= bounds) | (self.percentile == 100.0), 1.0, bounds / norms))

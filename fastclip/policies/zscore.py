@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastclip.checks import number, positive
-from fastclip.policies.base import Decision, coef_for, total_norm
+from fastclip.policies.base import Decision, total_norm
 from fastclip.policies.moments import Learner
 from fastclip.stats import Reading
 
@@ -51,4 +51,4 @@ class ZScore(Learner):
         outlier = warm & (z > self.z_threshold)
         bound = torch.where(outlier, self.mean + self.z_threshold**2 * deviation / z, torch.inf)
         self.learn(torch.minimum(norm, bound), torch.isfinite(norm) & (norm > 0), warm)
-        return Decision(coef_for(norm, bound, self.eps))
+        return Decision(torch.where(outlier, bound / (norm + self.eps), 1.0))
