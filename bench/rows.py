@@ -609,7 +609,7 @@ def _policy_rows() -> list[Row]:
         "AdaGC": fastclip.policies.AdaGC,
     }
     rows = [
-        Row(f"host time of {name} / GlobalNorm, 150 tensors", (SCALARS,), make(host_time_of, policy=rule))
+        Row(f"host time of {name} / GlobalNorm", (SCALARS,), make(host_time_of, policy=rule))
         for name, rule in rules.items()
     ]
     if peers.installed("timm"):
