@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastclip import clipping, compiled
 from fastclip.checks import nonfinite_rule, norm_type_number, number, real
-from fastclip.policies import GlobalNorm, Policy, Unitwise
+from fastclip.policies import GlobalNorm, Policy, Unitwise, policy_of
 from fastclip.stats import GradStats
 from fastclip.tensors import TensorOrTensors, grads_among, grads_of, grads_or_parameters
 from fastclip.types import Request
@@ -75,14 +75,14 @@ def clip_grad_norm_(
     return clipping.clip_(grads_of(parameters), policy, nonfinite)
 
 
-def clip_grads_(parameters: TensorOrTensors, policy: Policy, *, nonfinite: str = "propagate") -> Tensor:
+def clip_grads_(parameters: TensorOrTensors, policy: Policy | str, *, nonfinite: str = "propagate") -> Tensor:
     """Clips all gradients in place by a rule of :mod:`fastclip.policies`.
 
     Args:
         parameters: as in :func:`clip_grad_norm_`. A policy that learns about single gradients takes them by their
             place in this list, so keep its order.
-        policy: the rule; one that learns does so at each call. It can't skip a step here: a policy that would
-            leaves the gradients untouched.
+        policy: the rule, or its name for one with its defaults; one that learns does so at each call. It can't skip
+            a step here: a policy that would leaves the gradients untouched.
         nonfinite: as in :func:`clip_grad_norm_`.
 
     Writes: each ``p.grad`` that the policy clips.
@@ -91,7 +91,7 @@ def clip_grads_(parameters: TensorOrTensors, policy: Policy, *, nonfinite: str =
         The total norm before clipping, as :func:`clip_grad_norm_`.
 
     Raises:
-        TypeError: ``policy`` is not a policy.
+        TypeError, ValueError: ``policy`` is not a policy, or not the name of one.
         NonFiniteGradientError, UnsupportedGradientError: as :func:`clip_grad_norm_`.
 
     Example:
@@ -103,9 +103,7 @@ def clip_grads_(parameters: TensorOrTensors, policy: Policy, *, nonfinite: str =
         >>> p.grad
         tensor([3., 4.])
     """
-    if not isinstance(policy, Policy):
-        raise TypeError(f"policy: expected one of fastclip.policies, got {policy!r}")
-    return clipping.clip_(grads_of(parameters), policy, nonfinite_rule(nonfinite))
+    return clipping.clip_(grads_of(parameters), policy_of(policy), nonfinite_rule(nonfinite))
 
 
 def adaptive_clip_grad_(

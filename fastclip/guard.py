@@ -17,7 +17,7 @@ from fastclip.backends import plan
 from fastclip.checks import nonfinite_rule, real
 from fastclip.clipping import Finding, examine
 from fastclip.ladder import Ladder, LossWatch, Rollback, SpikeBackoff, reduced_lr
-from fastclip.policies import GlobalNorm, Policy
+from fastclip.policies import GlobalNorm, Policy, policy_of
 from fastclip.record import IN_A_ROW, SKIPPED, STEPS, Record, Reports, Seen
 from fastclip.regularisation import Penalty
 from fastclip.stats import any_of, known_to_host, read
@@ -337,6 +337,8 @@ class Guard(Reports):
         norm_type = getattr(self.policy, "norm_type", 2.0)
         if not isinstance(group.get("group_max_norm"), Tensor) and callable(group.get("group_max_norm")):
             raise TypeError(f"param_groups[{index}]['group_max_norm'] is a callable; use policy=GlobalNorm(callable)")
+        if "policy" in group:
+            group["policy"] = policy_of(group["policy"], f"param_groups[{index}]['policy']")
         policy: Policy = group.get("policy") or GlobalNorm(group["group_max_norm"], norm_type=norm_type)
         if getattr(policy, "norm_type", norm_type) != norm_type:
             raise ValueError(

@@ -16,7 +16,7 @@ from fastclip.amp import GUARD, scalers_marks
 from fastclip.checks import norm_type_number
 from fastclip.guard import OWN_RULES, Guard
 from fastclip.ladder import Ladder, LossWatch, Rollback, SpikeBackoff
-from fastclip.policies import Bound, GlobalNorm, Policy
+from fastclip.policies import Bound, GlobalNorm, Policy, policy_of
 from fastclip.record import Record, Reports
 from fastclip.regularisation import Penalty
 from fastclip.riding import RIDERS
@@ -46,12 +46,12 @@ def _check_optimizer(optimizer: Any) -> None:
         raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
 
 
-def _policy(max_norm: Bound | None, norm_type: float, policy: Policy | None) -> Policy:
+def _policy(max_norm: Bound | None, norm_type: float, policy: Policy | str | None) -> Policy:
     if policy is None:
         return GlobalNorm(1.0 if max_norm is None else max_norm, norm_type=norm_type)
     if max_norm is not None or norm_type_number(norm_type) != 2.0:
         raise ValueError(f"policy={policy!r} brings its own bound and norm_type; leave max_norm and norm_type out")
-    return policy
+    return policy_of(policy)
 
 
 def _inners(name: str) -> Any:
@@ -78,7 +78,8 @@ class ClippedOptimizer(Reports, Optimizer):
         nonfinite: ``"skip"`` (default): a step whose gradients hold NaN or Inf does not happen, parameters and
             optimizer state stay bitwise unchanged, and ``skipped_steps`` counts it. ``"zero"``, ``"raise"``
             and ``"propagate"`` as in :func:`fastclip.clip_grad_norm_`. Under a GradScaler such a step is skipped.
-        policy: a rule of :mod:`fastclip.policies` instead of ``max_norm`` and ``norm_type``.
+        policy: a rule of :mod:`fastclip.policies` (or its name, with its defaults) instead of ``max_norm`` and
+            ``norm_type``.
         l1, l2, convention: weight penalties, added to the gradients before they are read: l1 * sign(w) + l2 * w, or
             2 * l2 * w with ``convention="keras"``. A param group's own ``l1`` and ``l2`` come first.
         backoff: a :class:`fastclip.SpikeBackoff`: cuts the learning rate after skipped steps, and brings it back.
@@ -108,7 +109,7 @@ class ClippedOptimizer(Reports, Optimizer):
         *,
         norm_type: float = 2.0,
         nonfinite: str = "skip",
-        policy: Policy | None = None,
+        policy: Policy | str | None = None,
         skip_limit: int | None = 100,
         l1: float = 0.0,
         l2: float = 0.0,
@@ -387,7 +388,7 @@ def attach(
     *,
     norm_type: float = 2.0,
     nonfinite: str = "skip",
-    policy: Policy | None = None,
+    policy: Policy | str | None = None,
     skip_limit: int | None = 100,
     l1: float = 0.0,
     l2: float = 0.0,

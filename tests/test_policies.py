@@ -1339,3 +1339,38 @@ def test_state_is_kept_in_float64(dtype: torch.dtype) -> None:
         clipped(policy, step_grads(0, dtype), weights(dtype))
         kept = {tensor.dtype for tensor in numbers_of(policy.state_dict())}
         assert kept <= {torch.float64, torch.int64}
+
+
+def test_a_policy_may_be_given_by_its_name():
+    p = torch.nn.Parameter(torch.zeros(2))
+    p.grad = torch.tensor([30.0, 40.0])
+    fastclip.clip_grads_([p], "PerTensorNorm")
+    torch.testing.assert_close(p.grad, torch.tensor([0.6, 0.8]))
+    opt = fastclip.ClippedOptimizer(torch.optim.SGD([p], lr=0.1), policy="ZScore")
+    assert isinstance(opt.policy, fastclip.policies.ZScore)
+    group = {"params": [p], "policy": "SkipLarge"}
+    opt = fastclip.ClippedOptimizer(torch.optim.SGD([group], lr=0.1))
+    opt.step()
+    opt.step()
+    assert int(opt.param_groups[0]["policy"].count) == 2  # one object, which goes on learning
+
+
+@pytest.mark.parametrize(
+    ("policy", "error", "message"),
+    [
+        ("ZScoer", ValueError, "no policy 'ZScoer'; known are AdaGC, BlockRMS, GlobalNorm.*ZScore"),
+        (fastclip.policies.ZScore, TypeError, r"call it: ZScore\(\)"),
+        (1.0, TypeError, "expected a policy of fastclip.policies or its name, got 1.0"),
+    ],
+)
+def test_what_is_no_policy_is_said(policy, error, message):
+    p = torch.nn.Parameter(torch.zeros(2))
+    p.grad = torch.ones(2)
+    with pytest.raises(error, match=message):
+        fastclip.clip_grads_([p], policy)
+    with pytest.raises(error, match=message):
+        fastclip.ClippedOptimizer(torch.optim.SGD([p], lr=0.1), policy=policy)
+    opt = fastclip.ClippedOptimizer(torch.optim.SGD([{"params": [p], "policy": policy}], lr=0.1))
+    with pytest.raises(error, match=message):
+        opt.step()
+    assert torch.equal(p.grad, torch.ones(2))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastclip.stats import Reading
-from fastclip.types import TOTAL_NORM, Request
+from fastclip.types import TOTAL_NORM, Request, wide_dtype
 
 Bound: TypeAlias = float | Tensor | Callable[[int], float | Tensor]
 
@@ -84,11 +84,11 @@ class Policy:
             setattr(self, name, state_dict[name].clone())
 
     def to(self, device: torch.device) -> None:
-        """Brings what it learned to ``device``; for a step whose gradients have moved."""
+        """Brings what it learned to ``device``, in its widest dtype; for a step whose gradients have moved."""
         for name in self.learned:
             value: Tensor = getattr(self, name)
             if value.device != device:
-                setattr(self, name, value.to(device))
+                setattr(self, name, value.to(device, wide_dtype(device) if value.is_floating_point() else value.dtype))
 
     def __repr__(self) -> str:
         settings = {k: v for k, v in vars(self).items() if not k.startswith("_") and k not in self.learned}
