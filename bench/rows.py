@@ -599,33 +599,29 @@ def host_time_of(inputs: Inputs, policy: Callable[[], Any]) -> tuple[Contestant,
     return contestant("fastclip", policy()), contestant("GlobalNorm", plain)
 
 
-def _policy_rows() -> list[Row]:
-    """Those against other packages stand where the package is installed."""
-    make = functools.partial
-    rules: dict[str, Callable[[], Any]] = {
-        "ZScore": fastclip.policies.ZScore,
-        "Percentile": functools.partial(fastclip.policies.Percentile, window=WINDOW),
-        "PerTensorPercentile": fastclip.policies.PerTensorPercentile,
-        "AdaGC": fastclip.policies.AdaGC,
-    }
-    rows = [
-        Row(f"host time of {name} / GlobalNorm", (SCALARS,), make(host_time_of, policy=rule))
-        for name, rule in rules.items()
+RULES: dict[str, Callable[[], Any]] = {
+    "ZScore": fastclip.policies.ZScore,
+    "Percentile": functools.partial(fastclip.policies.Percentile, window=WINDOW),
+    "PerTensorPercentile": fastclip.policies.PerTensorPercentile,
+    "AdaGC": fastclip.policies.AdaGC,
+}
+
+
+def _adaptive_rows() -> list[Row]:
+    """Against other packages, like the next: only where they are installed."""
+    return [
+        Row(f"{rule} GPT-2 fp32 / {peer}", (GPT2,), functools.partial(adaptive, policy=RULES[rule], peer=peer), 3.0)
+        for rule, peer in (("ZScore", "zclip"), ("Percentile", "autoclip"))
+        if peers.installed(peer)
     ]
-    if peers.installed("timm"):
-        rows += [
-            Row(f"AGC {workload.name} / timm, {what}", (workload,), make(unitwise, factor=factor), floor)
-            for workload, floor in ((RESNET50, 8.0), (SMALL, 20.0))
-            for what, factor in (("nothing to clip", AGC_NOTHING), ("clipping", AGC_ALL))
-        ]
-    if peers.installed("zclip"):
-        rows.append(
-            Row("ZScore GPT-2 fp32 / zclip", (GPT2,), make(adaptive, policy=rules["ZScore"], peer="zclip"), 3.0)
-        )
-    if peers.installed("autoclip"):
-        percentile = make(adaptive, policy=rules["Percentile"], peer="autoclip")
-        rows.append(Row("Percentile GPT-2 fp32 / autoclip", (GPT2,), percentile, 3.0))
-    return rows
+
+
+def _unitwise_rows(workload: Workload, floor: float) -> list[Row]:
+    return [
+        Row(f"AGC {workload.name} / timm, {what}", (workload,), functools.partial(unitwise, factor=factor), floor)
+        for what, factor in (("nothing to clip", AGC_NOTHING), ("clipping", AGC_ALL))
+        if peers.installed("timm")
+    ]
 
 
 # ---- the table -----------------------------------------------------------------------------------------
@@ -687,17 +683,20 @@ def all_rows() -> list[Row]:
         *_step_rows("AdamW foreach", ADAMW_FOREACH),
         *_step_rows("SGD fused", SGD_FUSED),
         Row("step GPT-2 fp32, AdamW fused / unclipped", (GPT2,), make(step, rule=ADAMW_FUSED, bare=True)),
+        *_adaptive_rows(),
         Row("host time of the wrapper, 150 tensors", (SCALARS,), host_time, quick=True),
+        *(Row(f"host time of {n} / GlobalNorm", (SCALARS,), make(host_time_of, policy=r)) for n, r in RULES.items()),
         *_clip_rows(GPT2_BF16, 6.5, 3.3),
         *_clip_rows(GPT2_FP16),
         *_clip_rows(SMALL, 22.0, 12.0, quick=True),
+        *_unitwise_rows(SMALL, 20.0),
         *_clip_rows(RESNET50, quick=True),
+        *_unitwise_rows(RESNET50, 8.0),
         *_clip_rows(LSTM, quick=True),
         Row("norm 100M fp32 / torch.sum", (FLAT,), norm_against_sum, 1.05, quick=True),
         *_capability_rows(FLAT),
         *_capability_rows(FLAT_BF16),
         Row("norm 100M x 0.1 fp32", (FLAT_CONSTANT,), make(norm, p=2.0)),
-        *_policy_rows(),
         Row("embedding fp32, 99% zero rows / dense", (ROWS, EMBEDDING), rows_against_dense, 0.95),
         Row("embedding bf16, 99% zero rows / dense", (ROWS_BF16, EMBEDDING_BF16), rows_against_dense),
     ]

@@ -22,8 +22,8 @@ def bench(name: str) -> ModuleType:
     return importlib.import_module(f"{package}.{name}")
 
 
-compare, memory, oracle, report, rows, workloads = map(
-    bench, ("compare", "memory", "oracle", "report", "rows", "workloads")
+compare, memory, oracle, peers, report, rows, workloads = map(
+    bench, ("compare", "memory", "oracle", "peers", "report", "rows", "workloads")
 )
 
 SHAPES = ((40, 30), (30,), (), (1,))
@@ -475,7 +475,8 @@ def test_fills():
         grad("noise")
 
 
-def test_the_table():
+def test_the_table(monkeypatch):
+    monkeypatch.setattr(peers, "installed", lambda package: False)
     table = compare.all_rows()
     names = [entry.name for entry in table]
     assert len(set(names)) == len(names)
@@ -485,6 +486,59 @@ def test_the_table():
     order = [entry.workloads for entry in table]
     assert len({*order}) == sum(a != b for a, b in zip(order, [None, *order[:-1]], strict=True)), "built twice"
     assert any(entry.quick for entry in table)
+
+
+# ---- policies ------------------------------------------------------------------------------------------
+
+
+def plain_agc(params, clip_factor, eps):
+    for param in params:
+        param.grad.copy_(peers.agc_oracle(param.grad, param, clip_factor, eps))
+
+
+def try_out(contestants):
+    for contestant in contestants:
+        contestant.before()
+        contestant.check(contestant.call())
+
+
+@pytest.mark.parametrize("factor", [rows.AGC_NOTHING, rows.AGC_ALL])
+def test_agc_rows(monkeypatch, factor):
+    """With a peer that is the rule itself: what another package does can't decide whether ours is right."""
+    monkeypatch.setattr(peers, "timm_agc", lambda: plain_agc)
+    try_out(rows.unitwise(rows.Inputs(TINY), factor=factor))
+    inputs = rows.Inputs(TINY)
+    ours, _ = rows.unitwise(inputs, factor=factor)
+    ours.call()
+    inputs.grads[1].mul_(1.001)
+    with pytest.raises(rows.WrongResult, match="relative to float64"):
+        ours.check(None)
+
+
+@pytest.mark.parametrize(("rule", "peer"), [("ZScore", "zclip"), ("Percentile", "autoclip")])
+def test_adaptive_rows(monkeypatch, rule, peer):
+    monkeypatch.setattr(peers, "zclip_step", lambda params: lambda: 0.0)
+    monkeypatch.setattr(peers, "autoclip_step", lambda params, window: lambda: None)
+    inputs = rows.Inputs(TINY)
+    contestants = rows.adaptive(inputs, policy=rows.RULES[rule], peer=peer)
+    assert [contestant.name for contestant in contestants] == ["fastclip", peer]
+    try_out(contestants)
+    inputs.grads[0].mul_(2.0)
+    with pytest.raises(rows.WrongResult):
+        contestants[0].check(contestants[0].call())
+
+
+@pytest.mark.parametrize("rule", rows.RULES)
+def test_host_time_rows_of_rules(rule):
+    try_out(rows.host_time_of(rows.Inputs(TINY), policy=rows.RULES[rule]))
+
+
+def test_rows_against_other_packages_stand_where_those_are_installed(monkeypatch):
+    monkeypatch.setattr(peers, "installed", lambda package: True)
+    everywhere = {entry.name for entry in compare.all_rows()}
+    monkeypatch.setattr(peers, "installed", lambda package: False)
+    theirs = everywhere - {entry.name for entry in compare.all_rows()}
+    assert {name.rpartition(" / ")[2].partition(",")[0] for name in theirs} == {"timm", "zclip", "autoclip"}
 
 
 # ---- extra memory --------------------------------------------------------------------------------------

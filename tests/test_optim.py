@@ -10,7 +10,7 @@ import torch
 
 import fastclip
 from fastclip import ClippedOptimizer
-from fastclip.policies import Decision, GlobalNorm
+from fastclip.policies import Decision, GlobalNorm, Policy
 from fastclip.types import Request
 
 OPTIMIZERS = {
@@ -607,10 +607,8 @@ def test_a_bound_in_every_group_is_the_joint_one():
     assert torch.equal(flat(model), before)
 
 
-class Halve:
+class Halve(Policy):
     """A policy without a bound: half of everything, and every third step is left out."""
-
-    writes = True
 
     def __init__(self, extras=False):
         self.extras, self.count, self.norms = extras, 0, []
@@ -625,6 +623,9 @@ class Halve:
 
     def state_dict(self):
         return {"count": self.count}
+
+    def check_state_dict(self, state_dict):
+        assert state_dict.keys() == {"count"}
 
     def load_state_dict(self, state_dict):
         self.count = state_dict["count"]
