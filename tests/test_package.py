@@ -88,6 +88,13 @@ def run(code, cwd=None, **environment):
     return result.stdout.strip()
 
 
+def test_every_package_is_in_the_wheel():
+    listed = re.search(r"^packages = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE)
+    assert listed is not None
+    found = [".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "fastclip").rglob("__init__.py")]
+    assert {*found, "fastclip.kernels", "fastclip.bench"} == set(re.findall(r'"(.*?)"', listed[1]))
+
+
 def test_public_names_are_torchs():
     for name in ("clip_grad_norm_", "clip_grad_value_", "get_total_norm", "clip_grads_with_norm_"):
         theirs = inspect.signature(inspect.unwrap(getattr(torch.nn.utils, name))).parameters
