@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
@@ -84,16 +84,17 @@ def check_not_unscaled(inner: Optimizer) -> None:
     A scaler keeps its books by the identity of the optimizer it is given, and passes nothing of them on. So it is
     looked for among the callers: a gradient divided twice by 65,536 trains on in silence.
     """
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code is not torch.amp.GradScaler.step.__code__:
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     if frame is None:
         return
     states = frame.f_locals["self"]._per_optimizer_states
-    while isinstance(inner, Optimizer):
-        if id(inner) in states and states[id(inner)]["stage"] is OptState.UNSCALED:
+    level: Any = inner
+    while isinstance(level, Optimizer):
+        if id(level) in states and states[id(level)]["stage"] is OptState.UNSCALED:
             raise RuntimeError(
                 "scaler.unscale_() was called with the optimizer inside the wrapper, and scaler.step() with the "
                 "wrapper: the gradients would be divided by the scale twice. Pass the wrapper to both; no step was made"
             )
-        inner = vars(inner).get("_inner")  # type: ignore[assignment]
+        level = vars(level).get("_inner")

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from fastclip import amp, riding
 from fastclip.backends import plan
-from fastclip.checks import nonfinite_rule, real
+from fastclip.checks import nonfinite_rule, real, whole
 from fastclip.clipping import Finding, examine
 from fastclip.ladder import Ladder, LossWatch, Rollback, SpikeBackoff, reduced_lr
 from fastclip.policies import GlobalNorm, Policy, policy_of
@@ -57,6 +57,13 @@ class Guard(Reports):
         rollback: Rollback | None = None,
         watch: LossWatch | None = None,
     ) -> None:
+        for name, given, kind in (
+            ("backoff", backoff, SpikeBackoff),
+            ("rollback", rollback, Rollback),
+            ("loss_watch", watch, LossWatch),
+        ):
+            if given is not None and not isinstance(given, kind):
+                raise TypeError(f"{name}: expected a fastclip.{kind.__name__}, got {given!r}")
         self.optimizer = optimizer
         self.policy = policy
         self.nonfinite = nonfinite
@@ -84,9 +91,7 @@ class Guard(Reports):
 
     @skip_limit.setter
     def skip_limit(self, value: int | None) -> None:
-        if value is not None and (isinstance(value, bool) or int(value) != value or value < 1):
-            raise ValueError(f"skip_limit must be a whole number of at least 1, or None; got {value!r}")
-        self._record.skip_limit = value
+        self._record.skip_limit = None if value is None else whole("skip_limit", value, least=1)
 
     @property
     def can_unscale(self) -> bool:
@@ -300,7 +305,7 @@ class Guard(Reports):
     def observe(self, loss: Tensor | float) -> None:
         """Looks at the loss of the coming step, 0-d, unscaled: a bad one skips it. Nothing is waited for."""
         if not isinstance(loss, Tensor):
-            loss = torch.tensor(float(loss), dtype=torch.float64)
+            loss = torch.tensor(real("loss", loss), dtype=torch.float64)
         if loss.numel() != 1:
             raise TypeError(f"loss: expected one element, got shape {tuple(loss.shape)}")
         self._observed = any_of([self._observed, self._watch.is_bad(loss)])
@@ -381,7 +386,8 @@ class Guard(Reports):
         for group in self.optimizer.param_groups:
             if "max_norm" in group:
                 return group["max_norm"]
-        return self.policy.max_norm  # type: ignore[attr-defined]
+        policy: Any = self.policy
+        return policy.max_norm
 
     @max_norm.setter
     def max_norm(self, value: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import copyreg
 import functools
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -15,9 +16,9 @@ from torch.optim import Optimizer
 from fastclip.amp import GUARD, scalers_marks
 from fastclip.checks import norm_type_number
 from fastclip.guard import OWN_RULES, Guard
-from fastclip.ladder import Ladder, LossWatch, Rollback, SpikeBackoff
+from fastclip.ladder import LossWatch, Rollback, SpikeBackoff
 from fastclip.policies import Bound, GlobalNorm, Policy, policy_of
-from fastclip.record import Record, Reports
+from fastclip.record import Reports
 from fastclip.regularisation import Penalty
 from fastclip.riding import RIDERS
 from fastclip.tensors import GroupNames
@@ -127,6 +128,7 @@ class ClippedOptimizer(Reports, Optimizer):
         self._start()
 
     def _start(self) -> None:
+        self._record, self._ladder = self._fastclip._record, self._fastclip._ladder  # what Reports tells of
         self._optimizer_step_pre_hooks: OrderedDict[int, Callable[..., Any]] = OrderedDict()
         self._optimizer_step_post_hooks: OrderedDict[int, Callable[..., Any]] = OrderedDict()
         self._patch_step_function()
@@ -175,14 +177,6 @@ class ClippedOptimizer(Reports, Optimizer):
     @skip_limit.setter
     def skip_limit(self, value: int | None) -> None:
         self._fastclip.skip_limit = value
-
-    @property
-    def _record(self) -> Record:  # type: ignore[override]
-        return self._fastclip._record
-
-    @property
-    def _ladder(self) -> Ladder:  # type: ignore[override]
-        return self._fastclip._ladder
 
     def observe(self, loss: Tensor | float) -> None:
         """Looks at the loss of the coming step: one that isn't finite, or a spike for ``loss_watch``, skips the step.
@@ -363,7 +357,7 @@ def clipped(optimizer_class: type[Optimizer], **settings: Any) -> type[ClippedOp
 
 
 PER_OBJECT = frozenset({"policy", "backoff", "rollback", "loss_watch"})  # they learn: each optimizer has its own
-SETTINGS = PER_OBJECT | {"max_norm", "norm_type", "nonfinite", "skip_limit", "l1", "l2", "convention"}
+SETTINGS = frozenset(inspect.signature(ClippedOptimizer.__init__).parameters) - {"self", "optimizer"}
 
 
 @functools.cache

@@ -132,13 +132,11 @@ class Record:
         """Raises ``SkipLimitError`` when too many steps in a row were skipped."""
         if self.skip_limit is not None and in_a_row >= self.skip_limit:
             bad = self.bad()
-            which = (
-                f"; in the latest one {', '.join(bad[:3])}{', ...' if len(bad) > 3 else ''} held them" if bad else ""
-            )
+            names = f"{', '.join(bad[:3])}{', ...' if len(bad) > 3 else ''}"
+            which = f"; in the latest one {names} held NaN or Inf" if bad else ""
             raise SkipLimitError(
-                f"{in_a_row} steps in a row were skipped{which}. The parameters have not moved "
-                "since. Look at the loss and the learning rate (print(optimizer.last_stats) shows each gradient); "
-                "skip_limit=None would go on skipping"
+                f"{in_a_row} steps in a row were skipped{which}. No step was made since. Look at the loss and the "
+                "learning rate (print(optimizer.last_stats) shows each gradient); skip_limit=None would go on skipping"
             )
 
     @property

@@ -827,3 +827,26 @@ def test_a_wrapper_around_an_attached_optimizer():
         torch.testing.assert_close(flat(model), flat(twin), rtol=1e-5, atol=1e-6)  # two divisors, one after the other
     assert opt.last_norm > 2.0
     assert guard.last_norm == pytest.approx(2.0, rel=1e-5)
+
+
+def test_both_forms_take_the_same_settings():
+    wrapper, attached = (inspect.signature(form).parameters for form in (ClippedOptimizer, fastclip.attach))
+    assert list(wrapper) == list(attached)
+    assert [p.default for p in wrapper.values()] == [p.default for p in attached.values()]
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("backoff", 0.5, "backoff: expected a fastclip.SpikeBackoff, got 0.5"),
+        ("rollback", True, "rollback: expected a fastclip.Rollback, got True"),
+        ("loss_watch", 3, "loss_watch: expected a fastclip.LossWatch, got 3"),
+        ("skip_limit", "a", "skip_limit: expected a number, got str"),
+    ],
+)
+def test_settings_of_the_wrong_type_are_named(setting, value, message):
+    for form in (ClippedOptimizer, fastclip.attach):
+        with pytest.raises(TypeError, match=message):
+            form(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1), **{setting: value})
+    with pytest.raises(TypeError, match="loss: expected a number, got str"):
+        ClippedOptimizer(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)).observe("x")

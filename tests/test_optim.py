@@ -775,9 +775,9 @@ def test_the_limit_of_skipped_steps(limit):
     assert opt.skipped_in_a_row == 0
 
 
-@pytest.mark.parametrize("limit", [0, -1, 1.5, True])
-def test_limits_that_are_none(limit):
-    with pytest.raises(ValueError, match="skip_limit"):
+@pytest.mark.parametrize(("limit", "error"), [(0, ValueError), (-1, ValueError), (1.5, ValueError), (True, TypeError)])
+def test_limits_that_are_none(limit, error):
+    with pytest.raises(error, match="skip_limit"):
         ClippedOptimizer(torch.optim.SGD(small_model().parameters(), lr=0.1), skip_limit=limit)
 
 

@@ -48,12 +48,9 @@ class GlobalNorm(Policy):
         elif isinstance(value, Tensor) and known_to_host(value):
             number("max_norm", value)
         self._fixed = not isinstance(value, Tensor) and not callable(value)
+        self.writes = not self._fixed or bound != math.inf
         self._request = Request(self.norm_type, bound, self.eps)
         self._max_norm = value
-
-    @property
-    def writes(self) -> bool:  # type: ignore[override]
-        return not self._fixed or self._request.max_norm != math.inf
 
     def request(self) -> Request:
         self._device_bound = None  # a step may have failed before it decided
