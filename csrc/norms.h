@@ -9,19 +9,25 @@
 #include <cstdint>
 #include <limits>
 
+#if defined(__CUDACC__)
+#define FASTCLIP_BOTH __host__ __device__
+#else
+#define FASTCLIP_BOTH
+#endif
+
 namespace fastclip {
 
 inline constexpr double kInf = std::numeric_limits<double>::infinity();
 inline constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
 // The norm of no elements at all: what leaves any join unchanged.
-inline double empty_norm(double p) { return p < 0 ? kInf : 0.0; }
+FASTCLIP_BOTH inline double empty_norm(double p) { return p < 0 ? kInf : 0.0; }
 
 // Exponents up to which a power of two and its inverse are both normal numbers.
 inline constexpr int kDoubleExponents = 1000, kFloatExponents = 100;
 
 // A power of two that brings `largest` near 1, as far as `exponents` allow, without losing a bit.
-inline double unit_scale(double largest, int exponents = kDoubleExponents) {
+FASTCLIP_BOTH inline double unit_scale(double largest, int exponents = kDoubleExponents) {
   int exponent = std::ilogb(largest);
   if (exponent > exponents) exponent = exponents;
   if (exponent < -exponents) exponent = -exponents;
@@ -29,7 +35,7 @@ inline double unit_scale(double largest, int exponents = kDoubleExponents) {
 }
 
 // Finite elements never give an infinite norm: past the largest double it stays there.
-inline double saturate(double norm) { return norm > DBL_MAX ? DBL_MAX : norm; }
+FASTCLIP_BOTH inline double saturate(double norm) { return norm > DBL_MAX ? DBL_MAX : norm; }
 
 // p-norm of norms[0], norms[stride], ..., in index order. NaN wins over Inf, Inf over the rest.
 inline double norm_of_norms(const double* norms, std::int64_t count, double p) {
@@ -65,7 +71,7 @@ inline double norm_of_norms(const double* norms, std::int64_t count, double p) {
 
 // The multiplier of torch's clip_grad_norm_, but exactly 1 at or below the bound, and for
 // max_norm=inf, where torch divides Inf by Inf.
-inline double clip_coef(double total_norm, double max_norm, double eps) {
+FASTCLIP_BOTH inline double clip_coef(double total_norm, double max_norm, double eps) {
   if (total_norm <= max_norm || max_norm == kInf) return 1.0;
   return max_norm / (total_norm + eps);
 }

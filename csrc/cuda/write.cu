@@ -1,0 +1,162 @@
+// What is written in place: scaled, clamped, or without its NaN and Inf. A vector that stays as it is is not written.
+#include "engine.h"
+#include "walk.h"
+
+namespace fastclip::cuda {
+namespace {
+
+enum class Change { scale, scale_each, clamp, zero_nonfinite };
+
+struct WriteParams {
+  ReadTable table;
+  Scalar scalar;          // the factor, or the bound
+  const double* factors;  // of each unit; this launch's begin here
+};
+static_assert(sizeof(WriteParams) <= kParameterBytes);
+
+// Multiplies reals of one format. A factor below float32's normal range, from a norm above 1e38, would lose its
+// bits as a float: it is taken in two steps, of which the first is a power of two, or in float64.
+template <class Format>
+struct Scaled {
+  Format format;
+  double factor;
+  __device__ Vector operator()(Vector raw) const {
+    constexpr int kCount = Format::kReals;
+    typename Format::Part x[kCount];
+    format.decode(raw, x);
+    const bool tiny = factor != 0.0 && fabs(factor) < FLT_MIN;
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      if constexpr (Format::kBytes == 8) {
+        x[k] *= factor;
+      } else if constexpr (Format::kBytes == 4) {
+        x[k] = tiny ? static_cast<float>(x[k] * factor) : x[k] * static_cast<float>(factor);
+      } else {
+        x[k] = tiny ? x[k] * 0x1p-64f * static_cast<float>(factor * 0x1p64) : x[k] * static_cast<float>(factor);
+      }
+    }
+    return format.encode(x);
+  }
+};
+
+// |x| > bound becomes sign(x) * bound; NaN stays.
+template <class Format>
+struct Clamped {
+  Format format;
+  typename Format::Part bound;
+  __device__ Vector operator()(Vector raw) const {
+    constexpr int kCount = Format::kReals;
+    typename Format::Part x[kCount];
+    format.decode(raw, x);
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) x[k] = x[k] > bound ? bound : x[k] < -bound ? -bound : x[k];
+    return format.encode(x);
+  }
+};
+
+template <class Part>
+__device__ bool is_finite(Part x) { return fabs(x) < static_cast<Part>(INFINITY); }
+
+// An element of which a part is not finite becomes 0.
+template <class Format>
+struct Zeroed {
+  Format format;
+  bool complex;
+  __device__ Vector operator()(Vector raw) const {
+    constexpr int kCount = Format::kReals;
+    typename Format::Part x[kCount];
+    format.decode(raw, x);
+#pragma unroll
+    for (int k = 0; k < kCount; k += 2) {
+      const bool first = is_finite(x[k]), second = is_finite(x[k + 1]);
+      x[k] = first && (second || !complex) ? x[k] : 0;
+      x[k + 1] = second && (first || !complex) ? x[k + 1] : 0;
+    }
+    return format.encode(x);
+  }
+};
+
+// The bound as the format's own numbers have it, to nearest even.
+template <class Format>
+__device__ typename Format::Part own_bound(const Format& format, double bound) {
+  typename Format::Part x[Format::kReals] = {static_cast<typename Format::Part>(bound)};
+  format.decode(format.encode(x), x);
+  return x[0];
+}
+
+template <Change kChange>
+__device__ void change(const Group& group, DType dtype, char* data, std::uint32_t size, double scalar) {
+  const std::uint32_t element_bytes = bytes_of(dtype), bytes = size * element_bytes;
+  if (scalar == 1.0 && (kChange == Change::scale || kChange == Change::scale_each)) return;
+  visit(dtype, [&](const auto& format) {
+    using Format = std::decay_t<decltype(format)>;
+    if constexpr (Format::kBytes > 1) {  // 8-bit floats are refused at the border
+      if constexpr (kChange == Change::clamp)
+        map_vectors(group, data, bytes, element_bytes, Clamped<Format>{format, own_bound(format, scalar)});
+      else if constexpr (kChange == Change::zero_nonfinite)
+        map_vectors(group, data, bytes, element_bytes, Zeroed<Format>{format, is_complex(dtype)});
+      else
+        map_vectors(group, data, bytes, element_bytes, Scaled<Format>{format, scalar});
+    }
+  });
+}
+
+template <Change kChange>
+__global__ void __launch_bounds__(kThreads) write_kernel(const __grid_constant__ WriteParams a) {
+  const ReadTable& table = a.table;
+  const double scalar = read_scalar(a.scalar);
+  if (kChange == Change::scale && scalar == 1.0) return;  // the host could not know it
+  std::uint32_t tensor = 0;
+  for (std::uint32_t chunk = blockIdx.x; chunk < table.first_chunk[table.tensors]; chunk += gridDim.x) {
+    tensor = find(table, chunk, tensor, chunk == blockIdx.x ? table.tensors : gridDim.x);
+    const std::int64_t unit_size = table.unit_size[tensor];
+    const std::uint32_t units = table.first_unit[tensor + 1] - table.first_unit[tensor];
+    const DType dtype = table.dtype[tensor];
+    const std::uint32_t element_bytes = bytes_of(dtype);
+    const ChunkView view = view_of(cut_of(unit_size, units, element_bytes), unit_size, units, chunk - table.first_chunk[tensor]);
+    char* data = table.data[tensor] + (view.unit * unit_size + view.begin) * element_bytes;
+    const auto factor_of = [&](std::uint32_t unit) {
+      return kChange == Change::scale_each ? a.factors[table.first_unit[tensor] + unit] : scalar;
+    };
+    if (view.units == 1) {
+      change<kChange>(whole_block(nullptr), dtype, data, view.unit_size, factor_of(view.unit));
+      continue;
+    }
+    for (std::uint32_t k = threadIdx.x / kWarpSize; k < view.units; k += kWarps)
+      change<kChange>(own_warp(), dtype, data + k * unit_size * element_bytes, view.unit_size, factor_of(view.unit + k));
+  }
+}
+
+template <Change kChange>
+void write(const char* name, const Tensors& tensors, const std::vector<std::int64_t>& units, const Scalar& scalar,
+           const double* factors, const Place& place) {
+  const DeviceGuard guard(place.device);
+  for_launches<ReadTable>(tensors, units, [&](const ReadTable& table, std::int64_t first_unit, bool) {
+    const WriteParams params{table, scalar, factors == nullptr ? nullptr : factors + first_unit};
+    const int blocks = blocks_for(write_kernel<kChange>, place.device, table.first_chunk[table.tensors]);
+    launch(write_kernel<kChange>, blocks, kThreads, place.stream, params, over(name, tensors.size()));
+  });
+}
+
+}  // namespace
+
+void scale(const Tensors& tensors, const Scalar& factor, const Place& place) {
+  if (factor.at == nullptr && factor.value == 1.0) return;
+  write<Change::scale>("scale", tensors, {}, factor, nullptr, place);
+}
+
+void scale_each(const Tensors& tensors, const std::vector<std::int64_t>& units, const double* factors, const Place& place) {
+  write<Change::scale_each>("scale", tensors, units, {}, factors, place);
+}
+
+void clamp(const Tensors& tensors, double bound, const Place& place) {
+  Scalar scalar;
+  scalar.value = bound;
+  write<Change::clamp>("clamp", tensors, {}, scalar, nullptr, place);
+}
+
+void zero_nonfinite(const Tensors& tensors, const Place& place) {
+  write<Change::zero_nonfinite>("zero_nonfinite", tensors, {}, {}, nullptr, place);
+}
+
+}  // namespace fastclip::cuda
