@@ -348,8 +348,8 @@ class GradStats:
         sizes: elements in each gradient.
         names: the caller's names, or ``parameters[i]`` / ``grads[i]``.
         norm_type: the p of the norms.
-        weight_norms, weight_max_abs, weight_sum_abs: ``[n]``, dtype of ``total_norm``: 2-norm, largest magnitude and sum
-            of magnitudes of each gradient's weight, NaN if it holds one; None where they were not asked for.
+        weight_norms, weight_max_abs, weight_sum_abs: ``[n]``, dtype of ``total_norm``: 2-norm, largest magnitude and
+            sum of magnitudes of each gradient's weight, NaN if it holds one; None where they were not asked for.
     """
 
     total_norm: Tensor
