@@ -65,7 +65,7 @@ def grad_stats(source: Any, names: Iterable[str] | None, request: Request) -> Gr
         raise ValueError("the weights of gradients are not known: pass parameters, not gradients")
     weights = [listed[i].detach() for i in positions] if request.weights else []
     total_norm, tensor_norms, found_inf, nans, infs, max_abs, zeros, *of_weights = _grad_stats(
-        grads, positions, weights, request.norm_type, request.extras
+        grads, positions, request.norm_type, request.extras, weights
     )
     return GradStats(
         total_norm,
@@ -150,7 +150,7 @@ def _(grads: list[Tensor], positions: list[int], max_norm: float, eps: float, to
 
 @torch.library.custom_op("fastclip::grad_stats", mutates_args=())
 def _grad_stats(
-    grads: list[Tensor], positions: list[int], weights: list[Tensor], norm_type: float, extras: bool
+    grads: list[Tensor], positions: list[int], norm_type: float, extras: bool, weights: list[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     request = Request(norm_type, extras=extras, weights=bool(weights))
     given = Grads(grads, None, parameters=weights) if weights else Grads(grads, positions)
@@ -163,17 +163,17 @@ def _grad_stats(
         stats.found_inf,
         stats.nans,
         stats.infs,
-        torch.empty_like(stats.tensor_norms) if max_abs is None else max_abs,
-        torch.empty_like(stats.nans) if zeros is None else zeros,
-        torch.empty_like(stats.tensor_norms) if weight_norms is None else weight_norms,
-        torch.empty_like(stats.tensor_norms) if weight_max_abs is None else weight_max_abs,
-        torch.empty_like(stats.tensor_norms) if weight_sum_abs is None else weight_sum_abs,
+        torch.zeros_like(stats.tensor_norms) if max_abs is None else max_abs,
+        torch.zeros_like(stats.nans) if zeros is None else zeros,
+        torch.zeros_like(stats.tensor_norms) if weight_norms is None else weight_norms,
+        torch.zeros_like(stats.tensor_norms) if weight_max_abs is None else weight_max_abs,
+        torch.zeros_like(stats.tensor_norms) if weight_sum_abs is None else weight_sum_abs,
     )
 
 
 @_grad_stats.register_fake
 def _(
-    grads: list[Tensor], positions: list[int], weights: list[Tensor], norm_type: float, extras: bool
+    grads: list[Tensor], positions: list[int], norm_type: float, extras: bool, weights: list[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     total = _norm_like(grads) if grads else torch.empty(())
     norms = total.new_empty(len(grads))
