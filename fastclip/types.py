@@ -169,7 +169,8 @@ class BackendUnavailableError(FastclipError, RuntimeError):
 
 
 class NonFiniteGradientError(FastclipError, RuntimeError):
-    """A gradient holds NaN or Inf and the caller asked to hear of it. Nothing was written.
+    """A gradient holds NaN or Inf and the caller asked to hear of it. Nothing was written, but where only a weight
+    penalty, from weights that aren't finite themselves, brought them in.
 
     Attributes:
         tensor: name or position of the first bad gradient.

@@ -252,7 +252,8 @@ def test_subclasses_of_parameters(route: str) -> None:
     assert reading.weight_rows[:, 0].tolist() == [pytest.approx(math.sqrt(5)), 2.0, 3.0]
 
 
-def test_a_sparse_gradient_is_only_read() -> None:
+def test_a_sparse_gradient_is_only_read(monkeypatch) -> None:
+    monkeypatch.setattr(reference, "known_to_host", lambda tensor: False)
     embedding = torch.nn.Embedding(4, 2, sparse=True)
     embedding(torch.tensor([1, 1, 2])).sum().backward()
     reading = read(plan(grads_of(embedding.parameters())), Request(), strengths=[(0.0, 0.0)])
@@ -381,3 +382,12 @@ def test_units_that_do_not_fit_are_found_before_anything_is_written() -> None:
         opt.step()
     assert torch.equal(p.grad, torch.ones(2))
     assert torch.equal(q.grad, torch.ones(2, 3))
+
+
+def test_a_gradient_that_cannot_be_written_is_found_before_anything_is_written(route: str) -> None:
+    """Also where the policy itself never writes."""
+    p, q = pairs([torch.ones(2), torch.ones(1).expand(3)])
+    opt = ClippedOptimizer(torch.optim.SGD([{"params": [p]}, {"params": [q]}], lr=0.1), max_norm=INF, l2=0.5)
+    with pytest.raises(fastclip.UnsupportedGradientError, match="clone"):
+        opt.step()
+    assert torch.equal(p.grad, torch.ones(2))

@@ -149,9 +149,7 @@ ChunkStats stats_of(const Kernels& k, DType dtype, const void* data, std::int64_
 
 // 2-norm, largest and sum of the magnitudes of the weights of a chunk, `sums` being what their plain sums came to.
 ChunkStats weight_stats(const Kernels& k, DType dtype, const void* weights, std::int64_t size, const WeightSums& sums) {
-  // squares of the narrower formats fit float64
-  const double least = dtype == DType::f64 ? least_trusted_sum(dtype) : 0.0;
-  if (sums.sum_squares >= least && sums.sum_squares <= DBL_MAX)
+  if (sums.sum_squares >= least_trusted_sum(dtype) && sums.sum_squares <= DBL_MAX)
     return {std::sqrt(sums.sum_squares), sums.max_abs, sums.sum_abs, 0, 0, 0};
   return stats_of(k, dtype, weights, size, 2.0, true);
 }

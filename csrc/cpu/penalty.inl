@@ -43,6 +43,12 @@ FASTCLIP_INLINE static inline void add_magnitudes(vd magnitudes, Index<kAt>, Wei
   lanes.abs[kAt] += magnitudes;
   lanes.squares[kAt] += magnitudes * magnitudes;
 }
+template <int kAt>
+FASTCLIP_INLINE static inline void add_widened(vf sums, Index<kAt>, vd (&lanes)[kVectors]) {
+  lanes[(2 * kAt) % kVectors] += widen_low(sums);
+  lanes[(2 * kAt + 1) % kVectors] += widen_high(sums);
+}
+static_assert(kWriteStreams <= kMaxFloatAdditions);
 
 // Gradients and weights are read as a few streams each, and all load before any stores, as in map_vectors.
 template <class Format, class Real>
@@ -55,12 +61,13 @@ static WeightSums penalise_vectors(Format format, typename Format::Storage* grad
   typedef Bits Lanes __attribute__((vector_size(8 * kWide)));
   constexpr int kCount = sizeof(Vector) / sizeof(Real);
   constexpr int kRow = sizeof(Real) == 8 ? kLanes : kHalfLanes;
+  constexpr bool kHalf = sizeof(Storage) == 2;  // summed over the streams in float32, and widened then
 
   const Lanes strength = Lanes{} + bit_cast<Bits>(of_sign);
   WeightLanes<Real> lanes = {};
   // One row of each stream, which lie `apart` elements apart.
   const auto add_rows = [&](Storage* g, const Storage* w, std::int64_t apart) FASTCLIP_INLINE {
-    Vector sums[kWriteStreams][kRow / kCount];
+    Vector sums[kWriteStreams][kRow / kCount], abs[kRow / kCount] = {}, squares[kRow / kCount] = {};
     unrolled<kWriteStreams>([&](auto s) FASTCLIP_INLINE {
       unrolled<kRow / kCount>([&](auto v) FASTCLIP_INLINE {
         const std::int64_t at = s * apart + v * kCount;
@@ -71,9 +78,20 @@ static WeightSums penalise_vectors(Format format, typename Format::Storage* grad
         sums[s][v] = (grad + reinterpret_cast<Vector>(sign_term)) + weight * of_weight;
         const Lanes higher = magnitudes > lanes.largest;
         lanes.largest = (magnitudes & higher) | (lanes.largest & ~higher);
-        add_magnitudes(reinterpret_cast<Vector>(magnitudes), v, lanes);
+        const Vector of_weights = reinterpret_cast<Vector>(magnitudes);
+        if constexpr (kHalf) {
+          abs[v] += of_weights;
+          squares[v] += of_weights * of_weights;
+        } else {
+          add_magnitudes(of_weights, v, lanes);
+        }
       });
     });
+    if constexpr (kHalf)
+      unrolled<kRow / kCount>([&](auto v) FASTCLIP_INLINE {
+        add_widened(abs[v], v, lanes.abs);
+        add_widened(squares[v], v, lanes.squares);
+      });
     unrolled<kWriteStreams>([&](auto s) FASTCLIP_INLINE {
       unrolled<kRow / kCount>([&](auto v) FASTCLIP_INLINE { store_as(format, g + s * apart + v * kCount, sums[s][v]); });
     });
