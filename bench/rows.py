@@ -705,7 +705,7 @@ def all_rows() -> list[Row]:
         Row("clip_value GPT-2 fp32, clamping", (GPT2,), make(clip_value, bound=CLAMPING)),
         *(Row(f"norm_type={p:g} GPT-2 fp32", (GPT2,), make(norm, p=p)) for p in (math.inf, 1.0, 3.0)),
         *_step_rows("AdamW fused", ADAMW_FUSED, 1.3, 1.15),
-        *_step_rows("AdamW fused with l2", ADAMW_FUSED, l2=L2),
+        *_step_rows("AdamW + l2", ADAMW_FUSED, l2=L2),
         *_step_rows("GradScaler", ADAMW_FUSED, 1.6, scaled=True),
         *_step_rows("AdamW foreach", ADAMW_FOREACH),
         *_step_rows("SGD fused", SGD_FUSED),

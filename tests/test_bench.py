@@ -221,7 +221,7 @@ def test_forced_capabilities_are_put_back():
 
 STEPS = {
     "AdamW fused": {"rule": rows.ADAMW_FUSED},
-    "AdamW fused with l2": {"rule": rows.ADAMW_FUSED, "l2": rows.L2},
+    "AdamW + l2": {"rule": rows.ADAMW_FUSED, "l2": rows.L2},
     "GradScaler": {"rule": rows.ADAMW_FUSED, "scaled": True},
     "AdamW foreach": {"rule": rows.ADAMW_FOREACH},
     "SGD fused": {"rule": rows.SGD_FUSED},
@@ -313,7 +313,7 @@ def test_a_broken_wrapper_has_no_time(monkeypatch, settings, share, broken):
 @pytest.mark.parametrize("share", SHARES.values(), ids=SHARES)
 def test_a_wrapper_without_its_penalty_has_no_time(monkeypatch, share):
     monkeypatch.setattr(fastclip, "ClippedOptimizer", AddsNoPenalty)
-    assert run(step_row(share=share, **STEPS["AdamW fused with l2"]))["rows"][0]["verdict"] == "wrong"
+    assert run(step_row(share=share, **STEPS["AdamW + l2"]))["rows"][0]["verdict"] == "wrong"
 
 
 def test_a_scaler_that_unscales_by_too_much_has_no_time(monkeypatch):
@@ -368,8 +368,8 @@ def test_every_step_of_a_clipping_row_clips(monkeypatch, settings):
     steppers = []
 
     class Watched(fastclip.ClippedOptimizer):
-        def __init__(self, *args: object) -> None:
-            super().__init__(*args)
+        def __init__(self, *args: Any, **settings: Any) -> None:
+            super().__init__(*args, **settings)
             steppers.append(self)
 
     monkeypatch.setattr(fastclip, "ClippedOptimizer", Watched)
@@ -384,6 +384,8 @@ def test_every_step_of_a_clipping_row_clips(monkeypatch, settings):
     [
         ({"rule": rows.ADAMW_FUSED}, 32, 40),
         ({"rule": rows.ADAMW_FUSED, "share": rows.CLIPPING}, 36, 40),
+        ({"rule": rows.ADAMW_FUSED, "l2": rows.L2}, 40, 52),
+        ({"rule": rows.ADAMW_FUSED, "l2": rows.L2, "share": rows.CLIPPING}, 44, 52),
         ({"rule": rows.ADAMW_FUSED, "scaled": True}, 36, 48),
         ({"rule": rows.ADAMW_FUSED, "scaled": True, "share": rows.CLIPPING}, 36, 48),
         ({"rule": rows.ADAMW_FOREACH}, 84, 92),
