@@ -42,7 +42,8 @@ sanitize: $(VENV)/.installed
 	FASTCLIP_SANITIZE=address,undefined $(PIP) --no-deps --upgrade --target build/sanitized .
 	cd build && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=sanitized ../$(BIN)/python -m pytest -c ../pyproject.toml --rootdir .. \
-	-p no:cacheprovider -q -k "not reference" ../tests/test_norms.py ../tests/test_clip.py ../tests/test_writes.py ../tests/test_inputs.py
+	-p no:cacheprovider -q -k "not reference" ../tests/test_norms.py ../tests/test_clip.py ../tests/test_writes.py ../tests/test_inputs.py \
+	../tests/test_penalty_engine.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info fastclip/_C*.so fastclip/_build.json

@@ -41,6 +41,7 @@ NOTHING_TO_CLIP, CLIPPING = 2.0, 0.5  # max_norm, in units of the gradients' nor
 NOTHING_TO_CLAMP, CLAMPING = 1.0, 0.03125  # clip_value: 50 and 1.6 deviations of a normal gradient
 PROBE = 1024  # elements looked at after every timed call that has to write
 LR = 1e-5  # of every step: hundreds of ulps of a parameter, and hundreds of steps still don't take it anywhere
+L2 = 0.25  # of the rows with a penalty: the check of the first step would not miss it
 SCALE = 1024.0  # of the GradScalers; what they do at another one is the same work
 
 
@@ -389,17 +390,20 @@ def _stepper(
     max_norm: float,
     passes: dict[str, int],
     scale: float = 1.0,
+    l2: float = 0.0,
 ) -> Contestant:
-    """A contestant that clips and steps.
+    """A contestant that adds a penalty, clips and steps.
 
     ``checked_norm``: from what ``call`` returned to the norm that it clipped by, and that norm's relative error.
     """
     inputs = model.inputs
+    growth = 1.0 + l2  # the parameters start as a copy of the gradients
+    drift = l2 * LR * 1000  # as far as they go in a thousand steps
 
     def factor(norm: float) -> float:
-        return min(1.0, max_norm / (norm + EPS)) / scale
+        return min(1.0, max_norm / (norm + EPS)) * growth / scale
 
-    nominal = factor(inputs.total_norm() / scale)
+    nominal = factor(growth * inputs.total_norm() / scale)
 
     def check(returned: Any) -> float | None:
         norm, error = checked_norm(returned)
@@ -418,28 +422,36 @@ def _stepper(
     def after() -> None:
         model.check_moved()
         if nominal != 1.0:
-            inputs.probe(lambda got, start: torch.allclose(got, nominal * start, rtol=0.1, atol=1e-6 * nominal))
+            atol = (1e-6 + drift) * nominal
+            inputs.probe(lambda got, start: torch.allclose(got, nominal * start, rtol=0.1, atol=atol))
 
     return Contestant(name, call, check, inputs.bytes(**passes), before, after)
 
 
 def step(
-    inputs: Inputs, rule: Rule, share: float = NOTHING_TO_CLIP, scaled: bool = False, bare: bool = False
+    inputs: Inputs,
+    rule: Rule,
+    share: float = NOTHING_TO_CLIP,
+    scaled: bool = False,
+    bare: bool = False,
+    l2: float = 0.0,
 ) -> tuple[Contestant, Contestant]:
     """The wrapper's step against clipping and stepping, with ``max_norm = share * total_norm``.
 
     ``scaled``: the gradients are taken for scaled ones, with a GradScaler on both sides.
     ``bare``: against the same optimizer without any clipping, so what the guard costs.
+    ``l2``: a penalty of this strength, against torch's fastest way to add it.
     """
     scale = SCALE if scaled else 1.0
-    total_norm = inputs.total_norm() / scale
+    total_norm = (1.0 + l2) * inputs.total_norm() / scale
     max_norm = share * total_norm
     our_model, their_model = Model(inputs, rule), Model(inputs, rule)
-    ours, theirs = fastclip.ClippedOptimizer(our_model.optimizer, max_norm), their_model.optimizer
+    ours, theirs = fastclip.ClippedOptimizer(our_model.optimizer, max_norm, l2=l2), their_model.optimizer
     our_scaler, their_scaler = (
         scaler("cpu", init_scale=scale, growth_interval=1 << 30, enabled=scaled)
         for scaler in (fastclip.GradScaler, torch.amp.GradScaler)
     )
+    their_weights = [param.detach() for param in their_model.params]
     for scaler in (our_scaler, their_scaler):
         scaler.scale(torch.zeros(()))  # the first loss; only then it has a scale
 
@@ -448,6 +460,8 @@ def step(
         our_scaler.update()
 
     def their_step() -> Tensor:
+        if l2:
+            torch._foreach_add_(inputs.grads, their_weights, alpha=l2)
         norm = torch.nn.utils.clip_grad_norm_(their_model.params, max_norm)
         theirs.step()
         return norm
@@ -468,15 +482,22 @@ def step(
         return (total_norm, None) if bare else (float(returned), oracle.relative_error(returned, total_norm))
 
     writes = scaled or share < 1
-    our_passes = {"reads": rule.reads + 1 + (writes and not rule.rides), "writes": rule.writes + writes}
+    penalised = l2 != 0
+    our_passes = {
+        "reads": rule.reads + 1 + penalised + (writes and not rule.rides),
+        "writes": rule.writes + penalised + writes,
+    }
     extra = 0 if bare else 1 + scaled  # clipping writes as much as it reads a second time, and so does unscaling
-    their_passes = {"reads": rule.reads + extra + (not bare), "writes": rule.writes + extra}
+    their_passes = {
+        "reads": rule.reads + extra + (not bare) + 2 * penalised,
+        "writes": rule.writes + extra + penalised,
+    }
     their_call = their_scaled_step if scaled else theirs.step if bare else their_step
     return (
         _stepper(
-            "fastclip", our_model, our_scaled_step if scaled else ours.step, our_norm, max_norm, our_passes, scale
+            "fastclip", our_model, our_scaled_step if scaled else ours.step, our_norm, max_norm, our_passes, scale, l2
         ),
-        _stepper("torch", their_model, their_call, their_norm, max_norm, their_passes, scale),
+        _stepper("torch", their_model, their_call, their_norm, max_norm, their_passes, scale, l2),
     )
 
 
@@ -644,13 +665,18 @@ def _clip_rows(
 
 
 def _step_rows(
-    kind: str, rule: Rule, nothing: float | None = None, clipping: float | None = None, scaled: bool = False
+    kind: str,
+    rule: Rule,
+    nothing: float | None = None,
+    clipping: float | None = None,
+    scaled: bool = False,
+    l2: float = 0.0,
 ) -> list[Row]:
     return [
         Row(
             f"step GPT-2 fp32, {kind}, {what}",
             (GPT2,),
-            functools.partial(step, rule=rule, share=share, scaled=scaled),
+            functools.partial(step, rule=rule, share=share, scaled=scaled, l2=l2),
             floor,
         )
         for what, share, floor in (("nothing to clip", NOTHING_TO_CLIP, nothing), ("clipping", CLIPPING, clipping))
@@ -679,6 +705,7 @@ def all_rows() -> list[Row]:
         Row("clip_value GPT-2 fp32, clamping", (GPT2,), make(clip_value, bound=CLAMPING)),
         *(Row(f"norm_type={p:g} GPT-2 fp32", (GPT2,), make(norm, p=p)) for p in (math.inf, 1.0, 3.0)),
         *_step_rows("AdamW fused", ADAMW_FUSED, 1.3, 1.15),
+        *_step_rows("AdamW + l2", ADAMW_FUSED, l2=L2),
         *_step_rows("GradScaler", ADAMW_FUSED, 1.6, scaled=True),
         *_step_rows("AdamW foreach", ADAMW_FOREACH),
         *_step_rows("SGD fused", SGD_FUSED),

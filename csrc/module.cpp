@@ -196,6 +196,22 @@ std::vector<std::int64_t> pieces(const GradTable& table, const std::vector<std::
   return counts;
 }
 
+// Whether two dense tensors have their elements of the same index at the same place.
+bool lie_alike(PyObject* a, PyObject* b) {
+  DLTensor one, other;
+  if (torch.api->dltensor_from_py_object_no_sync(a, &one) != 0 || torch.api->dltensor_from_py_object_no_sync(b, &other) != 0)
+    throw py::error_already_set();
+  if (one.ndim != other.ndim) return false;
+  std::int64_t expected = 1;
+  for (int d = one.ndim - 1; d >= 0; --d) {
+    if (one.shape[d] != other.shape[d]) return false;
+    const std::int64_t stride = one.strides == nullptr ? expected : one.strides[d];
+    if (one.shape[d] != 1 && stride != (other.strides == nullptr ? expected : other.strides[d])) return false;
+    expected *= one.shape[d];
+  }
+  return true;
+}
+
 // A table over counts[i] equal consecutive pieces of each tensor, in order; 0 leaves a tensor out.
 GradTable split(const GradTable& table, const std::vector<std::int64_t>& counts) {
   if (counts.size() != table.tensors.size()) throw py::value_error("one count per tensor is needed");
@@ -213,6 +229,33 @@ GradTable split(const GradTable& table, const std::vector<std::int64_t>& counts)
       pieces.tensors.push_back({data, size, whole.dtype});
   }
   return pieces;
+}
+
+// A table over the weights of `table`'s gradients, each at its gradient's place; one that lies otherwise in memory than
+// its gradient has size 0 there, and its reason in `refused`.
+GradTable partners(const GradTable& table, const py::list& weights) {
+  if (static_cast<std::size_t>(PyList_GET_SIZE(weights.ptr())) != table.tensors.size())
+    throw py::value_error("one weight per gradient is needed");
+  GradTable found;
+  found.grads = weights;
+  found.tensors.reserve(table.tensors.size());
+  for (std::size_t i = 0; i < table.tensors.size(); ++i) {
+    TensorRef ref{};
+    const char* reason = refusal(PyList_GET_ITEM(weights.ptr(), i), ref);
+    const TensorRef& grad = table.tensors[i];
+    if (*reason == '\0') {
+      if (ref.dtype != grad.dtype) reason = "of another dtype than its gradient";
+      else if (ref.dtype > DType::f16) reason = "a dtype without a kernel for penalties";
+      else if (!lie_alike(PyList_GET_ITEM(weights.ptr(), i), PyList_GET_ITEM(table.grads.ptr(), i)))
+        reason = "in another memory order than its gradient";
+    }
+    if (*reason != '\0') {
+      found.refused[py::int_(i)] = py::str(reason);
+      ref = {nullptr, 0, grad.dtype};
+    }
+    found.tensors.push_back(ref);
+  }
+  return found;
 }
 
 // tensor.grad, a new reference. torch's own getter is called without the attribute look-up, which
@@ -285,6 +328,17 @@ void cpu_read(const GradTable& table, double norm_type, bool extras, const py::o
   cpu::read(table.tensors, norm_type, extras, out, threads);
 }
 
+void cpu_read_penalised(const GradTable& table, const GradTable& weights, const py::object& strengths, double norm_type,
+                        bool extras, const py::object& rows, const py::object& weight_rows, int threads) {
+  const auto count = static_cast<std::int64_t>(table.tensors.size());
+  if (weights.tensors.size() != table.tensors.size()) throw py::value_error("one weight per gradient is needed");
+  const double* in = doubles(strengths, 2 * count, "strengths");
+  double* out = doubles(rows, count * (extras ? cpu::kFields : cpu::kAlwaysFields), "rows");
+  double* weight_out = doubles(weight_rows, count * cpu::kWeightFields, "weight_rows");
+  const py::gil_scoped_release release;
+  cpu::read_penalised(table.tensors, weights.tensors, in, norm_type, extras, out, weight_out, threads);
+}
+
 void cpu_finish(const py::object& rows, std::int64_t fields, std::int64_t count, double norm_type, double max_norm,
                 double eps, const py::object& totals) {
   if (fields < cpu::kAlwaysFields) throw py::value_error("rows lacks a field");
@@ -330,6 +384,7 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("pieces", &pieces, py::arg("table"), py::arg("masks"));
   m.def("split", &split, py::arg("table"), py::arg("counts"));
+  m.def("partners", &partners, py::arg("table"), py::arg("weights"));
   m.def("first_inference", &first_inference, py::arg("tensors"));
 
   py::class_<GradTable>(m, "GradTable")
@@ -350,6 +405,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_capability", &cpu::capability);
   m.def("cpu_use_capability", &cpu::use_capability, py::arg("name"));
   m.def("cpu_read", &cpu_read, py::arg("table"), py::arg("norm_type"), py::arg("extras"), py::arg("rows"), py::arg("threads"));
+  m.def("cpu_read_penalised", &cpu_read_penalised, py::arg("table"), py::arg("weights"), py::arg("strengths"),
+        py::arg("norm_type"), py::arg("extras"), py::arg("rows"), py::arg("weight_rows"), py::arg("threads"));
   m.def("cpu_finish", &cpu_finish, py::arg("rows"), py::arg("fields"), py::arg("count"), py::arg("norm_type"),
         py::arg("max_norm"), py::arg("eps"), py::arg("totals"));
   m.def("cpu_join", &cpu_join, py::arg("unit_rows"), py::arg("counts"), py::arg("norm_type"), py::arg("rows"));

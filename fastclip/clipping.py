@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fastclip.backends import plan
 from fastclip.policies import Decision, Policy
-from fastclip.stats import GradStats, Reading, any_of, known_to_host, read, stats_of
+from fastclip.stats import GradStats, Reading, any_of, read, stats_of
 from fastclip.tensors import Grads
-from fastclip.types import MAX_ABS, Request, wide_dtype
+from fastclip.types import MAX_ABS, Request, Strengths, known_to_host, wide_dtype
+from fastclip.units import unit_dims
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +95,15 @@ class Finding:
 
 
 def examine(
-    shares: list[tuple[Grads, Policy]], nonfinite: str, grad_scale: float | Tensor | None = None
+    shares: list[tuple[Grads, Policy]],
+    nonfinite: str,
+    grad_scale: float | Tensor | None = None,
+    penalties: list[Strengths] | None = None,
 ) -> list[Finding]:
     """Reads for each policy its own gradients, under one of the rules of NONFINITE for all. No share is empty.
 
-    Every check comes before the first write, and "zero" is the only rule that writes here.
+    With ``penalties``, one for each share, they are added in the same pass. Every check comes before the first write:
+    with "raise" and penalties that takes a read more. Without penalties "zero" is the only rule that writes here.
 
     Raises:
         UnsupportedGradientError: a gradient can't be read, or can't be written though that might be needed.
@@ -109,9 +114,17 @@ def examine(
             check_real(grads)
     asked = [(plan(grads), policy.request()) for grads, policy in shares]
     for (work, _), (_, policy) in zip(asked, shares, strict=True):
-        if policy.writes or grad_scale is not None or nonfinite == "zero":
+        if policy.writes or grad_scale is not None or nonfinite == "zero" or penalties is not None:
             work.check_writable()
-    readings = [read(work, request, grad_scale) for work, request in asked]
+    if penalties is None:
+        readings = [read(work, request, grad_scale) for work, request in asked]
+    else:
+        for work, request in asked:
+            if request.units is not None:
+                unit_dims(work.grads, request.units)  # raises where they don't fit
+            if nonfinite == "raise":
+                read(work, Request()).check_finite()
+        readings = [read(work, request, grad_scale, own) for (work, request), own in zip(asked, penalties, strict=True)]
     if nonfinite == "raise":
         for reading in readings:
             reading.check_finite()
@@ -120,7 +133,10 @@ def examine(
         for i, (work, request) in enumerate(asked):
             if found[i] is not False:
                 work.zero_nonfinite_()
-                readings[i] = read(work, request, grad_scale)
+                seen = readings[i]
+                readings[i] = replace(
+                    read(work, request, grad_scale), weight_rows=seen.weight_rows, strengths=seen.strengths
+                )
     return [Finding(policy, r, f) for (_, policy), r, f in zip(shares, readings, found, strict=True)]
 
 

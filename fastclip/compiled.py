@@ -61,8 +61,11 @@ def grad_stats(source: Any, names: Iterable[str] | None, request: Request) -> Gr
     grads, positions = _gather(listed, take_grad)
     given = None if names is None else list(names)
     noun = "parameters" if take_grad else "grads"
-    total_norm, tensor_norms, found_inf, nans, infs, max_abs, zeros = _grad_stats(
-        grads, positions, request.norm_type, request.extras
+    if request.weights and not take_grad:
+        raise ValueError("the weights of gradients are not known: pass parameters, not gradients")
+    weights = [listed[i].detach() for i in positions] if request.weights else []
+    total_norm, tensor_norms, found_inf, nans, infs, max_abs, zeros, *of_weights = _grad_stats(
+        grads, positions, request.norm_type, request.extras, weights
     )
     return GradStats(
         total_norm,
@@ -75,6 +78,7 @@ def grad_stats(source: Any, names: Iterable[str] | None, request: Request) -> Gr
         [grad.numel() for grad in grads],
         [f"{noun}[{i}]" if given is None else given[i] for i in positions],
         request.norm_type,
+        *(of_weights if request.weights else ()),
     )
 
 
@@ -146,25 +150,31 @@ def _(grads: list[Tensor], positions: list[int], max_norm: float, eps: float, to
 
 @torch.library.custom_op("fastclip::grad_stats", mutates_args=())
 def _grad_stats(
-    grads: list[Tensor], positions: list[int], norm_type: float, extras: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    stats = clipping.grad_stats(Grads(grads, positions), Request(norm_type, extras=extras))
+    grads: list[Tensor], positions: list[int], norm_type: float, extras: bool, weights: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    request = Request(norm_type, extras=extras, weights=bool(weights))
+    given = Grads(grads, None, parameters=weights) if weights else Grads(grads, positions)
+    stats = clipping.grad_stats(given, request)
     max_abs, zeros = stats.tensor_max_abs, stats.zeros
+    weight_norms, weight_max_abs, weight_sum_abs = stats.weight_norms, stats.weight_max_abs, stats.weight_sum_abs
     return (
         stats.total_norm,
         stats.tensor_norms,
         stats.found_inf,
         stats.nans,
         stats.infs,
-        torch.empty_like(stats.tensor_norms) if max_abs is None else max_abs,
-        torch.empty_like(stats.nans) if zeros is None else zeros,
+        torch.zeros_like(stats.tensor_norms) if max_abs is None else max_abs,
+        torch.zeros_like(stats.nans) if zeros is None else zeros,
+        torch.zeros_like(stats.tensor_norms) if weight_norms is None else weight_norms,
+        torch.zeros_like(stats.tensor_norms) if weight_max_abs is None else weight_max_abs,
+        torch.zeros_like(stats.tensor_norms) if weight_sum_abs is None else weight_sum_abs,
     )
 
 
 @_grad_stats.register_fake
 def _(
-    grads: list[Tensor], positions: list[int], norm_type: float, extras: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grads: list[Tensor], positions: list[int], norm_type: float, extras: bool, weights: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     total = _norm_like(grads) if grads else torch.empty(())
     norms = total.new_empty(len(grads))
     counts = torch.empty(len(grads), dtype=torch.int64, device=total.device)
@@ -176,4 +186,7 @@ def _(
         torch.empty_like(counts),
         torch.empty_like(norms),
         torch.empty_like(counts),
+        torch.empty_like(norms),
+        torch.empty_like(norms),
+        torch.empty_like(norms),
     )

@@ -208,6 +208,7 @@ def grad_stats(
     *,
     norm_type: float = 2.0,
     extras: bool = True,
+    weights: bool = False,
 ) -> GradStats:
     """Per-tensor and total norms, NaN and Inf counts of all gradients, in one read and without a sync.
 
@@ -217,9 +218,14 @@ def grad_stats(
         names: one per tensor given.
         norm_type: p of the p-norm, as in :func:`clip_grad_norm_`.
         extras: also find the largest magnitude and count zeros, which takes more work per element.
+        weights: also read the weights, the parameters that have these gradients: their 2-norms, largest magnitudes and
+            sums of magnitudes.
 
     Returns:
         :class:`GradStats`; ``print()`` it, or ask it for its ``worst()`` tensors.
+
+    Raises:
+        ValueError: ``weights`` of gradients that were passed without their parameters.
 
     Example:
         >>> import torch, fastclip
@@ -227,7 +233,7 @@ def grad_stats(
         >>> stats.worst(1)[0].name
         'b'
     """
-    request = Request(norm_type_number(norm_type), extras=extras)
+    request = Request(norm_type_number(norm_type), extras=extras, weights=weights)
     if torch.compiler.is_compiling():
         return compiled.grad_stats(params_or_grads, names, request)
     return clipping.grad_stats(grads_or_parameters(params_or_grads, names), request)

@@ -20,10 +20,10 @@ from fastclip.ladder import Ladder, LossWatch, Rollback, SpikeBackoff, reduced_l
 from fastclip.policies import GlobalNorm, Policy, policy_of
 from fastclip.record import IN_A_ROW, SKIPPED, STEPS, Record, Reports, Seen
 from fastclip.regularisation import Penalty
-from fastclip.stats import any_of, known_to_host, read
+from fastclip.stats import any_of, read
 from fastclip.step_arguments import step_arguments_of
 from fastclip.tensors import Grads, check_groups_disjoint, grads_among, grads_of_groups
-from fastclip.types import TOTAL_NORM, Request
+from fastclip.types import TOTAL_NORM, Request, known_to_host
 
 ATTACHED = ("step", amp.GUARD, "_step_supports_amp_scaling")  # what an attached guard sets on its optimizer
 OWN_RULES = ("policy", "group_max_norm")  # keys of a param group that take it out of the joint norm
@@ -220,13 +220,10 @@ class Guard(Reports):
             nonfinite = "skip"  # a GradScaler searches for its scale by trial
         elif again and nonfinite == "skip":
             nonfinite = "raise"
+        penalties = None
         if self._penalty.is_wanted(groups):
-            for grads, _ in shares:
-                plan(grads).check_writable()
-            if nonfinite == "raise":
-                examine(shares, nonfinite, grad_scale)  # a read more, but before anything is written
-            self._penalty.add_(groups, grad_scale)
-        findings = examine(shares, nonfinite, grad_scale)
+            penalties = self._penalty.strengths(groups, [grads for grads, _ in shares])
+        findings = examine(shares, nonfinite, grad_scale, penalties)
         if self._is_rehearsal(groups, findings):
             return Clearance(True)
         if not again and self._ladder.wants_snapshot() and self._parameters_are_finite():

@@ -81,8 +81,9 @@ class ClippedOptimizer(Reports, Optimizer):
             and ``"propagate"`` as in :func:`fastclip.clip_grad_norm_`. Under a GradScaler such a step is skipped.
         policy: a rule of :mod:`fastclip.policies` (or its name, with its defaults) instead of ``max_norm`` and
             ``norm_type``.
-        l1, l2, convention: weight penalties, added to the gradients before they are read: l1 * sign(w) + l2 * w, or
-            2 * l2 * w with ``convention="keras"``. A param group's own ``l1`` and ``l2`` come first.
+        l1, l2, convention: weight penalties, added to the gradients in the pass that reads them: l1 * sign(w) + l2 * w,
+            or 2 * l2 * w with ``convention="keras"``. A param group's own ``l1`` and ``l2`` come first. A skipped step
+            may leave them in its gradients; ``nonfinite="raise"`` reads these once more, before they are added.
         backoff: a :class:`fastclip.SpikeBackoff`: cuts the learning rate after skipped steps, and brings it back.
         rollback: a :class:`fastclip.Rollback`: goes back to a snapshot of parameters and state.
         loss_watch: a :class:`fastclip.LossWatch` for :meth:`observe`; without one it minds only NaN and Inf.
@@ -283,8 +284,8 @@ class ClippedOptimizer(Reports, Optimizer):
                 gradients are clipped after it, each time the optimizer evaluates it.
             kwargs: what else the wrapped optimizer's ``step`` takes.
 
-        Writes: parameters and optimizer state, as the wrapped optimizer does; each ``p.grad`` that is clipped,
-        so that it holds the clipped gradient afterwards. If nothing is clipped, no gradient is written.
+        Writes: parameters and optimizer state, as the wrapped optimizer does; each ``p.grad`` that is clipped or has a
+        penalty, so that it holds the gradient that was stepped with. If there is neither, no gradient is written.
 
         Returns:
             The closure's loss, also of a skipped step; without a closure what the optimizer returns.

@@ -12,7 +12,7 @@ from fastclip.backends import reference
 from fastclip.ladder import Event, Ladder
 from fastclip.stats import GradStats, Reading, narrowed, stats_from
 from fastclip.tensors import GroupNames
-from fastclip.types import INFS, NANS, TOTAL_NORM, SkipLimitError
+from fastclip.types import INFS, NANS, TOTAL_NORM, WEIGHT_NORM, WEIGHT_SUM_ABS, SkipLimitError
 
 STEPS, CLIPPED, SKIPPED, IN_A_ROW = range(4)
 
@@ -29,6 +29,7 @@ class Seen:
             reading.request,
             reading.norm_dtype,
         )
+        self.weight_rows, self.strengths = reading.weight_rows, reading.strengths
         self._names, self._positions = grads.names, grads.positions
 
     @property
@@ -43,6 +44,18 @@ class Seen:
     @property
     def sizes(self) -> list[int]:
         return [self._names.parameters[i].numel() for i in self._columns]
+
+    @property
+    def penalty(self) -> Tensor | None:
+        """What the penalty adds to the loss, 0-d, in the dtype of ``rows``; None without one."""
+        if self.weight_rows is None or self.strengths is None:
+            return None
+        rows = self.weight_rows
+        sums = torch.stack(
+            [rows[WEIGHT_SUM_ABS], rows[WEIGHT_NORM].square() / 2]
+        )  # their derivatives are sign(w) and w
+        strengths = torch.tensor(self.strengths, dtype=rows.dtype).reshape(-1, 2).T.to(rows.device, non_blocking=True)
+        return torch.where(strengths != 0.0, strengths * sums, 0.0).sum()
 
     def bad(self) -> list[str]:
         """Names of the gradients that hold NaN or Inf. Synchronises."""
@@ -160,7 +173,18 @@ class Record:
         rows = torch.cat([seen.rows[: request.fields].to(self.seen[0].rows) for seen in self.seen], dim=1)
         sizes = [size for seen in self.seen for size in seen.sizes]
         names = [name for seen in self.seen for name in seen.names]
-        return stats_from(rows, self.norm.clone(), request, sizes, names)
+        weight_rows = [seen.weight_rows.to(rows) for seen in self.seen if seen.weight_rows is not None]
+        joined = torch.cat(weight_rows, dim=1) if weight_rows else None  # of all or of none
+        return stats_from(rows, self.norm.clone(), request, sizes, names, joined)
+
+    @property
+    def penalty(self) -> Tensor | None:
+        shares = [share for seen in self.seen if (share := seen.penalty) is not None]
+        if not shares:
+            return None
+        wide = any(seen.dtype == torch.float64 for seen in self.seen)
+        value = torch.stack([share.to(shares[0]) for share in shares]).sum()
+        return narrowed(value, torch.float64 if wide else torch.float32)
 
 
 class Reports:
@@ -193,8 +217,16 @@ class Reports:
 
     @property
     def last_stats(self) -> GradStats | None:
-        """Norm, NaN and Inf counts of each gradient of the latest step, from the same read; None before the first."""
+        """Norm, NaN and Inf counts of each gradient of the latest step, from the same read, and with a penalty norms of
+        their weights; None before the first."""
         return self._record.stats
+
+    @property
+    def penalty(self) -> Tensor | None:
+        """What ``l1`` and ``l2`` add to the loss, at the weights from which the latest step started: the sum of
+        ``l1 * |w| + l2 / 2 * w^2`` over the parameters that had a gradient, ``l1 * |w| + l2 * w^2`` with
+        ``convention="keras"``. 0-d, dtype of ``last_norm``. None before the first step, or if it had no penalty."""
+        return self._record.penalty
 
     @property
     def steps(self) -> Tensor:

@@ -25,9 +25,15 @@ from fastclip.types import (
     TOTAL_NANS,
     TOTAL_NORM,
     TOTALS,
+    WEIGHT_FIELDS,
+    WEIGHT_MAX_ABS,
+    WEIGHT_NORM,
+    WEIGHT_SUM_ABS,
     ZEROS,
     NonFiniteGradientError,
     Request,
+    Strengths,
+    known_to_host,
     wide_dtype,
 )
 from fastclip.units import unit_dims
@@ -67,6 +73,9 @@ class Reading:
         totals: ``[len(TOTALS)]``, of all tensors, same device and dtype.
         on_host: ``totals`` as numbers, where looking at them waits for nothing (plain CPU memory); else None.
         units: the same of each unit, if the request asks for units.
+        weight_rows: ``[len(WEIGHT_FIELDS), n]``, of the gradients' weights, same device and dtype, if the request asks
+            for them or a penalty was added; else None.
+        strengths: of the penalty that was added to the gradients before they were read, unscaled; None without one.
     """
 
     plan: Plan
@@ -75,6 +84,8 @@ class Reading:
     totals: Tensor
     on_host: list[float] | None
     units: Units | None = None
+    weight_rows: Tensor | None = None
+    strengths: Strengths | None = None
 
     @property
     def columns(self) -> Tensor | None:
@@ -104,7 +115,7 @@ class Reading:
             reference.join_units(unit_rows, units.counts, request, rows)
         elif isinstance(clip_coef, Tensor) or clip_coef != 1.0:
             _scale_rows(rows, request, lambda norms: norms * clip_coef)
-        return _finished(self.plan, request, rows, units)
+        return _finished(self.plan, request, rows, units, self.weight_rows, self.strengths)
 
     @property
     def norm_dtype(self) -> torch.dtype:
@@ -138,18 +149,14 @@ class Reading:
         index, value = first_nonfinite(grads.tensors[first])
         kind = "NaN" if value != value else "Inf"
         where = f"index {index}" if index else "its only element"
+        written = "nothing was written" if self.strengths is None else "the weight penalty is in it already"
         raise NonFiniteGradientError(
             f"the gradient of {grads.describe(first)} holds {kind} at {where} "
-            f"({len(bad)} of {len(grads.tensors)} gradients are not finite); nothing was written",
+            f"({len(bad)} of {len(grads.tensors)} gradients are not finite); {written}",
             grads.label(first),
             index,
             value,
         )
-
-
-def known_to_host(tensor: Tensor) -> bool:
-    """Whether looking at the value waits for nothing: plain CPU memory, neither meta nor fake."""
-    return type(tensor) is Tensor and tensor.device.type == "cpu"
 
 
 def any_of(reasons: Iterable[bool | Tensor]) -> bool | Tensor:
@@ -175,16 +182,30 @@ def narrowed(norms: Tensor, dtype: torch.dtype) -> Tensor:
     return norms.to(dtype, copy=True)
 
 
-def read(plan: Plan, request: Request, grad_scale: float | Tensor | None = None) -> Reading:
+def read(
+    plan: Plan,
+    request: Request,
+    grad_scale: float | Tensor | None = None,
+    strengths: Strengths | None = None,
+) -> Reading:
     """Reads every gradient element once, without waiting for the device.
 
     With ``grad_scale`` the norms are those of the gradients divided by it; NaN and Inf are counted as they stand.
+    With ``strengths``, one pair for each gradient, a weight penalty is added to the gradients in the same pass, times
+    ``grad_scale``; what is read is what was written.
 
     Raises:
         ValueError: ``request.units`` doesn't fit a gradient, or the gradients' parameters are not known.
     """
+    weight_rows = penalised = None
+    if strengths is not None:
+        penalised, weight_rows = _read_penalised(plan, request, grad_scale, strengths)
+    elif request.weights:
+        weight_rows = _read_weights(plan)
     units = _read_units(plan, request) if request.units is not None else None
-    if units is None or request.extras:
+    if penalised is not None:
+        rows = penalised
+    elif units is None or request.extras:
         rows = _gathered(plan, [_read_part(part, request) for part in plan.parts])
     else:
         rows = units.rows.new_empty((request.fields, len(units.counts)))
@@ -196,13 +217,21 @@ def read(plan: Plan, request: Request, grad_scale: float | Tensor | None = None)
         _scale_rows(rows, request, lambda norms: norms / divisor)
         if units is not None:
             _scale_rows(units.rows, request, lambda norms: norms / divisor)
-    return _finished(plan, request, rows, units)
+    return _finished(plan, request, rows, units, weight_rows, strengths)
 
 
-def _finished(plan: Plan, request: Request, rows: Tensor, units: Units | None) -> Reading:
+def _finished(
+    plan: Plan,
+    request: Request,
+    rows: Tensor,
+    units: Units | None,
+    weight_rows: Tensor | None,
+    strengths: Strengths | None,
+) -> Reading:
     totals = rows.new_empty(len(TOTALS))
     plan.finish(rows, request, totals)
-    return Reading(plan, request, rows, totals, totals.tolist() if known_to_host(totals) else None, units)
+    on_host = totals.tolist() if known_to_host(totals) else None
+    return Reading(plan, request, rows, totals, on_host, units, weight_rows, strengths)
 
 
 def _scale_rows(rows: Tensor, request: Request, scaled: Callable[[Tensor], Tensor]) -> None:
@@ -223,13 +252,41 @@ def _gathered(plan: Plan, own: list[Tensor]) -> Tensor:
     return joined
 
 
+def _weights_of(plan: Plan) -> list[Tensor]:
+    """Of each gradient the parameter that has it; the first, if several have."""
+    parameters = plan.grads.parameters
+    if parameters is None:
+        raise ValueError("the weights of gradients are not known: pass parameters, not gradients")
+    return [parameters[i] for i in plan.grads.columns]
+
+
+def _read_weights(plan: Plan) -> Tensor:
+    weights = plan_of(grads_among(_weights_of(plan), noun="parameters"))
+    rows = read(weights, Request(extras=True)).rows
+    return torch.stack([rows[NORM], rows[MAX_ABS], rows[SUM_ABS]])
+
+
+def _read_penalised(
+    plan: Plan, request: Request, grad_scale: float | Tensor | None, strengths: Strengths
+) -> tuple[Tensor, Tensor]:
+    """Adds the penalty to the gradients: rows of what that gives, and of the weights."""
+    scaled = torch.tensor([[of[k] for of in strengths] for k in (0, 1)], dtype=torch.float64)
+    if isinstance(grad_scale, Tensor):
+        device = grad_scale.device
+        scaled = scaled.to(device, wide_dtype(device), non_blocking=True) * grad_scale.detach().reshape(())
+    elif grad_scale is not None:
+        scaled *= grad_scale
+    rows = [_empty_rows(part, request.fields) for part in plan.parts]
+    weight_rows = [_empty_rows(part, len(WEIGHT_FIELDS)) for part in plan.parts]
+    plan.read_penalised_(_weights_of(plan), scaled, request, rows, weight_rows)
+    return _gathered(plan, rows), _gathered(plan, weight_rows)
+
+
 def _read_units(plan: Plan, request: Request) -> Units:
     assert request.units is not None
     grads = plan.grads
-    if grads.parameters is None:
-        raise ValueError("units are compared with the weights they belong to: pass parameters, not gradients")
     dims = unit_dims(grads, request.units)
-    weights = plan_of(grads_among([grads.parameters[i] for i in grads.columns], noun="parameters"))
+    weights = plan_of(grads_among(_weights_of(plan), noun="parameters"))
     counts = [reference.count_units(grad, over) for grad, over in zip(grads.tensors, dims, strict=True)]
     rows, weight_rows = (_unit_rows(of, dims, counts, request) for of in (plan, weights))
     return Units(dims, counts, rows, weight_rows[NORM].to(rows))
@@ -255,10 +312,14 @@ def _unit_rows(plan: Plan, dims: list[tuple[int, ...]], counts: list[int], reque
 
 
 def _read_part(part: Part, request: Request) -> Tensor:
-    like = part.table.grads[0] if len(part.table) else torch.empty(0)
-    rows = like.new_empty((request.fields, len(part.table)), dtype=wide_dtype(like.device))
+    rows = _empty_rows(part, request.fields)
     part.backend.read(part.table, request, rows)
     return rows
+
+
+def _empty_rows(part: Part, fields: int) -> Tensor:
+    like = part.table.grads[0] if len(part.table) else torch.empty(0)
+    return like.new_empty((fields, len(part.table)), dtype=wide_dtype(like.device))
 
 
 class Worst(NamedTuple):
@@ -287,6 +348,8 @@ class GradStats:
         sizes: elements in each gradient.
         names: the caller's names, or ``parameters[i]`` / ``grads[i]``.
         norm_type: the p of the norms.
+        weight_norms, weight_max_abs, weight_sum_abs: ``[n]``, dtype of ``total_norm``: 2-norm, largest magnitude and
+            sum of magnitudes of each gradient's weight, NaN if it holds one; None where they were not asked for.
     """
 
     total_norm: Tensor
@@ -299,6 +362,9 @@ class GradStats:
     sizes: list[int]
     names: list[str]
     norm_type: float
+    weight_norms: Tensor | None = None
+    weight_max_abs: Tensor | None = None
+    weight_sum_abs: Tensor | None = None
 
     @property
     def max_abs(self) -> Tensor | None:
@@ -309,13 +375,21 @@ class GradStats:
 
     def _host(self) -> dict[str, list[float]]:
         """Every per-tensor row and the total, as Python numbers, in one copy."""
-        rows = [self.tensor_norms, self.nans, self.infs]
-        if self.tensor_max_abs is not None and self.zeros is not None:
-            rows += [self.tensor_max_abs, self.zeros]
-        columns = torch.stack([row.to(wide_dtype(row.device)) for row in rows])
-        total = self.total_norm.to(columns.dtype).expand(len(rows), 1)
+        rows = {
+            "norms": self.tensor_norms,
+            "nans": self.nans,
+            "infs": self.infs,
+            "max_abs": self.tensor_max_abs,
+            "zeros": self.zeros,
+            "weight_norm": self.weight_norms,
+            "weight_max_abs": self.weight_max_abs,
+            "weight_sum_abs": self.weight_sum_abs,
+        }
+        given = {name: row for name, row in rows.items() if row is not None}
+        columns = torch.stack([row.to(wide_dtype(row.device)) for row in given.values()])
+        total = self.total_norm.to(columns.dtype).expand(len(given), 1)
         table = torch.cat([columns, total], dim=1).tolist()
-        host = dict(zip(("norms", "nans", "infs", "max_abs", "zeros"), (row[:-1] for row in table), strict=False))
+        host = dict(zip(given, (row[:-1] for row in table), strict=True))
         return {**host, "total_norm": [table[0][-1]]}
 
     def to_dict(self) -> dict[str, Any]:
@@ -323,7 +397,8 @@ class GradStats:
 
         Returns:
             ``total_norm``, ``found_inf``, ``nans``, ``infs`` (sums), ``max_abs`` and ``zeros`` with extras, and
-            ``tensors``: name -> the same of each gradient, with its ``size``.
+            ``tensors``: name -> the same of each gradient, with its ``size``; with weights also ``weight_norm``,
+            ``weight_max_abs`` and ``weight_sum_abs``.
         """
         host = self._host()
         extras = "max_abs" in host
@@ -333,6 +408,7 @@ class GradStats:
             facts |= {key: int(host[key][i]) for key in ("nans", "infs")}
             if extras:
                 facts |= {"max_abs": host["max_abs"][i], "zeros": int(host["zeros"][i])}
+            facts |= {key: values[i] for key, values in host.items() if key.startswith("weight_")}
             per_tensor[name] = facts
         nans, infs = int(sum(host["nans"])), int(sum(host["infs"]))
         total: dict[str, Any] = {
@@ -370,10 +446,13 @@ class GradStats:
         ]
         worst = self._worst(host, 5)
         width = max((len(w.name) for w in worst), default=0)
+        weights = dict(zip(self.names, host.get("weight_norm", ()), strict=False))
         for w in worst:
             line = f"  {w.name:<{width}}  norm {w.norm:<12.6g}"
             if w.max_abs is not None:
                 line += f"  max|g| {w.max_abs:<12.6g}"
+            if w.name in weights:
+                line += f"  weight norm {weights[w.name]:<12.6g}"
             if w.nans or w.infs:
                 line += f"  {w.nans} NaN, {w.infs} Inf"
             lines.append(line.rstrip())
@@ -387,10 +466,17 @@ def stats_of(reading: Reading) -> GradStats:
     grads = reading.plan.grads
     sizes = [grad.numel() for grad in grads.tensors]
     names = [grads.label(i) for i in range(len(grads.tensors))]
-    return stats_from(reading.rows, reading.total_norm, reading.request, sizes, names)
+    return stats_from(reading.rows, reading.total_norm, reading.request, sizes, names, reading.weight_rows)
 
 
-def stats_from(rows: Tensor, total_norm: Tensor, request: Request, sizes: list[int], names: list[str]) -> GradStats:
+def stats_from(
+    rows: Tensor,
+    total_norm: Tensor,
+    request: Request,
+    sizes: list[int],
+    names: list[str],
+    weight_rows: Tensor | None,
+) -> GradStats:
     """The same of a reading whose gradients are gone."""
     dtype, extras = total_norm.dtype, request.extras
     nans, infs = rows[NANS].to(torch.int64), rows[INFS].to(torch.int64)
@@ -405,4 +491,7 @@ def stats_from(rows: Tensor, total_norm: Tensor, request: Request, sizes: list[i
         sizes=sizes,
         names=names,
         norm_type=request.norm_type,
+        weight_norms=narrowed(weight_rows[WEIGHT_NORM], dtype) if weight_rows is not None else None,
+        weight_max_abs=narrowed(weight_rows[WEIGHT_MAX_ABS], dtype) if weight_rows is not None else None,
+        weight_sum_abs=narrowed(weight_rows[WEIGHT_SUM_ABS], dtype) if weight_rows is not None else None,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,8 +14,14 @@ FIELDS = ("norm", "nans", "infs", "max_abs", "sum_abs", "zeros")
 NORM, NANS, INFS, MAX_ABS, SUM_ABS, ZEROS = range(len(FIELDS))
 ALWAYS_FIELDS = MAX_ABS  # norm, nans and infs are always filled, the others on request
 
+# Rows of what is told of the weights, in float64; the same order stands in csrc/cpu/engine.h.
+WEIGHT_FIELDS = ("norm", "max_abs", "sum_abs")
+WEIGHT_NORM, WEIGHT_MAX_ABS, WEIGHT_SUM_ABS = range(len(WEIGHT_FIELDS))
+
 TOTALS = ("total_norm", "clip_coef", "nans", "infs")
 TOTAL_NORM, CLIP_COEF, TOTAL_NANS, TOTAL_INFS = range(len(TOTALS))
+
+Strengths: TypeAlias = list[tuple[float, float]]  # of a weight penalty: (of the sign, of the weight) per gradient
 
 NONFINITE = ("propagate", "skip", "zero", "raise")
 
@@ -31,6 +37,8 @@ class Request:
         extras: also fill ``max_abs``, ``sum_abs`` and ``zeros``.
         units: also give the norm of each unit (row, filter) of each gradient and of its weight; see
             :func:`fastclip.units.unit_dims`. None for no units.
+        weights: also give norm, largest magnitude and sum of magnitudes of each gradient's weight. A penalty brings
+            them by itself.
     """
 
     norm_type: float = 2.0
@@ -38,6 +46,7 @@ class Request:
     eps: float = 1e-6
     extras: bool = False
     units: str | tuple[int, ...] | None = None
+    weights: bool = False
 
     @property
     def fields(self) -> int:
@@ -92,6 +101,32 @@ class Backend(Protocol):
     def read(self, table: Any, request: Request, rows: Tensor) -> None:
         """The one read. Fills ``rows``, ``[request.fields, len(table)]``, every element of it."""
 
+    def read_penalised_(
+        self,
+        table: Any,
+        weights: list[Tensor],
+        strengths: Tensor,
+        request: Request,
+        rows: Tensor,
+        weight_rows: Tensor,
+    ) -> None:
+        """Adds a weight penalty to each gradient in place and reads what that gives, in one pass.
+
+        Gradient i becomes ``(g + strengths[0, i] * sign(w)) + strengths[1, i] * w``, w being ``weights[i]``: in
+        float32 or wider (float64 for float64 gradients), rounded once to g's dtype. ``sign(0)`` is 0, that of a
+        complex number ``w / |w|``; NaN and Inf follow from the formula. Where both strengths are 0 the gradient is not
+        written, and where only a device knows that, it keeps its values.
+
+        Then fills ``rows`` as ``read`` of the written gradients would, bit by bit, and ``weight_rows``,
+        ``[len(WEIGHT_FIELDS), len(table)]``, every element: the 2-norm, right at every magnitude, the largest
+        magnitude and the sum of magnitudes of each weight, NaN if it holds one.
+
+        Args:
+            weights: of the shapes of the gradients and on their devices, in any memory order and any dtype; they may
+                require grad and be subclasses. A sparse gradient's values are not paired with them: it is only read.
+            strengths: ``[2, len(table)]`` float64 (the widest of the device), contiguous, on the gradients' device.
+        """
+
     def read_units(self, table: Any, dims: list[tuple[int, ...]], request: Request, unit_rows: Tensor) -> None:
         """The one read, unit by unit: a unit of tensor i are the elements that differ only in ``dims[i]``.
 
@@ -134,7 +169,8 @@ class BackendUnavailableError(FastclipError, RuntimeError):
 
 
 class NonFiniteGradientError(FastclipError, RuntimeError):
-    """A gradient holds NaN or Inf and the caller asked to hear of it. Nothing was written.
+    """A gradient holds NaN or Inf and the caller asked to hear of it. Nothing was written, but where only a weight
+    penalty, from weights that aren't finite themselves, brought them in.
 
     Attributes:
         tensor: name or position of the first bad gradient.
@@ -149,6 +185,11 @@ class NonFiniteGradientError(FastclipError, RuntimeError):
 
 class SkipLimitError(FastclipError, RuntimeError):
     """So many steps in a row were skipped that this is no training any more. The last one was skipped too."""
+
+
+def known_to_host(tensor: Tensor) -> bool:
+    """Whether looking at the value waits for nothing: plain CPU memory, neither meta nor fake."""
+    return type(tensor) is Tensor and tensor.device.type == "cpu"
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:

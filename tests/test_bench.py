@@ -7,6 +7,7 @@ import json
 import math
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -220,6 +221,7 @@ def test_forced_capabilities_are_put_back():
 
 STEPS = {
     "AdamW fused": {"rule": rows.ADAMW_FUSED},
+    "AdamW + l2": {"rule": rows.ADAMW_FUSED, "l2": rows.L2},
     "GradScaler": {"rule": rows.ADAMW_FUSED, "scaled": True},
     "AdamW foreach": {"rule": rows.ADAMW_FOREACH},
     "SGD fused": {"rule": rows.SGD_FUSED},
@@ -262,13 +264,18 @@ class StepsTwice(fastclip.ClippedOptimizer):
 
 
 class DoesNotClip(fastclip.ClippedOptimizer):
-    def __init__(self, optimizer: torch.optim.Optimizer, max_norm: float) -> None:
-        super().__init__(optimizer, math.inf)
+    def __init__(self, optimizer: torch.optim.Optimizer, max_norm: float, **settings: Any) -> None:
+        super().__init__(optimizer, math.inf, **settings)
 
 
 class ClipsTooMuch(fastclip.ClippedOptimizer):
-    def __init__(self, optimizer: torch.optim.Optimizer, max_norm: float) -> None:
-        super().__init__(optimizer, 1e-5 * max_norm)
+    def __init__(self, optimizer: torch.optim.Optimizer, max_norm: float, **settings: Any) -> None:
+        super().__init__(optimizer, 1e-5 * max_norm, **settings)
+
+
+class AddsNoPenalty(fastclip.ClippedOptimizer):
+    def __init__(self, optimizer: torch.optim.Optimizer, max_norm: float, **settings: Any) -> None:
+        super().__init__(optimizer, max_norm)
 
 
 class KeepsUnclipped(fastclip.ClippedOptimizer):
@@ -301,6 +308,12 @@ ALWAYS_WRONG = (Idle, OnlyLooks, StepsTwice, KeepsUnclipped, WrongNorm)
 def test_a_broken_wrapper_has_no_time(monkeypatch, settings, share, broken):
     monkeypatch.setattr(fastclip, "ClippedOptimizer", broken)
     assert run(step_row(share=share, **settings))["rows"][0]["verdict"] == "wrong"
+
+
+@pytest.mark.parametrize("share", SHARES.values(), ids=SHARES)
+def test_a_wrapper_without_its_penalty_has_no_time(monkeypatch, share):
+    monkeypatch.setattr(fastclip, "ClippedOptimizer", AddsNoPenalty)
+    assert run(step_row(share=share, **STEPS["AdamW + l2"]))["rows"][0]["verdict"] == "wrong"
 
 
 def test_a_scaler_that_unscales_by_too_much_has_no_time(monkeypatch):
@@ -355,8 +368,8 @@ def test_every_step_of_a_clipping_row_clips(monkeypatch, settings):
     steppers = []
 
     class Watched(fastclip.ClippedOptimizer):
-        def __init__(self, *args: object) -> None:
-            super().__init__(*args)
+        def __init__(self, *args: Any, **settings: Any) -> None:
+            super().__init__(*args, **settings)
             steppers.append(self)
 
     monkeypatch.setattr(fastclip, "ClippedOptimizer", Watched)
@@ -371,6 +384,8 @@ def test_every_step_of_a_clipping_row_clips(monkeypatch, settings):
     [
         ({"rule": rows.ADAMW_FUSED}, 32, 40),
         ({"rule": rows.ADAMW_FUSED, "share": rows.CLIPPING}, 36, 40),
+        ({"rule": rows.ADAMW_FUSED, "l2": rows.L2}, 40, 52),
+        ({"rule": rows.ADAMW_FUSED, "l2": rows.L2, "share": rows.CLIPPING}, 44, 52),
         ({"rule": rows.ADAMW_FUSED, "scaled": True}, 36, 48),
         ({"rule": rows.ADAMW_FUSED, "scaled": True, "share": rows.CLIPPING}, 36, 48),
         ({"rule": rows.ADAMW_FOREACH}, 84, 92),

@@ -18,6 +18,7 @@ FUNCTIONS = {
     "clip_grads_with_norm_": lambda ps: fastclip.clip_grads_with_norm_(ps, 0.5, torch.tensor(2.0)),
     "clip_grads_with_norm_ number": lambda ps: fastclip.clip_grads_with_norm_(ps, 0.5, 2.0),
     "grad_stats": lambda ps: fastclip.grad_stats(ps).tensor_norms,
+    "grad_stats weights": lambda ps: fastclip.grad_stats(ps, weights=True).weight_norms,
     "grad_stats names": lambda ps: fastclip.grad_stats(ps, list("abcd"), extras=False).names,
     "no gradients": lambda ps: fastclip.clip_grad_norm_([], 1.0),
 }
@@ -56,7 +57,8 @@ def test_inductor_compiles_the_main_function():
         ("clip_grad_norm_", ([0, 1], 2.0, 0.5, 1e-6, "propagate")),
         ("clip_grad_value_", ([0, 1], 0.1)),
         ("get_total_norm", ([0, 1], 2.0, False)),
-        ("grad_stats", ([0, 1], 2.0, True)),
+        ("grad_stats", ([0, 1], 2.0, True, [])),
+        ("grad_stats", ([0, 1], 2.0, False, [torch.ones(3, 2), torch.ones(4, dtype=torch.float64)])),
     ],
 )
 def test_operators_are_well_formed(operator, arguments):

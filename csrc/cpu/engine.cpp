@@ -147,6 +147,61 @@ ChunkStats stats_of(const Kernels& k, DType dtype, const void* data, std::int64_
   return {norm, seen.max_abs, seen.sum_abs, seen.zeros, seen.nans, seen.infs};
 }
 
+// 2-norm, largest and sum of the magnitudes of the weights of a chunk, `sums` being what their plain sums came to.
+ChunkStats weight_stats(const Kernels& k, DType dtype, const void* weights, std::int64_t size, const WeightSums& sums) {
+  if (sums.sum_squares >= least_trusted_sum(dtype) && sums.sum_squares <= DBL_MAX)
+    return {std::sqrt(sums.sum_squares), sums.max_abs, sums.sum_abs, 0, 0, 0};
+  return stats_of(k, dtype, weights, size, 2.0, true);
+}
+
+// The chunks of tensor `t`, from chunks[next] on, as one.
+ChunkStats joined(const std::vector<Chunk>& chunks, const std::vector<ChunkStats>& partials, std::int64_t t, double p,
+                  std::size_t& next, std::vector<double>& norms) {
+  norms.clear();
+  ChunkStats sum{empty_norm(p), 0.0, 0.0, 0, 0, 0};
+  for (; next < chunks.size() && chunks[next].tensor == t; ++next) {
+    const ChunkStats& part = partials[next];
+    norms.push_back(part.norm);
+    sum.sum_abs += part.sum_abs;
+    sum.zeros += part.zeros;
+    sum.nans += part.nans;
+    sum.infs += part.infs;
+    if (part.max_abs > sum.max_abs) sum.max_abs = part.max_abs;
+  }
+  if (norms.size() == 1) sum.norm = norms[0];
+  if (norms.size() > 1) sum.norm = norm_of_norms(norms.data(), static_cast<std::int64_t>(norms.size()), p);
+  if (sum.nans) sum.max_abs = sum.sum_abs = kNaN;
+  return sum;
+}
+
+void fill_rows(const std::vector<Chunk>& chunks, const std::vector<ChunkStats>& partials, std::int64_t count, double p,
+               bool extras, double* rows) {
+  std::vector<double> norms;
+  std::size_t next = 0;
+  for (std::int64_t t = 0; t < count; ++t) {
+    const ChunkStats sum = joined(chunks, partials, t, p, next, norms);
+    rows[kNorm * count + t] = sum.norm;
+    rows[kNans * count + t] = static_cast<double>(sum.nans);
+    rows[kInfs * count + t] = static_cast<double>(sum.infs);
+    if (!extras) continue;
+    rows[kMaxAbs * count + t] = sum.max_abs;
+    rows[kSumAbs * count + t] = sum.sum_abs;
+    rows[kZeros * count + t] = static_cast<double>(sum.zeros);
+  }
+}
+
+void fill_weight_rows(const std::vector<Chunk>& chunks, const std::vector<ChunkStats>& partials, std::int64_t count,
+                      double* rows) {
+  std::vector<double> norms;
+  std::size_t next = 0;
+  for (std::int64_t t = 0; t < count; ++t) {
+    const ChunkStats sum = joined(chunks, partials, t, 2.0, next, norms);
+    rows[kWeightNorm * count + t] = sum.norm;
+    rows[kWeightMaxAbs * count + t] = sum.max_abs;
+    rows[kWeightSumAbs * count + t] = sum.sum_abs;
+  }
+}
+
 }  // namespace
 
 std::vector<std::string> capabilities() {
@@ -176,31 +231,33 @@ void read(const Tensors& tensors, double norm_type, bool extras, double* rows, i
     partials[i] = stats_of(k, tensor.dtype, address(tensor, chunk), chunk.size, norm_type, extras);
   });
 
-  const std::int64_t count = static_cast<std::int64_t>(tensors.size());
-  std::vector<double> norms;
-  std::size_t next = 0;
-  for (std::int64_t t = 0; t < count; ++t) {
-    norms.clear();
-    ChunkStats sum{empty_norm(norm_type), 0.0, 0.0, 0, 0, 0};
-    for (; next < chunks.size() && chunks[next].tensor == t; ++next) {
-      const ChunkStats& part = partials[next];
-      norms.push_back(part.norm);
-      sum.sum_abs += part.sum_abs;
-      sum.zeros += part.zeros;
-      sum.nans += part.nans;
-      sum.infs += part.infs;
-      if (part.max_abs > sum.max_abs) sum.max_abs = part.max_abs;
+  fill_rows(chunks, partials, static_cast<std::int64_t>(tensors.size()), norm_type, extras, rows);
+}
+
+void read_penalised(const Tensors& grads, const Tensors& weights, const double* strengths, double norm_type, bool extras,
+                    double* rows, double* weight_rows, int threads) {
+  const auto count = static_cast<std::int64_t>(grads.size());
+  const std::vector<Chunk> chunks = chunks_of(grads);
+  std::vector<ChunkStats> partials(chunks.size()), weight_partials(chunks.size());
+  const Kernels& k = kernels();
+  for_chunks(chunks, threads, [&](std::int64_t i, const Chunk& chunk) {
+    const TensorRef &grad = grads[chunk.tensor], &weight = weights[chunk.tensor];
+    void* const data = address(grad, chunk);
+    if (weight.size > 0) {
+      const void* const of = address(weight, chunk);
+      const double of_sign = strengths[chunk.tensor], of_weight = strengths[count + chunk.tensor];
+      if (of_sign != 0.0 || of_weight != 0.0) {
+        const WeightSums sums = k.penalise(grad.dtype, data, of, chunk.size, of_sign, of_weight);
+        weight_partials[i] = weight_stats(k, grad.dtype, of, chunk.size, sums);
+      } else {
+        weight_partials[i] = stats_of(k, grad.dtype, of, chunk.size, 2.0, true);
+      }
     }
-    if (norms.size() == 1) sum.norm = norms[0];
-    if (norms.size() > 1) sum.norm = norm_of_norms(norms.data(), static_cast<std::int64_t>(norms.size()), norm_type);
-    rows[kNorm * count + t] = sum.norm;
-    rows[kNans * count + t] = static_cast<double>(sum.nans);
-    rows[kInfs * count + t] = static_cast<double>(sum.infs);
-    if (!extras) continue;
-    rows[kMaxAbs * count + t] = sum.nans ? kNaN : sum.max_abs;
-    rows[kSumAbs * count + t] = sum.nans ? kNaN : sum.sum_abs;
-    rows[kZeros * count + t] = static_cast<double>(sum.zeros);
-  }
+    // what was just written is still in cache
+    partials[i] = stats_of(k, grad.dtype, data, chunk.size, norm_type, extras);
+  });
+  fill_rows(chunks, partials, count, norm_type, extras, rows);
+  fill_weight_rows(chunks, weight_partials, count, weight_rows);
 }
 
 void finish(const double* rows, std::int64_t count, double norm_type, double max_norm, double eps, double* totals) {

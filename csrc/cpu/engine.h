@@ -13,6 +13,9 @@ namespace fastclip::cpu {
 enum Field { kNorm, kNans, kInfs, kMaxAbs, kSumAbs, kZeros, kFields };
 inline constexpr int kAlwaysFields = kMaxAbs;  // norm, nans, infs; the others on request
 
+// The rows of weights. The same order stands in fastclip/types.py.
+enum WeightField { kWeightNorm, kWeightMaxAbs, kWeightSumAbs, kWeightFields };
+
 enum Total { kTotalNorm, kClipCoef, kTotalNans, kTotalInfs, kTotals };
 
 // Names of the instruction sets this machine runs, best first. "default" is always there.
@@ -23,6 +26,12 @@ std::string capability();
 
 // rows: out, [kAlwaysFields or kFields][tensors.size()] float64.
 void read(const Tensors& tensors, double norm_type, bool extras, double* rows, int threads);
+
+// Adds strengths[0][i] * sign(w) + strengths[1][i] * w to gradient i and reads what was written, chunk by chunk. A weight
+// of size 0 has no part in it: its gradient is only read, its columns are 0. Two strengths of 0 write nothing.
+// strengths: in, [2][grads.size()]. rows: out, as of read. weight_rows: out, [kWeightFields][grads.size()].
+void read_penalised(const Tensors& grads, const Tensors& weights, const double* strengths, double norm_type, bool extras,
+                    double* rows, double* weight_rows, int threads);
 
 // rows: in, [>= kAlwaysFields][count]. totals: out, [kTotals].
 void finish(const double* rows, std::int64_t count, double norm_type, double max_norm, double eps, double* totals);

@@ -18,6 +18,13 @@ struct Survey {
   std::int64_t infs;
 };
 
+// What the weights of a chunk add up to, as a plain sum: to be trusted only as far as the engine says.
+struct WeightSums {
+  double sum_squares;
+  double max_abs;
+  double sum_abs;
+};
+
 struct Kernels {
   const char* name;
   // Sum of (|x| * scale)^2; not finite if an element isn't, or if the sum overflowed.
@@ -30,6 +37,8 @@ struct Kernels {
   // |x| > bound becomes sign(x) * bound, NaN stays. Like the next: returns whether anything was written.
   bool (*clamp)(DType, void* data, std::int64_t size, double bound);
   bool (*zero_nonfinite)(DType, void* data, std::int64_t size);
+  // grad += of_sign * sign(weight), then += of_weight * weight; f64, f32, bf16, f16 only. -> sums over the weights.
+  WeightSums (*penalise)(DType, void* grads, const void* weights, std::int64_t size, double of_sign, double of_weight);
 };
 
 const Kernels& kernels_default();

@@ -9,9 +9,10 @@
 //   store_bf16(p, f), store_f16(p, f) vf -> 2 * kWide 16-bit numbers, rounded to nearest even; a NaN
 //                       stays one (in bfloat16 it becomes 0x7fc0, as in torch: rounding could carry it to 0)
 //
-// What all kernels share stands here, the kernels in decode.inl, sums.inl, survey.inl and writes.inl.
+// What all kernels share stands here, the kernels in decode.inl, sums.inl, survey.inl, writes.inl
+// and penalty.inl.
 //
-// Every sum runs over the same 64 double lanes whatever the width of a vector, products of narrow
+// Every sum runs over the same double lanes (64; 8 in penalty.inl) whatever the width of a vector, products of narrow
 // types are exact in the wider one, and contraction to FMA is off: all instruction sets give the
 // same bits. Nothing here calls an inline function of a header: see kernels.h.
 
@@ -93,11 +94,12 @@ static auto visit(DType dtype, Fn fn) {
 #include "sums.inl"
 #include "survey.inl"
 #include "writes.inl"
+#include "penalty.inl"
 
 namespace fastclip::cpu::FASTCLIP_ISA {
 
 static constexpr Kernels table(const char* name) {
-  return {name, sum_squares, sum_powers, all_zero, survey, scale, clamp, zero_nonfinite};
+  return {name, sum_squares, sum_powers, all_zero, survey, scale, clamp, zero_nonfinite, penalise};
 }
 
 }  // namespace fastclip::cpu::FASTCLIP_ISA

@@ -23,17 +23,23 @@ FASTCLIP_INLINE static inline void clear(vd (&streams)[kStreams][kVectors]) {
   unrolled<kStreams>([&](auto s) FASTCLIP_INLINE { unrolled<kVectors>([&](auto v) FASTCLIP_INLINE { streams[s][v] = vd{}; }); });
 }
 
+// Adds the 8 lanes of one stream in a fixed tree.
+static_assert(kLanes == 8);
+FASTCLIP_INLINE static inline double sum_of_lanes(const vd (&lanes)[kVectors]) {
+  double row[kLanes];
+  __builtin_memcpy(row, lanes, sizeof row);
+  return ((row[0] + row[4]) + (row[2] + row[6])) + ((row[1] + row[5]) + (row[3] + row[7]));
+}
+
 // Adds the lanes in a fixed tree: the streams, then the 8 lanes that are left.
-static_assert(kStreams == 8 && kLanes == 8);
+static_assert(kStreams == 8);
 FASTCLIP_INLINE static inline double sum_of_streams(const vd (&streams)[kStreams][kVectors]) {
   vd lanes[kVectors];
   unrolled<kVectors>([&](auto v) FASTCLIP_INLINE {
     lanes[v] = ((streams[0][v] + streams[4][v]) + (streams[2][v] + streams[6][v])) +
                ((streams[1][v] + streams[5][v]) + (streams[3][v] + streams[7][v]));
   });
-  double row[kLanes];
-  __builtin_memcpy(row, lanes, sizeof row);
-  return ((row[0] + row[4]) + (row[2] + row[6])) + ((row[1] + row[5]) + (row[3] + row[7]));
+  return sum_of_lanes(lanes);
 }
 
 // Sum of term(x) over all x. term(0) must be 0: the last row of lanes is padded with zeros.

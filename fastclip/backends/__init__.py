@@ -91,6 +91,23 @@ class Plan:
             if part.table.readonly:
                 check_writable(self.grads, {part.to_list(i): why for i, why in part.table.readonly.items()})
 
+    def read_penalised_(
+        self,
+        weights: list[Tensor],
+        strengths: Tensor,
+        request: Request,
+        rows: list[Tensor],
+        weight_rows: list[Tensor],
+    ) -> None:
+        """Adds the penalty to every gradient in place and reads what that gives; ``rows`` part by part."""
+        check_not_inference(self.grads)
+        for part, own_rows, own_weight_rows in zip(self.parts, rows, weight_rows, strict=True):
+            own, columns = weights, strengths
+            if part.positions is not None:
+                own, columns = [weights[i] for i in part.positions], strengths[:, part.positions]
+            columns = columns.to(own_rows, non_blocking=True).contiguous()
+            part.backend.read_penalised_(part.table, own, columns, request, own_rows, own_weight_rows)
+
     def scale_(self, factor: float | Tensor) -> None:
         """Multiplies every gradient in place by a number, a 0-d tensor, or one factor per tensor."""
         check_not_inference(self.grads)

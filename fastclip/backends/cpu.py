@@ -32,6 +32,20 @@ def read(table: Any, request: Request, rows: Tensor) -> None:
     C.cpu_read(table, request.norm_type, request.extras, rows, torch.get_num_threads())
 
 
+def read_penalised_(
+    table: Any, weights: list[Tensor], strengths: Tensor, request: Request, rows: Tensor, weight_rows: Tensor
+) -> None:
+    partners = C.partners(table, weights)
+    apart = partners.refused
+    for i in apart:
+        reference.penalise_(table.grads[i].detach(), weights[i], strengths[:, i])
+    threads = torch.get_num_threads()
+    C.cpu_read_penalised(table, partners, strengths, request.norm_type, request.extras, rows, weight_rows, threads)
+    for i in apart:
+        weight_rows[:, i] = reference.weight_stats(weights[i])
+    _bump(table, [of_sign != 0.0 or of_weight != 0.0 for of_sign, of_weight in strengths.T.tolist()])
+
+
 def read_units(table: Any, dims: list[tuple[int, ...]], request: Request, unit_rows: Tensor) -> None:
     counts = _pieces(table, dims)
     if all(counts):

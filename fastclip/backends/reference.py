@@ -16,7 +16,19 @@ import torch
 from torch import Tensor
 
 from fastclip import tensors
-from fastclip.types import ALWAYS_FIELDS, CLIP_COEF, TOTAL_INFS, TOTAL_NANS, TOTAL_NORM, Request, wide_dtype
+from fastclip.types import (
+    ALWAYS_FIELDS,
+    CLIP_COEF,
+    MAX_ABS,
+    NORM,
+    SUM_ABS,
+    TOTAL_INFS,
+    TOTAL_NANS,
+    TOTAL_NORM,
+    Request,
+    known_to_host,
+    wide_dtype,
+)
 
 name = "reference"
 
@@ -61,16 +73,38 @@ def table_of(grads: list[Tensor], native: Any = None) -> ReferenceTable:
 
 def read(table: ReferenceTable, request: Request, rows: Tensor) -> None:
     for column, grad in enumerate(table.grads):
-        pieces = [_stats_of(piece, request) for piece in _pieces(grad)]
-        if not pieces:
-            pieces = [_stats_of(grad.flatten(), request)]
-        parts = torch.stack(pieces)
-        # counts and sum_abs add up; the norm joins as a norm of norms, max_abs as a maximum
-        joined = parts.sum(dim=0)
-        joined[0] = norm_of_norms(parts[:, 0], request.norm_type)
-        if request.extras:
-            joined[3] = parts[:, 3].amax()
-        rows[:, column] = joined
+        rows[:, column] = _stats_of(grad, request)
+
+
+def read_penalised_(
+    table: ReferenceTable,
+    weights: list[Tensor],
+    strengths: Tensor,
+    request: Request,
+    rows: Tensor,
+    weight_rows: Tensor,
+) -> None:
+    for column, (grad, source, weight) in enumerate(zip(table.grads, table.sources, weights, strict=True)):
+        if source.layout == torch.strided:
+            penalise_(grad, weight, strengths[:, column])
+        weight_rows[:, column] = weight_stats(weight)
+    read(table, request, rows)
+
+
+def penalise_(grad: Tensor, weight: Tensor, strengths: Tensor) -> None:
+    """Of one gradient; ``strengths`` are its own two."""
+    if known_to_host(strengths) and not bool(strengths.any()):
+        return
+    for piece, of_weight in zip(_pieces(grad), _pieces(tensors.dense(weight.detach())), strict=True):
+        g, w = _widened(piece), _widened(of_weight)
+        penalised = (g + strengths[0] * torch.sgn(w)) + strengths[1] * w
+        piece.copy_(torch.where(strengths.any(), penalised, g))
+
+
+def weight_stats(weight: Tensor) -> Tensor:
+    """The WEIGHT_FIELDS of one weight, 1-d."""
+    stats = _stats_of(tensors.dense(weight.detach()), Request(extras=True))
+    return torch.stack([stats[NORM], stats[MAX_ABS], stats[SUM_ABS]])
 
 
 def read_units(table: ReferenceTable, dims: list[tuple[int, ...]], request: Request, unit_rows: Tensor) -> None:
@@ -197,8 +231,21 @@ def _widened(piece: Tensor) -> Tensor:
     return piece.to(real)
 
 
-def _stats_of(piece: Tensor, request: Request) -> Tensor:
+def _stats_of(tensor: Tensor, request: Request) -> Tensor:
     """The first ``request.fields`` of FIELDS, 1-d."""
+    pieces = [_piece_stats(piece, request) for piece in _pieces(tensor)]
+    if not pieces:
+        pieces = [_piece_stats(tensor.flatten(), request)]
+    parts = torch.stack(pieces)
+    # counts and sum_abs add up; the norm joins as a norm of norms, max_abs as a maximum
+    joined = parts.sum(dim=0)
+    joined[NORM] = norm_of_norms(parts[:, NORM], request.norm_type)
+    if request.extras:
+        joined[MAX_ABS] = parts[:, MAX_ABS].amax()
+    return joined
+
+
+def _piece_stats(piece: Tensor, request: Request) -> Tensor:
     widened = _widened(piece)
     nan = torch.isnan(widened)
     inf = torch.isinf(widened) & ~nan

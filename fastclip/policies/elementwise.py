@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from fastclip.checks import number
 from fastclip.policies.base import Decision, Policy
-from fastclip.stats import Reading, known_to_host
-from fastclip.types import MAX_ABS, Request
+from fastclip.stats import Reading
+from fastclip.types import MAX_ABS, Request, known_to_host
 
 
 class Value(Policy):

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fastclip.checks import norm_type_number, number
 from fastclip.policies.base import Bound, Decision, Policy, coef_for, total_norm
-from fastclip.stats import Reading, known_to_host
-from fastclip.types import Request
+from fastclip.stats import Reading
+from fastclip.types import Request, known_to_host
 
 
 class GlobalNorm(Policy):
