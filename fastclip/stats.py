@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,10 +12,14 @@ from torch import Tensor
 
 from fastclip.backends import Part, Plan, reference
 from fastclip.backends import plan as plan_of
+from fastclip.backends.reference import FLOAT32_MAX, narrowed
 from fastclip.tensors import first_nonfinite, grads_among
 from fastclip.types import (
     ALWAYS_FIELDS,
     CLIP_COEF,
+    HEAD_INF,
+    HEAD_NORM,
+    HEADS,
     INFS,
     MAX_ABS,
     NANS,
@@ -34,11 +38,11 @@ from fastclip.types import (
     Request,
     Strengths,
     known_to_host,
+    map_magnitudes,
     wide_dtype,
 )
 from fastclip.units import unit_dims
 
-FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +76,7 @@ class Reading:
         rows: ``[request.fields, n]``, per tensor, on the first gradient's device in its widest dtype.
         totals: ``[len(TOTALS)]``, of all tensors, same device and dtype.
         on_host: ``totals`` as numbers, where looking at them waits for nothing (plain CPU memory); else None.
+        heads: ``[len(HEADS)]`` float32, where the host doesn't know ``totals``; else None.
         units: the same of each unit, if the request asks for units.
         weight_rows: ``[len(WEIGHT_FIELDS), n]``, of the gradients' weights, same device and dtype, if the request asks
             for them or a penalty was added; else None.
@@ -83,6 +88,7 @@ class Reading:
     rows: Tensor
     totals: Tensor
     on_host: list[float] | None
+    heads: Tensor | None
     units: Units | None = None
     weight_rows: Tensor | None = None
     strengths: Strengths | None = None
@@ -114,7 +120,7 @@ class Reading:
             units = Units(units.dims, units.counts, unit_rows, units.weight_norms)
             reference.join_units(unit_rows, units.counts, request, rows)
         elif isinstance(clip_coef, Tensor) or clip_coef != 1.0:
-            _scale_rows(rows, request, lambda norms: norms * clip_coef)
+            map_magnitudes(rows, request, lambda magnitudes: magnitudes * clip_coef)
         return _finished(self.plan, request, rows, units, self.weight_rows, self.strengths)
 
     @property
@@ -124,6 +130,8 @@ class Reading:
 
     @property
     def total_norm(self) -> Tensor:
+        if self.heads is not None and not self.plan.wide:
+            return self.heads[HEAD_NORM]
         if self.on_host is None or self.on_host[TOTAL_NORM] > FLOAT32_MAX:
             return narrowed(self.totals[TOTAL_NORM], self.norm_dtype)
         return torch.tensor(self.on_host[TOTAL_NORM], dtype=self.norm_dtype)
@@ -138,7 +146,8 @@ class Reading:
         """Whether a gradient is not finite; a 0-d tensor, 1.0 for yes, where the host would have to wait for it."""
         if self.on_host is not None:
             return self.on_host[TOTAL_NANS] + self.on_host[TOTAL_INFS] > 0
-        return ((self.totals[TOTAL_NANS] + self.totals[TOTAL_INFS]) > 0).to(torch.float32)
+        assert self.heads is not None
+        return self.heads[HEAD_INF]
 
     def check_finite(self) -> None:
         """Raises ``NonFiniteGradientError`` naming the first bad element. Synchronises."""
@@ -172,16 +181,6 @@ def any_of(reasons: Iterable[bool | Tensor]) -> bool | Tensor:
     return torch.stack([tensor.to(tensors[0].device) for tensor in tensors]).any()
 
 
-def narrowed(norms: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy of ``norms`` in the dtype that callers get; only a norm that is not finite becomes so.
-
-    Past float32's largest number a finite norm stays there: Inf always means that a gradient holds one.
-    """
-    if dtype == torch.float32:
-        norms = torch.where(torch.isfinite(norms), norms.clamp(max=FLOAT32_MAX), norms)
-    return norms.to(dtype, copy=True)
-
-
 def read(
     plan: Plan,
     request: Request,
@@ -197,26 +196,31 @@ def read(
     Raises:
         ValueError: ``request.units`` doesn't fit a gradient, or the gradients' parameters are not known.
     """
-    weight_rows = penalised = None
+    weight_rows = None
     if strengths is not None:
-        penalised, weight_rows = _read_penalised(plan, request, grad_scale, strengths)
+        rows, weight_rows = _read_penalised(plan, request, grad_scale, strengths)
     elif request.weights:
         weight_rows = _read_weights(plan)
+    if strengths is None and request.units is None and len(plan.parts) == 1:  # the whole list, up to its totals
+        (part,) = plan.parts
+        rows = _empty_rows(part, request.fields)
+        totals, heads = _empty_totals(rows)
+        part.backend.read(part.table, request, rows, grad_scale, totals, heads)
+        return Reading(plan, request, rows, totals, _on_host(totals), heads, None, weight_rows)
     units = _read_units(plan, request) if request.units is not None else None
-    if penalised is not None:
-        rows = penalised
-    elif units is None or request.extras:
-        rows = _gathered(plan, [_read_part(part, request) for part in plan.parts])
-    else:
-        rows = units.rows.new_empty((request.fields, len(units.counts)))
-        (plan.parts[0].backend if len(plan.parts) == 1 else reference).join_units(
-            units.rows, units.counts, request, rows
-        )
+    if strengths is None:
+        if units is None or request.extras:
+            rows = _gathered(plan, [_read_part(part, request) for part in plan.parts])
+        else:
+            rows = units.rows.new_empty((request.fields, len(units.counts)))
+            (plan.parts[0].backend if len(plan.parts) == 1 else reference).join_units(
+                units.rows, units.counts, request, rows
+            )
     if grad_scale is not None:
         divisor = grad_scale.detach().reshape(()).to(rows) if isinstance(grad_scale, Tensor) else grad_scale
-        _scale_rows(rows, request, lambda norms: norms / divisor)
+        map_magnitudes(rows, request, lambda magnitudes: magnitudes / divisor)
         if units is not None:
-            _scale_rows(units.rows, request, lambda norms: norms / divisor)
+            map_magnitudes(units.rows, request, lambda magnitudes: magnitudes / divisor)
     return _finished(plan, request, rows, units, weight_rows, strengths)
 
 
@@ -228,17 +232,18 @@ def _finished(
     weight_rows: Tensor | None,
     strengths: Strengths | None,
 ) -> Reading:
+    totals, heads = _empty_totals(rows)
+    plan.finish(rows, request, totals, heads)
+    return Reading(plan, request, rows, totals, _on_host(totals), heads, units, weight_rows, strengths)
+
+
+def _empty_totals(rows: Tensor) -> tuple[Tensor, Tensor | None]:
     totals = rows.new_empty(len(TOTALS))
-    plan.finish(rows, request, totals)
-    on_host = totals.tolist() if known_to_host(totals) else None
-    return Reading(plan, request, rows, totals, on_host, units, weight_rows, strengths)
+    return totals, None if known_to_host(totals) else rows.new_empty(len(HEADS), dtype=torch.float32)
 
 
-def _scale_rows(rows: Tensor, request: Request, scaled: Callable[[Tensor], Tensor]) -> None:
-    """Replaces norms and magnitudes in place; counts have no scale."""
-    for field in (NORM, MAX_ABS, SUM_ABS):
-        if field < len(rows) and not (field == NORM and request.norm_type == 0):
-            rows[field] = scaled(rows[field])
+def _on_host(totals: Tensor) -> list[float] | None:
+    return totals.tolist() if known_to_host(totals) else None
 
 
 def _gathered(plan: Plan, own: list[Tensor]) -> Tensor:

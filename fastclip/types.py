@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -20,6 +21,11 @@ WEIGHT_NORM, WEIGHT_MAX_ABS, WEIGHT_SUM_ABS = range(len(WEIGHT_FIELDS))
 
 TOTALS = ("total_norm", "clip_coef", "nans", "infs")
 TOTAL_NORM, CLIP_COEF, TOTAL_NANS, TOTAL_INFS = range(len(TOTALS))
+
+# What callers get of them where the host doesn't look at them, in float32: total_norm (its largest number for what lies
+# past it) and 1.0 if a gradient is not finite.
+HEADS = ("total_norm", "found_inf")
+HEAD_NORM, HEAD_INF = range(len(HEADS))
 
 Strengths: TypeAlias = list[tuple[float, float]]  # of a weight penalty: (of the sign, of the weight) per gradient
 
@@ -98,8 +104,20 @@ class Backend(Protocol):
         ``native`` is the native core's table over the same gradients, where there is one.
         """
 
-    def read(self, table: Any, request: Request, rows: Tensor) -> None:
-        """The one read. Fills ``rows``, ``[request.fields, len(table)]``, every element of it."""
+    def read(
+        self,
+        table: Any,
+        request: Request,
+        rows: Tensor,
+        grad_scale: float | Tensor | None = None,
+        totals: Tensor | None = None,
+        heads: Tensor | None = None,
+    ) -> None:
+        """The one read. Fills ``rows``, ``[request.fields, len(table)]``, every element of it.
+
+        With ``grad_scale``, a number or one element, norms and magnitudes are divided by it. With ``totals`` does what
+        ``finish`` does, too.
+        """
 
     def read_penalised_(
         self,
@@ -137,8 +155,9 @@ class Backend(Protocol):
     def join_units(self, unit_rows: Tensor, counts: list[int], request: Request, rows: Tensor) -> None:
         """Joins ``unit_rows`` into ``rows``, ``[ALWAYS_FIELDS, n]``: tensor i has ``counts[i]`` units."""
 
-    def finish(self, rows: Tensor, request: Request, totals: Tensor) -> None:
-        """Joins ``rows`` (of any number of tensors, tables or ranks) into ``totals``, ``[len(TOTALS)]``."""
+    def finish(self, rows: Tensor, request: Request, totals: Tensor, heads: Tensor | None = None) -> None:
+        """Joins ``rows`` (of any number of tensors, tables or ranks) into ``totals``, ``[len(TOTALS)]`` in the dtype of
+        ``rows``, and ``heads``, ``[len(HEADS)]`` float32."""
 
     def scale_(self, table: Any, factor: float | Tensor) -> None:
         """Multiplies in place by a number, a 0-d tensor, or one factor per tensor (1-d float64).
@@ -185,6 +204,13 @@ class NonFiniteGradientError(FastclipError, RuntimeError):
 
 class SkipLimitError(FastclipError, RuntimeError):
     """So many steps in a row were skipped that this is no training any more. The last one was skipped too."""
+
+
+def map_magnitudes(rows: Tensor, request: Request, mapped: Callable[[Tensor], Tensor]) -> None:
+    """Replaces norms and magnitudes in ``rows``; counts have no scale."""
+    for field in (NORM, MAX_ABS, SUM_ABS):
+        if field < len(rows) and not (field == NORM and request.norm_type == 0):
+            rows[field] = mapped(rows[field])
 
 
 def known_to_host(tensor: Tensor) -> bool:

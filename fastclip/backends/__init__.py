@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from fastclip._native import C, why_missing
-from fastclip.backends import cpu, reference
+from fastclip.backends import cpu, cuda, reference
 from fastclip.tensors import Grads, TensorOrTensors, check_not_inference, check_writable, grads_or_parameters
 from fastclip.types import Backend, BackendUnavailableError, Request, UnsupportedGradientError
 
-BACKENDS: tuple[Backend, ...] = (cpu, reference)  # best first; the reference serves what the others don't
+# Best first; the reference serves what the others don't. Emulated, CUDA's kernels are the last choice.
+BACKENDS: tuple[Backend, ...] = (cpu, reference, cuda) if cuda.EMULATED else (cuda, cpu, reference)
 
 forced: str | None = os.environ.get("FASTCLIP_BACKEND") or None
 
@@ -81,7 +82,7 @@ class Plan:
         return any(part.table.wide for part in self.parts)
 
     @property
-    def finish(self) -> Callable[[Tensor, Request, Tensor], None]:
+    def finish(self) -> Callable[[Tensor, Request, Tensor, Tensor | None], None]:
         """Of the one backend where there is one."""
         return self.parts[0].backend.finish if len(self.parts) == 1 else reference.finish
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fastclip._native import C, why_missing
-from fastclip.backends import reference
-from fastclip.types import Request
+from fastclip.backends import pieces, reference
+from fastclip.types import HEAD_INF, HEAD_NORM, TOTAL_INFS, TOTAL_NANS, TOTAL_NORM, Request
 
 name = "cpu"
 
@@ -25,11 +25,21 @@ def unavailable() -> str:
 
 
 def table_of(grads: list[Tensor], native: Any = None) -> Any:
-    return C.GradTable(grads) if native is None else native
+    return native if native is not None and native.device_type == C.CPU else C.GradTable(grads, C.CPU)
 
 
-def read(table: Any, request: Request, rows: Tensor) -> None:
-    C.cpu_read(table, request.norm_type, request.extras, rows, torch.get_num_threads())
+def read(
+    table: Any,
+    request: Request,
+    rows: Tensor,
+    grad_scale: float | Tensor | None = None,
+    totals: Tensor | None = None,
+    heads: Tensor | None = None,
+) -> None:
+    divisor = 1.0 if grad_scale is None else float(grad_scale)
+    C.cpu_read(table, request.norm_type, request.extras, divisor, rows, torch.get_num_threads())
+    if totals is not None:
+        finish(rows, request, totals, heads)
 
 
 def read_penalised_(
@@ -47,26 +57,22 @@ def read_penalised_(
 
 
 def read_units(table: Any, dims: list[tuple[int, ...]], request: Request, unit_rows: Tensor) -> None:
-    counts = _pieces(table, dims)
-    if all(counts):
-        C.cpu_read(C.split(table, counts), request.norm_type, False, unit_rows, torch.get_num_threads())
-        return
-    own = unit_rows.new_empty((len(unit_rows), sum(counts)))
-    C.cpu_read(C.split(table, counts), request.norm_type, False, own, torch.get_num_threads())
-    at = from_own = 0
-    for grad, reduced, count in zip(table.grads, dims, counts, strict=True):
-        found = own[:, from_own : from_own + count] if count else reference.unit_stats(grad.detach(), reduced, request)
-        unit_rows[:, at : at + found.shape[1]] = found
-        at, from_own = at + found.shape[1], from_own + count
+    def read(counts: pieces.Counts, out: Tensor) -> None:
+        C.cpu_read(C.split(table, counts), request.norm_type, False, 1.0, out, torch.get_num_threads())
+
+    pieces.read_units(table, dims, request, unit_rows, read)
 
 
 def join_units(unit_rows: Tensor, counts: list[int], request: Request, rows: Tensor) -> None:
     C.cpu_join(unit_rows, counts, request.norm_type, rows)
 
 
-def finish(rows: Tensor, request: Request, totals: Tensor) -> None:
+def finish(rows: Tensor, request: Request, totals: Tensor, heads: Tensor | None = None) -> None:
     fields, count = rows.shape
     C.cpu_finish(rows, fields, count, request.norm_type, request.max_norm, request.eps, totals)
+    if heads is not None:
+        heads[HEAD_NORM] = reference.narrowed(totals[TOTAL_NORM], torch.float32)
+        heads[HEAD_INF] = totals[TOTAL_NANS] + totals[TOTAL_INFS] > 0
 
 
 def scale_(table: Any, factor: float | Tensor) -> None:
@@ -81,26 +87,12 @@ def scale_(table: Any, factor: float | Tensor) -> None:
 
 
 def scale_units_(table: Any, dims: list[tuple[int, ...]], factors: Tensor) -> None:
-    counts = _pieces(table, dims)
-    if all(counts):
-        C.cpu_scale_each(C.split(table, counts), factors, torch.get_num_threads())
-        starts = np.cumsum([0, *counts[:-1]])
-        _bump(table, (np.add.reduceat((factors != 1.0).numpy(), starts) > 0).tolist() if counts else [])
-        return
-    at = 0
-    for i, (grad, reduced) in enumerate(zip(table.grads, dims, strict=True)):
-        count = counts[i] or reference.count_units(grad, reduced)
-        own = factors[at : at + count]
-        at += count
-        if bool((own == 1.0).all()):
-            continue
-        if counts[i]:
-            C.cpu_scale_each(
-                C.split(table, [0] * i + [count] + [0] * (len(counts) - i - 1)), own, torch.get_num_threads()
-            )
-            increment_version([grad])
-        else:
-            reference.scale_units_of(grad.detach(), reduced, own)
+    def scale(counts: pieces.Counts, own: Tensor) -> None:
+        C.cpu_scale_each(C.split(table, counts), own, torch.get_num_threads())
+        clipped = np.add.accumulate(np.concatenate([[0], (own != 1.0).numpy()]))[np.cumsum([0, *counts])]
+        _bump(table, (np.diff(clipped) > 0).tolist())
+
+    pieces.scale_units_(table, dims, factors, scale)
 
 
 def clamp_(table: Any, bound: float) -> None:
@@ -109,13 +101,6 @@ def clamp_(table: Any, bound: float) -> None:
 
 def zero_nonfinite_(table: Any) -> None:
     _bump(table, C.cpu_zero_nonfinite(table, torch.get_num_threads()))
-
-
-def _pieces(table: Any, dims: list[tuple[int, ...]]) -> list[int]:
-    """For each tensor in how many equal pieces of memory its units lie; 0 if they don't lie so."""
-    masks = {over: sum(1 << d for d in over) for over in set(dims)}
-    counts: list[int] = C.pieces(table, [masks[over] for over in dims])
-    return counts
 
 
 def _bump(table: Any, written: list[bool]) -> None:

@@ -19,6 +19,8 @@ from fastclip import tensors
 from fastclip.types import (
     ALWAYS_FIELDS,
     CLIP_COEF,
+    HEAD_INF,
+    HEAD_NORM,
     MAX_ABS,
     NORM,
     SUM_ABS,
@@ -27,11 +29,13 @@ from fastclip.types import (
     TOTAL_NORM,
     Request,
     known_to_host,
+    map_magnitudes,
     wide_dtype,
 )
 
 name = "reference"
 
+FLOAT32_MAX = torch.finfo(torch.float32).max
 PIECE = 1 << 22  # elements widened at a time: 32 MiB of float64
 
 
@@ -71,9 +75,21 @@ def table_of(grads: list[Tensor], native: Any = None) -> ReferenceTable:
     return table
 
 
-def read(table: ReferenceTable, request: Request, rows: Tensor) -> None:
+def read(
+    table: ReferenceTable,
+    request: Request,
+    rows: Tensor,
+    grad_scale: float | Tensor | None = None,
+    totals: Tensor | None = None,
+    heads: Tensor | None = None,
+) -> None:
     for column, grad in enumerate(table.grads):
         rows[:, column] = _stats_of(grad, request)
+    if grad_scale is not None:
+        divisor = grad_scale.detach().reshape(()).to(rows) if isinstance(grad_scale, Tensor) else grad_scale
+        map_magnitudes(rows, request, lambda magnitudes: magnitudes / divisor)
+    if totals is not None:
+        finish(rows, request, totals, heads)
 
 
 def read_penalised_(
@@ -140,7 +156,7 @@ def join_units(unit_rows: Tensor, counts: list[int], request: Request, rows: Ten
         rows[1:ALWAYS_FIELDS, column] = own[1:].sum(dim=1)
 
 
-def finish(rows: Tensor, request: Request, totals: Tensor) -> None:
+def finish(rows: Tensor, request: Request, totals: Tensor, heads: Tensor | None = None) -> None:
     total_norm = norm_of_norms(rows[0], request.norm_type) if rows.shape[1] else rows.new_zeros(())
     clip_coef = torch.ones_like(total_norm)
     if request.max_norm != math.inf:
@@ -150,6 +166,19 @@ def finish(rows: Tensor, request: Request, totals: Tensor) -> None:
     totals[CLIP_COEF] = clip_coef
     totals[TOTAL_NANS] = rows[1].sum()
     totals[TOTAL_INFS] = rows[2].sum()
+    if heads is not None:
+        heads[HEAD_NORM] = narrowed(total_norm, torch.float32)
+        heads[HEAD_INF] = totals[TOTAL_NANS] + totals[TOTAL_INFS] > 0
+
+
+def narrowed(norms: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy of ``norms`` in the dtype that callers get; only a norm that is not finite becomes so.
+
+    Past float32's largest number a finite norm stays there: Inf always means that a gradient holds one.
+    """
+    if dtype == torch.float32:
+        norms = torch.where(torch.isfinite(norms), norms.clamp(max=FLOAT32_MAX), norms)
+    return norms.to(dtype, copy=True)
 
 
 def scale_(table: ReferenceTable, factor: float | Tensor) -> None:

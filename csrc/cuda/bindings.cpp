@@ -1,0 +1,133 @@
+// The CUDA backend's entries: derive, then launch. The GIL is held throughout: a launch doesn't wait for the device,
+// and what belongs to one read must reach the stream before the next one's.
+#include "bindings.h"
+
+#include "../grad_table.h"
+#include "engine.h"
+#if defined(FASTCLIP_CUDA_EMULATED)
+#include "emulated/fibers.h"
+#endif
+
+namespace fastclip {
+namespace {
+
+#if defined(FASTCLIP_CUDA_EMULATED)
+constexpr int kDeviceType = kDLCPU;
+#else
+constexpr int kDeviceType = kDLCUDA;
+#endif
+
+using Units = std::vector<std::int64_t>;
+
+std::int64_t units_in(const GradTable& table, const Units& units) {
+  if (units.empty()) return static_cast<std::int64_t>(table.tensors.size());
+  if (units.size() != table.tensors.size()) throw py::value_error("one number of units per tensor is needed");
+  std::int64_t sum = 0;
+  for (std::size_t i = 0; i < units.size(); ++i) {
+    if (units[i] < 0 || (units[i] > 0 && table.tensors[i].size % units[i] != 0))
+      throw py::value_error("tensor " + std::to_string(i) + " can't be cut into " + std::to_string(units[i]) + " units");
+    sum += units[i];
+  }
+  return sum;
+}
+
+double* doubles(const py::object& tensor, std::int64_t size, Device device, const char* name) {
+  return tensor.is_none() ? nullptr : static_cast<double*>(memory(tensor, DType::f64, size, device, name));
+}
+
+float* floats(const py::object& tensor, std::int64_t size, Device device, const char* name) {
+  return tensor.is_none() ? nullptr : static_cast<float*>(memory(tensor, DType::f32, size, device, name));
+}
+
+// A float, or a float32 or float64 tensor of one element.
+cuda::Scalar scalar(const py::object& value, Device device, const char* name) {
+  cuda::Scalar out;
+  if (py::isinstance<py::float_>(value) || py::isinstance<py::int_>(value)) {
+    out.value = value.cast<double>();
+    return out;
+  }
+  out.is_double = py::str(value.attr("dtype")).cast<std::string>() == "torch.float64";
+  out.at = memory(value, out.is_double ? DType::f64 : DType::f32, 1, device, name);
+  return out;
+}
+
+cuda::Place place(Device device) { return {device.id, current_stream(device), nullptr, false}; }
+
+// -> (stream, whether a graph is being captured on it)
+std::pair<std::intptr_t, bool> stream_of(const GradTable& table) {
+  void* stream = current_stream(table.device);
+  return {reinterpret_cast<std::intptr_t>(stream), cuda::is_capturing(stream)};
+}
+
+std::int64_t workspace_bytes(const GradTable& table, const Units& units, bool extras) {
+  units_in(table, units);
+  return cuda::read_workspace_bytes(table.tensors, units, extras);
+}
+
+void read(const GradTable& table, const Units& units, double norm_type, bool extras, const py::object& divisor,
+          const py::object& rows, const py::object& totals, const py::object& narrow, double max_norm, double eps,
+          const py::object& workspace, std::int64_t workspace_size, bool fresh) {
+  const Device device = table.device;
+  const std::int64_t count = units_in(table, units);
+  cuda::ReadArguments given{norm_type, extras, scalar(divisor, device, "divisor"), doubles(rows, count * (extras ? 6 : 3), device, "rows"),
+                            doubles(totals, 4, device, "totals"), floats(narrow, 2, device, "narrow"), max_norm, eps};
+  if (workspace_size < cuda::read_workspace_bytes(table.tensors, units, extras)) throw py::value_error("the workspace is too small");
+  cuda::Place at = place(device);
+  at.workspace = doubles(workspace, workspace_size / 8, device, "workspace");
+  at.fresh_workspace = fresh;
+  cuda::read(table.tensors, units, given, at);
+}
+
+void finish(const py::object& rows, std::int64_t fields, std::int64_t count, double norm_type, double max_norm, double eps,
+            const py::object& totals, const py::object& narrow) {
+  const Device device = device_of(rows);
+  if (fields < 3) throw py::value_error("rows lacks a field");
+  cuda::finish(doubles(rows, fields * count, device, "rows"), count, norm_type, max_norm, eps,
+               doubles(totals, 4, device, "totals"), floats(narrow, 2, device, "narrow"), place(device));
+}
+
+void join(const py::object& unit_rows, const Units& units, double norm_type, const py::object& rows) {
+  const Device device = device_of(rows);
+  std::int64_t count = 0;
+  for (const std::int64_t of_tensor : units) count += of_tensor;
+  cuda::join(doubles(unit_rows, 3 * count, device, "unit_rows"), units, norm_type,
+             doubles(rows, 3 * static_cast<std::int64_t>(units.size()), device, "rows"), place(device));
+}
+
+void scale(const GradTable& table, const py::object& factor) {
+  cuda::scale(table.tensors, scalar(factor, table.device, "factor"), place(table.device));
+}
+
+void scale_each(const GradTable& table, const Units& units, const py::object& factors) {
+  const std::int64_t count = units_in(table, units);
+  cuda::scale_each(table.tensors, units, doubles(factors, count, table.device, "factors"), place(table.device));
+}
+
+void clamp(const GradTable& table, double bound) { cuda::clamp(table.tensors, bound, place(table.device)); }
+
+void zero_nonfinite(const GradTable& table) { cuda::zero_nonfinite(table.tensors, place(table.device)); }
+
+}  // namespace
+
+void define_cuda(py::module_& m) {
+  m.attr("CUDA") = kDeviceType;
+  m.attr("cuda_emulated") = kDeviceType == kDLCPU;
+  m.def("cuda_unavailable", &cuda::why_unavailable);
+  m.def("cuda_stream", &stream_of, py::arg("table"));
+  m.def("cuda_workspace_bytes", &workspace_bytes, py::arg("table"), py::arg("units"), py::arg("extras"));
+  m.def("cuda_read", &read, py::arg("table"), py::arg("units"), py::arg("norm_type"), py::arg("extras"), py::arg("divisor"),
+        py::arg("rows"), py::arg("totals"), py::arg("narrow"), py::arg("max_norm"), py::arg("eps"), py::arg("workspace"),
+        py::arg("workspace_size"), py::arg("fresh"));
+  m.def("cuda_finish", &finish, py::arg("rows"), py::arg("fields"), py::arg("count"), py::arg("norm_type"),
+        py::arg("max_norm"), py::arg("eps"), py::arg("totals"), py::arg("narrow"));
+  m.def("cuda_join", &join, py::arg("unit_rows"), py::arg("units"), py::arg("norm_type"), py::arg("rows"));
+  m.def("cuda_scale", &scale, py::arg("table"), py::arg("factor"));
+  m.def("cuda_scale_each", &scale_each, py::arg("table"), py::arg("units"), py::arg("factors"));
+  m.def("cuda_clamp", &clamp, py::arg("table"), py::arg("bound"));
+  m.def("cuda_zero_nonfinite", &zero_nonfinite, py::arg("table"));
+#if defined(FASTCLIP_CUDA_EMULATED)
+  m.def("cuda_set_order", &cuda::set_order, py::arg("seed"), "0: threads in order; else as this seed has it.");
+#endif
+}
+
+}  // namespace fastclip
