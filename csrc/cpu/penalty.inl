@@ -29,7 +29,7 @@ struct WeightLanes {
   Bits largest;
 };
 
-// `at`: place of the vector in its row of kHalfLanes floats or kLanes doubles.
+// kAt: place of the vector in its row of kHalfLanes floats or kLanes doubles.
 template <int kAt>
 FASTCLIP_INLINE static inline void add_magnitudes(vf magnitudes, Index<kAt>, WeightLanes<float>& lanes) {
   const vd low = widen_low(magnitudes), high = widen_high(magnitudes);
@@ -78,12 +78,12 @@ static WeightSums penalise_vectors(Format format, typename Format::Storage* grad
         sums[s][v] = (grad + reinterpret_cast<Vector>(sign_term)) + weight * of_weight;
         const Lanes higher = magnitudes > lanes.largest;
         lanes.largest = (magnitudes & higher) | (lanes.largest & ~higher);
-        const Vector of_weights = reinterpret_cast<Vector>(magnitudes);
+        const Vector sizes = reinterpret_cast<Vector>(magnitudes);
         if constexpr (kHalf) {
-          abs[v] += of_weights;
-          squares[v] += of_weights * of_weights;
+          abs[v] += sizes;
+          squares[v] += sizes * sizes;
         } else {
-          add_magnitudes(of_weights, v, lanes);
+          add_magnitudes(sizes, v, lanes);
         }
       });
     });
