@@ -12,14 +12,19 @@ import torch
 HERE = Path(__file__).parent
 
 
+def build_facts() -> dict[str, Any]:
+    """What the build of the extension recorded; empty without a build."""
+    record = HERE / "_build.json"
+    facts: dict[str, Any] = json.loads(record.read_text()) if record.exists() else {}
+    return facts
+
+
 def _why_missing(error: ImportError) -> str:
     if any(HERE.glob("_C.*")) and "No module named" not in str(error):
         return f"the extension in {HERE} could not be loaded: {error}"
-    record = HERE / "_build.json"
-    if record.exists():
-        facts = json.loads(record.read_text())
-        if not facts["extension"]:
-            return f"{facts['why']}; install a C++ compiler and reinstall fastclip"
+    facts = build_facts()
+    if facts and not facts["extension"]:
+        return f"{facts['why']}; install a C++ compiler and reinstall fastclip"
     if (HERE.parent / "csrc").is_dir():
         return (
             f"fastclip was imported from the source folder {HERE.parent}, where the extension is not built; "

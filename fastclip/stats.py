@@ -44,7 +44,6 @@ from fastclip.types import (
 from fastclip.units import unit_dims
 
 
-
 @dataclass(frozen=True, slots=True)
 class Units:
     """What one read says of the units of the gradients: those of the first one, then of the second, ...

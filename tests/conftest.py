@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, settings
 
 import fastclip.backends
 from fastclip._native import C
+from fastclip.backends import cuda
 
 settings.register_profile(
     "fastclip",
@@ -25,7 +26,7 @@ settings.register_profile(
 settings.load_profile("fastclip")
 
 CAPABILITIES: list[str] = list(C.cpu_capabilities()) if C is not None else []
-BACKENDS = ["reference", *(f"cpu-{capability}" for capability in CAPABILITIES)]
+BACKENDS = ["reference", *(f"cpu-{capability}" for capability in CAPABILITIES), *([cuda.name] if cuda.EMULATED else [])]
 
 
 @pytest.hookimpl(wrapper=True)
@@ -55,10 +56,10 @@ def same_start() -> Iterator[None]:
 
 def use(name: str, alone: bool) -> None:
     """Runs what follows on one backend; ``alone`` means that no other may help out."""
-    backend, _, capability = name.partition("-")
-    if capability:
+    if name.startswith("cpu-"):
+        name, capability = name.split("-")
         assert C.cpu_use_capability(capability)
-    fastclip.backends.forced = backend if alone or backend == "reference" else None
+    fastclip.backends.forced = name if alone or not name.startswith("cpu") else None
 
 
 @pytest.fixture(params=BACKENDS)

@@ -72,7 +72,7 @@ def oracle(tensor: Tensor, dims: tuple[int, ...], p: float) -> Tensor:
 
 
 def module(backend: str):
-    return reference if backend == "reference" else cpu
+    return {"reference": reference, cuda.name: cuda}.get(backend, cpu)
 
 
 def shapes_for(units: str | tuple[int, ...]) -> list[tuple[int, ...]]:

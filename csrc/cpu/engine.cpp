@@ -221,7 +221,7 @@ bool use_capability(const std::string& name) {
 
 std::string capability() { return kernels().name; }
 
-void read(const Tensors& tensors, double norm_type, bool extras, double* rows, int threads) {
+void read(const Tensors& tensors, double norm_type, bool extras, double divisor, double* rows, int threads) {
   const std::vector<Chunk> chunks = chunks_of(tensors);
   std::vector<ChunkStats> partials(chunks.size());
   const Kernels& k = kernels();
@@ -231,7 +231,13 @@ void read(const Tensors& tensors, double norm_type, bool extras, double* rows, i
     partials[i] = stats_of(k, tensor.dtype, address(tensor, chunk), chunk.size, norm_type, extras);
   });
 
-  fill_rows(chunks, partials, static_cast<std::int64_t>(tensors.size()), norm_type, extras, rows);
+  const auto count = static_cast<std::int64_t>(tensors.size());
+  fill_rows(chunks, partials, count, norm_type, extras, rows);
+  if (divisor == 1.0) return;
+  for (const Field field : {kNorm, kMaxAbs, kSumAbs}) {
+    if ((field == kNorm && norm_type == 0.0) || (field != kNorm && !extras)) continue;  // a count has no scale
+    for (std::int64_t t = 0; t < count; ++t) rows[field * count + t] /= divisor;
+  }
 }
 
 void read_penalised(const Tensors& grads, const Tensors& weights, const double* strengths, double norm_type, bool extras,

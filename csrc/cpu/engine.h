@@ -24,8 +24,8 @@ std::vector<std::string> capabilities();
 bool use_capability(const std::string& name);
 std::string capability();
 
-// rows: out, [kAlwaysFields or kFields][tensors.size()] float64.
-void read(const Tensors& tensors, double norm_type, bool extras, double* rows, int threads);
+// Norms and magnitudes are divided by `divisor`. rows: out, [kAlwaysFields or kFields][tensors.size()] float64.
+void read(const Tensors& tensors, double norm_type, bool extras, double divisor, double* rows, int threads);
 
 // Adds strengths[0][i] * sign(w) + strengths[1][i] * w to gradient i and reads what was written, chunk by chunk. A weight
 // of size 0 has no part in it: its gradient is only read, its columns are 0. Two strengths of 0 write nothing.

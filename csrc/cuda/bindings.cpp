@@ -17,7 +17,7 @@ constexpr int kDeviceType = kDLCPU;
 constexpr int kDeviceType = kDLCUDA;
 #endif
 
-using Units = std::vector<std::int64_t>;
+using cuda::Units;
 
 std::int64_t units_in(const GradTable& table, const Units& units) {
   if (units.empty()) return static_cast<std::int64_t>(table.tensors.size());
@@ -59,31 +59,53 @@ std::pair<std::intptr_t, bool> stream_of(const GradTable& table) {
   return {reinterpret_cast<std::intptr_t>(stream), cuda::is_capturing(stream)};
 }
 
-std::int64_t workspace_bytes(const GradTable& table, const Units& units, bool extras) {
+std::int64_t workspace_bytes(const GradTable& table, const Units& units, bool extras, bool penalised) {
   units_in(table, units);
-  return cuda::read_workspace_bytes(table.tensors, units, extras);
+  return cuda::read_workspace_bytes(table.tensors, units, extras, penalised);
+}
+
+// workspace: float64, all 0 where a read begins and ends; `fresh` if it isn't yet.
+cuda::Place place(const GradTable& table, const Units& units, bool extras, bool penalised, const py::object& workspace, bool fresh) {
+  const auto numbers = workspace.attr("numel")().cast<std::int64_t>();
+  if (8 * numbers < cuda::read_workspace_bytes(table.tensors, units, extras, penalised)) throw py::value_error("the workspace is too small");
+  cuda::Place at = place(table.device);
+  at.workspace = doubles(workspace, numbers, table.device, "workspace");
+  at.fresh_workspace = fresh;
+  return at;
 }
 
 void read(const GradTable& table, const Units& units, double norm_type, bool extras, const py::object& divisor,
-          const py::object& rows, const py::object& totals, const py::object& narrow, double max_norm, double eps,
-          const py::object& workspace, std::int64_t workspace_size, bool fresh) {
+          const py::object& rows, const py::object& totals, const py::object& heads, double max_norm, double eps,
+          const py::object& workspace, bool fresh) {
   const Device device = table.device;
   const std::int64_t count = units_in(table, units);
-  cuda::ReadArguments given{norm_type, extras, scalar(divisor, device, "divisor"), doubles(rows, count * (extras ? 6 : 3), device, "rows"),
-                            doubles(totals, 4, device, "totals"), floats(narrow, 2, device, "narrow"), max_norm, eps};
-  if (workspace_size < cuda::read_workspace_bytes(table.tensors, units, extras)) throw py::value_error("the workspace is too small");
-  cuda::Place at = place(device);
-  at.workspace = doubles(workspace, workspace_size / 8, device, "workspace");
-  at.fresh_workspace = fresh;
-  cuda::read(table.tensors, units, given, at);
+  const cuda::ReadArguments given{norm_type,
+                                  extras,
+                                  scalar(divisor, device, "divisor"),
+                                  doubles(rows, count * (extras ? 6 : 3), device, "rows"),
+                                  doubles(totals, 4, device, "totals"),
+                                  floats(heads, 2, device, "heads"),
+                                  max_norm,
+                                  eps};
+  cuda::read(table.tensors, units, given, place(table, units, extras, false, workspace, fresh));
+}
+
+void read_penalised(const GradTable& table, const GradTable& weights, const py::object& strengths, double norm_type, bool extras,
+                    const py::object& rows, const py::object& weight_rows, const py::object& workspace, bool fresh) {
+  const Device device = table.device;
+  const auto count = static_cast<std::int64_t>(table.tensors.size());
+  if (weights.tensors.size() != table.tensors.size()) throw py::value_error("one weight per gradient is needed");
+  const cuda::ReadArguments given{norm_type, extras, {}, doubles(rows, count * (extras ? 6 : 3), device, "rows"), nullptr, nullptr, 0, 0};
+  cuda::read_penalised(table.tensors, weights.tensors, doubles(strengths, 2 * count, device, "strengths"), given,
+                       doubles(weight_rows, 3 * count, device, "weight_rows"), place(table, {}, extras, true, workspace, fresh));
 }
 
 void finish(const py::object& rows, std::int64_t fields, std::int64_t count, double norm_type, double max_norm, double eps,
-            const py::object& totals, const py::object& narrow) {
+            const py::object& totals, const py::object& heads) {
   const Device device = device_of(rows);
   if (fields < 3) throw py::value_error("rows lacks a field");
   cuda::finish(doubles(rows, fields * count, device, "rows"), count, norm_type, max_norm, eps,
-               doubles(totals, 4, device, "totals"), floats(narrow, 2, device, "narrow"), place(device));
+               doubles(totals, 4, device, "totals"), floats(heads, 2, device, "heads"), place(device));
 }
 
 void join(const py::object& unit_rows, const Units& units, double norm_type, const py::object& rows) {
@@ -114,12 +136,15 @@ void define_cuda(py::module_& m) {
   m.attr("cuda_emulated") = kDeviceType == kDLCPU;
   m.def("cuda_unavailable", &cuda::why_unavailable);
   m.def("cuda_stream", &stream_of, py::arg("table"));
-  m.def("cuda_workspace_bytes", &workspace_bytes, py::arg("table"), py::arg("units"), py::arg("extras"));
+  m.def("cuda_workspace_bytes", &workspace_bytes, py::arg("table"), py::arg("units"), py::arg("extras"),
+        py::arg("penalised"));
   m.def("cuda_read", &read, py::arg("table"), py::arg("units"), py::arg("norm_type"), py::arg("extras"), py::arg("divisor"),
-        py::arg("rows"), py::arg("totals"), py::arg("narrow"), py::arg("max_norm"), py::arg("eps"), py::arg("workspace"),
-        py::arg("workspace_size"), py::arg("fresh"));
+        py::arg("rows"), py::arg("totals"), py::arg("heads"), py::arg("max_norm"), py::arg("eps"), py::arg("workspace"),
+        py::arg("fresh"));
+  m.def("cuda_read_penalised", &read_penalised, py::arg("table"), py::arg("weights"), py::arg("strengths"), py::arg("norm_type"),
+        py::arg("extras"), py::arg("rows"), py::arg("weight_rows"), py::arg("workspace"), py::arg("fresh"));
   m.def("cuda_finish", &finish, py::arg("rows"), py::arg("fields"), py::arg("count"), py::arg("norm_type"),
-        py::arg("max_norm"), py::arg("eps"), py::arg("totals"), py::arg("narrow"));
+        py::arg("max_norm"), py::arg("eps"), py::arg("totals"), py::arg("heads"));
   m.def("cuda_join", &join, py::arg("unit_rows"), py::arg("units"), py::arg("norm_type"), py::arg("rows"));
   m.def("cuda_scale", &scale, py::arg("table"), py::arg("factor"));
   m.def("cuda_scale_each", &scale_each, py::arg("table"), py::arg("units"), py::arg("factors"));

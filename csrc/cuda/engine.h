@@ -30,27 +30,33 @@ struct ReadArguments {
   Scalar divisor;   // of the norms
   double* rows;     // out, [6 with extras, else 3][units]
   double* totals;   // out, [4], see Total in ../cpu/engine.h; null if not wanted
-  float* narrow;    // out, [2]: total_norm in float32, found_inf; with totals
+  float* heads;    // out, [2]: total_norm in float32, found_inf; with totals
   double max_norm, eps;
 };
 
 inline constexpr std::int64_t kTicketBytes = 16;
 
-// `units`: of how many units each tensor consists; empty for one each. The same in all functions.
-std::int64_t read_workspace_bytes(const Tensors& tensors, const std::vector<std::int64_t>& units, bool extras);
-void read(const Tensors& tensors, const std::vector<std::int64_t>& units, const ReadArguments& given, const Place& place);
+// Of how many units each tensor consists; empty for one each.
+using Units = std::vector<std::int64_t>;
+
+std::int64_t read_workspace_bytes(const Tensors& tensors, const Units& units, bool extras, bool penalised);
+void read(const Tensors& tensors, const Units& units, const ReadArguments& given, const Place& place);
+
+// See ../cpu/engine.h. strengths: in, [2][grads.size()]. weight_rows: out, [3][grads.size()].
+void read_penalised(const Tensors& grads, const Tensors& weights, const double* strengths, const ReadArguments& given,
+                    double* weight_rows, const Place& place);
 
 // rows: in, [>= 3][count].
 void finish(const double* rows, std::int64_t count, double norm_type, double max_norm, double eps, double* totals,
-            float* narrow, const Place& place);
+            float* heads, const Place& place);
 
 // unit_rows: in, [3][sum of units]. rows: out, [3][units.size()].
-void join(const double* unit_rows, const std::vector<std::int64_t>& units, double norm_type, double* rows, const Place& place);
+void join(const double* unit_rows, const Units& units, double norm_type, double* rows, const Place& place);
 
 // By one factor for all; returns at once where that is 1.
 void scale(const Tensors& tensors, const Scalar& factor, const Place& place);
 // By one float64 factor per unit.
-void scale_each(const Tensors& tensors, const std::vector<std::int64_t>& units, const double* factors, const Place& place);
+void scale_each(const Tensors& tensors, const Units& units, const double* factors, const Place& place);
 void clamp(const Tensors& tensors, double bound, const Place& place);
 void zero_nonfinite(const Tensors& tensors, const Place& place);
 

@@ -7,24 +7,36 @@ namespace {
 
 struct Totals {
   double* totals;      // out, [4]: total_norm, clip_coef, nans, infs; null if not wanted
-  float* narrow;       // out, [2]: total_norm in float32, found_inf
+  float* heads;        // out, [2]: total_norm in float32, found_inf; may be null
   const double* rows;  // in, [>= 3][count]
   std::int64_t count;
   double max_norm, eps;
 };
 
+enum class Look { norms, all, penalised };  // norms: p is 2, no extras
+
+template <class TableType>
 struct ReadParams {
-  ReadTable table;
-  double* rows;        // out, [3 or 6][units of the whole list]; this launch's units begin here
-  double* partials;    // workspace, [3 or 6][chunks of this launch], for the pieces of long units
+  TableType table;
+  double* rows;            // out, [3 or 6][units of the whole list]; this launch's units begin here
+  double* partials;        // workspace, [3 or 6][chunks of this launch], for the pieces of long units
   std::uint32_t* tickets;  // workspace, [2], 0 before and after: chunks taken, blocks done
   std::int64_t row_stride;
   double norm_type;
-  Scalar divisor;      // of the norms: AMP's grad_scale
-  bool extras;         // rows have all 6 fields
-  Totals totals;       // of the whole list; only in its last launch
+  Scalar divisor;          // of the norms: AMP's grad_scale
+  bool extras;             // rows have all 6 fields
+  Totals totals;           // of the whole list; only in its last launch
 };
-static_assert(sizeof(ReadParams) <= kParameterBytes);
+static_assert(sizeof(ReadParams<TensorTable>) <= kParameterBytes);
+
+// With a penalty, whose weights lie as their gradients do.
+struct PenalisedParams : ReadParams<PairTable> {
+  const char* weights[kPairTensors];  // null: the gradient is only read
+  const double* strengths;            // [2][tensors of the whole list]: of the sign, of the weight; this launch's begin here
+  double* weight_rows;                // out, [3][tensors of the whole list]; this launch's begin here
+  double* weight_partials;            // workspace, [6][chunks of this launch]
+};
+static_assert(sizeof(PenalisedParams) <= kParameterBytes);
 
 // A block at work.
 struct ReadShared {
@@ -48,24 +60,64 @@ __device__ void finish_totals(Group& block, const Totals& a, double p) {
   a.totals[1] = clip_coef(total_norm, a.max_norm, a.eps);
   a.totals[2] = total.nans;
   a.totals[3] = total.infs;
-  a.narrow[0] = narrowed(total_norm);
-  a.narrow[1] = total.nans + total.infs > 0 ? 1.0f : 0.0f;
+  if (a.heads == nullptr) return;
+  a.heads[0] = narrowed(total_norm);
+  a.heads[1] = total.nans + total.infs > 0 ? 1.0f : 0.0f;
 }
 
-template <bool kAll>
-__global__ void __launch_bounds__(kThreads, kAll ? 2 : 3) read_kernel(const __grid_constant__ ReadParams a) {
+__device__ void store_weight_row(double* rows, std::int64_t stride, const Stats& stats) {
+  rows[0] = stats.norm;
+  rows[stride] = stats.max_abs;
+  rows[2 * stride] = stats.sum_abs;
+}
+
+// g = (g + of_sign * sign(w)) + of_weight * w in place; g is then visible to the whole group.
+__device__ void penalise(Group& group, DType dtype, char* grads, const char* weights, std::uint32_t bytes, double of_sign,
+                         double of_weight) {
+  const std::uint32_t shift = misalignment(grads), weight_shift = misalignment(weights);
+  visit(dtype, [&](const auto& format) {
+    using Format = std::decay_t<decltype(format)>;
+    if constexpr (Format::kBytes > 1) {
+      using Part = typename Format::Part;
+      const auto sign_part = static_cast<Part>(of_sign), weight_part = static_cast<Part>(of_weight);
+      for (std::uint32_t at = 16 * group.rank; at < bytes; at += 16 * group.size) {
+        const bool whole = at + 16 <= bytes;
+        const std::uint32_t valid = whole ? 16 : bytes - at;
+        Part g[Format::kReals], w[Format::kReals];
+        format.decode(whole && shift == 0 ? *reinterpret_cast<const Vector*>(grads + at) : load_bytes(grads + at, valid), g);
+        format.decode(whole ? load_vector(weights, at / 16, bytes, weight_shift) : load_bytes(weights + at, valid), w);
+#pragma unroll
+        for (int k = 0; k < Format::kReals; ++k) {
+          const Part sign = static_cast<Part>(w[k] > 0) - static_cast<Part>(w[k] < 0);
+          g[k] = (g[k] + sign_part * sign) + weight_part * w[k];
+        }
+        if (whole && shift == 0) *reinterpret_cast<Vector*>(grads + at) = format.encode(g);
+        else store_bytes(grads + at, format.encode(g), valid);
+      }
+    }
+  });
+  __syncthreads();
+}
+
+template <Look kLook, class Params>
+__global__ void __launch_bounds__(kThreads, kLook == Look::norms ? 3 : 2) read_kernel(FASTCLIP_PARAMETERS(Params) a) {
   FASTCLIP_SHARED(ReadShared, shared);
   Group block = whole_block(&shared.slots), warp = own_warp();
-  const ReadTable& table = a.table;
+  const auto& table = a.table;
   const std::uint32_t chunks = table.first_chunk[table.tensors];
   const double divisor = read_scalar(a.divisor);
-  const bool extras = kAll && a.extras;
-  const double p = kAll ? a.norm_type : 2.0;
+  const bool extras = kLook != Look::norms && a.extras;
+  const double p = kLook != Look::norms ? a.norm_type : 2.0;
 
   const auto store = [&](std::uint32_t tensor, std::uint32_t unit, std::uint32_t chunk, bool whole, const Stats& stats) {
     // one slot per chunk, joined below in index order: the same gradients give the same bits
     if (whole) store_row(a.rows + table.first_unit[tensor] + unit, a.row_stride, stats, extras, divisor, p);
     else store_row(a.partials + chunk, chunks, stats, extras, 1.0, p);
+  };
+  const auto look = [&](Group& group, DType dtype, const char* data, std::uint32_t size) {
+    if constexpr (kLook == Look::norms) return stats_of<false>(group, dtype, data, size, p);
+    if constexpr (kLook == Look::all) return stats_of<true>(group, dtype, data, size, p);
+    return p == 2.0 && !extras ? stats_of<false>(group, dtype, data, size, p) : stats_of<true>(group, dtype, data, size, p);
   };
 
   if (threadIdx.x == 0) {
@@ -85,22 +137,36 @@ __global__ void __launch_bounds__(kThreads, kAll ? 2 : 3) read_kernel(const __gr
     const DType dtype = table.dtype[tensor];
     const std::uint32_t element_bytes = bytes_of(dtype);
     const ChunkView view = view_of(cut_of(unit_size, units, element_bytes), unit_size, units, chunk - table.first_chunk[tensor]);
-    const char* data = table.data[tensor] + (view.unit * unit_size + view.begin) * element_bytes;
+    const std::int64_t offset = (view.unit * unit_size + view.begin) * element_bytes;
+    char* const data = table.data[tensor] + offset;
+    if constexpr (kLook == Look::penalised) {
+      if (a.weights[tensor] != nullptr) {
+        const char* const weights = a.weights[tensor] + offset;
+        const double of_sign = a.strengths[tensor], of_weight = a.strengths[a.row_stride + tensor];
+        if (of_sign != 0.0 || of_weight != 0.0)
+          penalise(block, dtype, data, weights, view.unit_size * element_bytes, of_sign, of_weight);
+        const Stats stats = stats_of<true>(block, dtype, weights, view.unit_size, 2.0);
+        if (threadIdx.x == 0) {
+          if (view.whole) store_weight_row(a.weight_rows + tensor, a.row_stride, stats);
+          else store_row(a.weight_partials + chunk, chunks, stats, true, 1.0, 2.0);
+        }
+      }
+    }
     if (view.units == 1) {
-      const Stats stats = stats_of<kAll>(block, dtype, data, view.unit_size, p);
+      const Stats stats = look(block, dtype, data, view.unit_size);
       if (threadIdx.x == 0) store(tensor, view.unit, chunk, view.whole, stats);
       continue;
     }
     for (std::uint32_t k = threadIdx.x / kWarpSize; k < view.units; k += kWarps) {
-      const Stats stats = stats_of<kAll>(warp, dtype, data + k * unit_size * element_bytes, view.unit_size, p);
+      const Stats stats = look(warp, dtype, data + k * unit_size * element_bytes, view.unit_size);
       if (warp.rank == 0) store(tensor, view.unit + k, chunk, true, stats);
     }
     __syncthreads();  // as the sums of a whole block have: what was found above is there for all
   }
 
   // The last block to come here does the rest. Release: what this thread stored is visible before its ticket is;
-  // each block's other writers are ordered before by the barrier above. Acquire: the loads that follow the ticket
-  // come after it, and go past this multiprocessor's own cache.
+  // each block's other writers are ordered before by the barrier. Acquire: the loads that follow the ticket come
+  // after it, and go past this multiprocessor's own cache.
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) shared.is_last = atomicAdd(&a.tickets[1], 1u) == gridDim.x - 1;
@@ -108,27 +174,26 @@ __global__ void __launch_bounds__(kThreads, kAll ? 2 : 3) read_kernel(const __gr
   if (!shared.is_last) return;
   __threadfence();
 
-  // Units that were read in pieces: short ones are left to one warp each, long ones need the whole block.
+  // Units that were read in pieces: few pieces are left to one warp, many need the whole block.
   constexpr std::uint32_t kPiecesOfWarp = kThreads;
-  const auto for_joins = [&](auto handle) {
-    for (int j = 0; j < table.join_count; ++j) {
-      const std::uint32_t tensor = table.joins[j], units = table.first_unit[tensor + 1] - table.first_unit[tensor];
-      handle(tensor, units, (table.first_chunk[tensor + 1] - table.first_chunk[tensor]) / units);
-    }
-  };
   std::uint32_t turn = 0;
-  for_joins([&](std::uint32_t tensor, std::uint32_t units, std::uint32_t pieces) {
+  for (int j = 0; j < table.join_count; ++j) {
+    const std::uint32_t tensor = table.joins[j], units = table.first_unit[tensor + 1] - table.first_unit[tensor];
+    const std::uint32_t pieces = (table.first_chunk[tensor + 1] - table.first_chunk[tensor]) / units;
     for (std::uint32_t unit = 0; unit < units; ++unit) {
+      const bool is_long = pieces > kPiecesOfWarp;
+      if (!is_long && turn++ % kWarps != threadIdx.x / kWarpSize) continue;
+      Group& group = is_long ? block : warp;
       const std::uint32_t first = table.first_chunk[tensor] + unit * pieces;
-      if (pieces > kPiecesOfWarp) {
-        const Stats stats = join(block, a.partials + first, chunks, pieces, p, extras);
-        if (threadIdx.x == 0) store(tensor, unit, 0, true, stats);
-      } else if (turn++ % kWarps == threadIdx.x / kWarpSize) {
-        const Stats stats = join(warp, a.partials + first, chunks, pieces, p, extras);
-        if (warp.rank == 0) store(tensor, unit, 0, true, stats);
+      const Stats stats = join(group, a.partials + first, chunks, pieces, p, extras);
+      if (group.rank == 0) store(tensor, unit, 0, true, stats);
+      if constexpr (kLook == Look::penalised) {
+        if (a.weights[tensor] == nullptr) continue;
+        const Stats of_weight = join(group, a.weight_partials + first, chunks, pieces, 2.0, true);
+        if (group.rank == 0) store_weight_row(a.weight_rows + tensor, a.row_stride, of_weight);
       }
     }
-  });
+  }
   if (threadIdx.x == 0) a.tickets[0] = a.tickets[1] = 0;
   if (a.totals.totals == nullptr) return;
   __threadfence();  // the rows above, for loads that go past the first-level cache
@@ -142,7 +207,7 @@ struct FinishParams {
 };
 static_assert(sizeof(FinishParams) <= kParameterBytes);
 
-__global__ void __launch_bounds__(kThreads) finish_kernel(const __grid_constant__ FinishParams a) {
+__global__ void __launch_bounds__(kThreads) finish_kernel(FASTCLIP_PARAMETERS(FinishParams) a) {
   FASTCLIP_SHARED(BlockSlots, slots);
   Group block = whole_block(&slots);
   finish_totals(block, a.totals, a.norm_type);
@@ -160,7 +225,7 @@ struct JoinParams {
 };
 static_assert(sizeof(JoinParams) <= kParameterBytes);
 
-__global__ void __launch_bounds__(kThreads) join_kernel(const __grid_constant__ JoinParams a) {
+__global__ void __launch_bounds__(kThreads) join_kernel(FASTCLIP_PARAMETERS(JoinParams) a) {
   FASTCLIP_SHARED(BlockSlots, slots);
   Group block = whole_block(&slots);
   for (int tensor = blockIdx.x; tensor < a.tensors; tensor += gridDim.x) {
@@ -178,49 +243,85 @@ __global__ void __launch_bounds__(kThreads) join_kernel(const __grid_constant__ 
 
 // ---- entries: derive, then launch -------------------------------------------------------------------
 
-std::int64_t read_workspace_bytes(const Tensors& tensors, const std::vector<std::int64_t>& units, bool extras) {
-  std::int64_t most = 0;
-  for_launches<ReadTable>(tensors, units, [&](const ReadTable& table, std::int64_t, bool) {
-    if (table.join_count > 0 && table.first_chunk[table.tensors] > most) most = table.first_chunk[table.tensors];
-  });
-  return kTicketBytes + most * (extras ? 6 : 3) * static_cast<std::int64_t>(sizeof(double));
+namespace {
+
+template <class TableType>
+ReadParams<TableType> params_of(const TableType& table, std::int64_t first_unit, bool is_last, std::int64_t rows,
+                                const ReadArguments& given, const Place& place) {
+  ReadParams<TableType> params;
+  params.table = table;
+  params.rows = given.rows + first_unit;
+  params.partials = reinterpret_cast<double*>(static_cast<char*>(place.workspace) + kTicketBytes);
+  params.tickets = static_cast<std::uint32_t*>(place.workspace);
+  params.row_stride = rows;
+  params.norm_type = given.norm_type;
+  params.divisor = given.divisor;
+  params.extras = given.extras;
+  params.totals = {is_last ? given.totals : nullptr, given.heads, given.rows, rows, given.max_norm, given.eps};
+  return params;
 }
 
-void read(const Tensors& tensors, const std::vector<std::int64_t>& units, const ReadArguments& given, const Place& place) {
+template <Look kLook, class Params>
+void launch_read(const Params& params, const Place& place, std::size_t tensors) {
+  const auto kernel = read_kernel<kLook, Params>;
+  const int blocks = blocks_for(kernel, place.device, params.table.first_chunk[params.table.tensors]);
+  launch(kernel, blocks, kThreads, place.stream, params, over("read", tensors));
+}
+
+}  // namespace
+
+std::int64_t read_workspace_bytes(const Tensors& tensors, const Units& units, bool extras, bool penalised) {
+  std::int64_t chunks = 0;  // enough for all launches, each of which uses it anew
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    const std::int64_t count = units.empty() ? 1 : units[i];
+    if (count == 0) continue;
+    const Cut cut = cut_of(tensors[i].size / count, static_cast<std::uint32_t>(count), bytes_of(tensors[i].dtype));
+    chunks += cut.units_per_chunk > 0 ? count / cut.units_per_chunk + 1 : count * cut.pieces;
+  }
+  return kTicketBytes + chunks * ((extras ? 6 : 3) + (penalised ? 6 : 0)) * static_cast<std::int64_t>(sizeof(double));
+}
+
+void read(const Tensors& tensors, const Units& units, const ReadArguments& given, const Place& place) {
   const DeviceGuard guard(place.device);
   if (place.fresh_workspace) fill_zero(place.workspace, kTicketBytes, place.stream);
   std::int64_t rows = units.empty() ? static_cast<std::int64_t>(tensors.size()) : 0;
   for (const std::int64_t count : units) rows += count;
-  const bool all = given.extras || given.norm_type != 2.0;
-  const auto kernel = all ? read_kernel<true> : read_kernel<false>;
   bool finished = false;
-  for_launches<ReadTable>(tensors, units, [&](const ReadTable& table, std::int64_t first_unit, bool is_last) {
-    ReadParams params;
-    params.table = table;
-    params.rows = given.rows + first_unit;
-    params.partials = reinterpret_cast<double*>(static_cast<char*>(place.workspace) + kTicketBytes);
-    params.tickets = static_cast<std::uint32_t*>(place.workspace);
-    params.row_stride = rows;
-    params.norm_type = given.norm_type;
-    params.divisor = given.divisor;
-    params.extras = given.extras;
-    params.totals = {is_last ? given.totals : nullptr, given.narrow, given.rows, rows, given.max_norm, given.eps};
-    const int blocks = blocks_for(kernel, place.device, table.first_chunk[table.tensors]);
-    launch(kernel, blocks, kThreads, place.stream, params, over("read", tensors.size()));
+  for_launches<TensorTable>(tensors, units, [&](const TensorTable& table, std::int64_t first_unit, bool is_last) {
+    const auto params = params_of(table, first_unit, is_last, rows, given, place);
+    if (given.extras || given.norm_type != 2.0) launch_read<Look::all>(params, place, tensors.size());
+    else launch_read<Look::norms>(params, place, tensors.size());
     finished = is_last;
   });
   if (!finished && given.totals != nullptr)
-    finish(given.rows, rows, given.norm_type, given.max_norm, given.eps, given.totals, given.narrow, place);
+    finish(given.rows, rows, given.norm_type, given.max_norm, given.eps, given.totals, given.heads, place);
+}
+
+void read_penalised(const Tensors& grads, const Tensors& weights, const double* strengths, const ReadArguments& given,
+                    double* weight_rows, const Place& place) {
+  const DeviceGuard guard(place.device);
+  if (place.fresh_workspace) fill_zero(place.workspace, kTicketBytes, place.stream);
+  const auto rows = static_cast<std::int64_t>(grads.size());
+  for_launches<PairTable>(grads, {}, [&](const PairTable& table, std::int64_t first, bool is_last) {
+    PenalisedParams params;
+    static_cast<ReadParams<PairTable>&>(params) = params_of(table, first, is_last, rows, given, place);
+    for (int i = 0; i < table.tensors; ++i)
+      params.weights[i] = weights[first + i].size > 0 ? static_cast<const char*>(weights[first + i].data) : nullptr;
+    params.strengths = strengths + first;
+    params.weight_rows = weight_rows + first;
+    params.weight_partials = params.partials + (given.extras ? 6 : 3) * table.first_chunk[table.tensors];
+    launch_read<Look::penalised>(params, place, grads.size());
+  });
 }
 
 void finish(const double* rows, std::int64_t count, double norm_type, double max_norm, double eps, double* totals,
-            float* narrow, const Place& place) {
+            float* heads, const Place& place) {
   const DeviceGuard guard(place.device);
-  const FinishParams params{{totals, narrow, rows, count, max_norm, eps}, norm_type};
+  const FinishParams params{{totals, heads, rows, count, max_norm, eps}, norm_type};
   launch(finish_kernel, 1, kThreads, place.stream, params, over("finish", static_cast<std::size_t>(count)));
 }
 
-void join(const double* unit_rows, const std::vector<std::int64_t>& units, double norm_type, double* rows, const Place& place) {
+void join(const double* unit_rows, const Units& units, double norm_type, double* rows, const Place& place) {
   const DeviceGuard guard(place.device);
   const auto tensors = static_cast<std::int64_t>(units.size());
   std::int64_t all_units = 0, before = 0;

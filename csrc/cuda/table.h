@@ -42,8 +42,12 @@ struct Table {
 };
 // 27 bytes a tensor; a multiple of 8 keeps the arrays aligned.
 constexpr int kTableTensors = (kParameterBytes - kOtherBytes) / 27 / 8 * 8;
-using ReadTable = Table<kTableTensors>;
-static_assert(sizeof(ReadTable) <= kParameterBytes - kOtherBytes);
+using TensorTable = Table<kTableTensors>;
+static_assert(sizeof(TensorTable) <= kParameterBytes - kOtherBytes);
+// Beside it the address of each weight.
+constexpr int kPairTensors = (kParameterBytes - kOtherBytes) / 35 / 8 * 8;
+using PairTable = Table<kPairTensors>;
+static_assert(sizeof(PairTable) + 8 * kPairTensors <= kParameterBytes - kOtherBytes);
 
 // What one chunk covers.
 struct ChunkView {
@@ -137,9 +141,9 @@ void for_launches(const Tensors& tensors, const std::vector<std::int64_t>& units
 }
 
 // As many blocks as run at the same time, or fewer where there are fewer chunks. Asked once for each device.
-template <class Params>
-int blocks_for(void (*kernel)(Params), int device, std::int64_t chunks) {
-  static std::map<std::pair<void (*)(Params), int>, int> known;
+template <class Kernel>
+int blocks_for(Kernel* kernel, int device, std::int64_t chunks) {
+  static std::map<std::pair<Kernel*, int>, int> known;
   int& resident = known[{kernel, device}];
   if (resident == 0) resident = resident_blocks(kernel, kThreads);
   return static_cast<int>(chunks < resident ? chunks : resident);

@@ -106,6 +106,11 @@ __device__ inline std::uint32_t misalignment(const char* data) {
   return static_cast<std::uint32_t>(reinterpret_cast<std::uintptr_t>(data) % 16);
 }
 
+// Vector `index` of a stretch, all of which lies inside of it.
+__device__ inline Vector load_vector(const char* data, std::uint32_t index, std::uint32_t bytes, std::uint32_t shift) {
+  return shift == 0 ? reinterpret_cast<const Vector*>(data)[index] : load_shifted(data, index, bytes, shift);
+}
+
 // Calls see(vector, bytes) for each of this thread's vectors; what lies past `bytes` of the last one is 0.
 // kInFlight loads are on their way before the first is used.
 template <int kInFlight, class See>
@@ -126,7 +131,7 @@ __device__ void for_vectors(const Group& group, const char* data, std::uint32_t 
   }
 #pragma unroll 1
   for (; index < whole; index += group.size)
-    see(shift == 0 ? reinterpret_cast<const Vector*>(data)[index] : load_shifted(data, index, bytes, shift), 16);
+    see(load_vector(data, index, bytes, shift), 16);
   if (index == whole && rest > 0) see(load_bytes(data + 16 * whole, rest), rest);
 }
 

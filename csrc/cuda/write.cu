@@ -8,7 +8,7 @@ namespace {
 enum class Change { scale, scale_each, clamp, zero_nonfinite };
 
 struct WriteParams {
-  ReadTable table;
+  TensorTable table;
   Scalar scalar;          // the factor, or the bound
   const double* factors;  // of each unit; this launch's begin here
 };
@@ -102,8 +102,8 @@ __device__ void change(const Group& group, DType dtype, char* data, std::uint32_
 }
 
 template <Change kChange>
-__global__ void __launch_bounds__(kThreads) write_kernel(const __grid_constant__ WriteParams a) {
-  const ReadTable& table = a.table;
+__global__ void __launch_bounds__(kThreads) write_kernel(FASTCLIP_PARAMETERS(WriteParams) a) {
+  const TensorTable& table = a.table;
   const double scalar = read_scalar(a.scalar);
   if (kChange == Change::scale && scalar == 1.0) return;  // the host could not know it
   std::uint32_t tensor = 0;
@@ -128,10 +128,10 @@ __global__ void __launch_bounds__(kThreads) write_kernel(const __grid_constant__
 }
 
 template <Change kChange>
-void write(const char* name, const Tensors& tensors, const std::vector<std::int64_t>& units, const Scalar& scalar,
+void write(const char* name, const Tensors& tensors, const Units& units, const Scalar& scalar,
            const double* factors, const Place& place) {
   const DeviceGuard guard(place.device);
-  for_launches<ReadTable>(tensors, units, [&](const ReadTable& table, std::int64_t first_unit, bool) {
+  for_launches<TensorTable>(tensors, units, [&](const TensorTable& table, std::int64_t first_unit, bool) {
     const WriteParams params{table, scalar, factors == nullptr ? nullptr : factors + first_unit};
     const int blocks = blocks_for(write_kernel<kChange>, place.device, table.first_chunk[table.tensors]);
     launch(write_kernel<kChange>, blocks, kThreads, place.stream, params, over(name, tensors.size()));
@@ -145,7 +145,7 @@ void scale(const Tensors& tensors, const Scalar& factor, const Place& place) {
   write<Change::scale>("scale", tensors, {}, factor, nullptr, place);
 }
 
-void scale_each(const Tensors& tensors, const std::vector<std::int64_t>& units, const double* factors, const Place& place) {
+void scale_each(const Tensors& tensors, const Units& units, const double* factors, const Place& place) {
   write<Change::scale_each>("scale", tensors, units, {}, factors, place);
 }
 

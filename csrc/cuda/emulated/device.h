@@ -17,7 +17,7 @@
 #define __device__
 #define __host__
 #define __launch_bounds__(...)
-#define __grid_constant__
+#define FASTCLIP_PARAMETERS(Type) const Type&
 #define FASTCLIP_SHARED(Type, name) Type& name = *static_cast<Type*>(fastclip::cuda::shared_memory(sizeof(Type)))
 #define threadIdx (fastclip::cuda::fiber().thread)
 #define blockIdx (fastclip::cuda::fiber().block_index)
@@ -73,10 +73,10 @@ struct DeviceGuard {
 
 // As of a small device: several blocks at once, so that work is shared out, but more chunks than blocks.
 template <class Params>
-int resident_blocks(void (*)(Params), int) { return 3; }
+int resident_blocks(void (*)(const Params&), int) { return 3; }
 
 template <class Params>
-void launch(void (*kernel)(Params), int blocks, int threads, void*, const Params& params, const std::string&) {
+void launch(void (*kernel)(const Params&), int blocks, int threads, void*, const Params& params, const std::string&) {
   run_grid(blocks, threads, [&] { kernel(params); });
 }
 

@@ -8,6 +8,7 @@
 #include <string>
 
 #define FASTCLIP_SHARED(Type, name) __shared__ Type name
+#define FASTCLIP_PARAMETERS(Type) const __grid_constant__ Type  // stays in constant memory, also where it is indexed
 
 namespace fastclip::cuda {
 

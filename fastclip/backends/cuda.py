@@ -1,0 +1,159 @@
+"""The CUDA backend: the native kernels of ``csrc/cuda``.
+
+Serves plain ``torch.Tensor`` and ``Parameter`` objects of one CUDA device whose elements fill one block of its memory,
+in any dimension order: float64, float32, bfloat16, float16, complex128, complex64; float8 read-only. Statistics up to
+the coefficient take one launch, a write one more; nothing waits for the device, and all of it can be captured in a
+CUDA graph.
+
+In a build for tests (``FASTCLIP_CUDA=emulated``) the same kernels run on the CPU, as ``cuda-emulated``, where
+``FASTCLIP_BACKEND`` asks for them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from fastclip._native import C, build_facts, why_missing
+from fastclip.backends import pieces, reference
+from fastclip.types import Request
+
+EMULATED = bool(getattr(C, "cuda_emulated", False))
+name = "cuda-emulated" if EMULATED else "cuda"
+
+WORKSPACE = 1 << 13  # float64 numbers at least: the chunks of 170 MB of float32
+
+_workspaces: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def unavailable() -> str:
+    if C is None:
+        return why_missing
+    if C.CUDA is None:
+        return str(build_facts().get("cuda") or "the extension was built without the CUDA kernels")
+    return str(C.cuda_unavailable())
+
+
+def table_of(grads: list[Tensor], native: Any = None) -> Any:
+    return native if native is not None and native.device_type == C.CUDA else C.GradTable(grads, C.CUDA)
+
+
+def read(
+    table: Any,
+    request: Request,
+    rows: Tensor,
+    grad_scale: float | Tensor | None = None,
+    totals: Tensor | None = None,
+    heads: Tensor | None = None,
+) -> None:
+    divisor: float | Tensor = 1.0
+    if grad_scale is not None:
+        divisor = _scalar(grad_scale, rows)
+    workspace, fresh = _workspace(table, [], request.extras, False, rows)
+    C.cuda_read(
+        table,
+        [],
+        request.norm_type,
+        request.extras,
+        divisor,
+        rows,
+        totals,
+        heads,
+        request.max_norm,
+        request.eps,
+        workspace,
+        fresh,
+    )
+
+
+def read_penalised_(
+    table: Any, weights: list[Tensor], strengths: Tensor, request: Request, rows: Tensor, weight_rows: Tensor
+) -> None:
+    partners = C.partners(table, weights)
+    apart = partners.refused
+    for i in apart:
+        reference.penalise_(table.grads[i].detach(), weights[i], strengths[:, i])
+    workspace, fresh = _workspace(table, [], request.extras, True, rows)
+    C.cuda_read_penalised(
+        table, partners, strengths, request.norm_type, request.extras, rows, weight_rows, workspace, fresh
+    )
+    for i in apart:
+        weight_rows[:, i] = reference.weight_stats(weights[i])
+    increment_version(table.grads)
+
+
+def read_units(table: Any, dims: list[tuple[int, ...]], request: Request, unit_rows: Tensor) -> None:
+    def read(counts: pieces.Counts, out: Tensor) -> None:
+        workspace, fresh = _workspace(table, counts, False, False, out)
+        C.cuda_read(table, counts, request.norm_type, False, 1.0, out, None, None, 0.0, 0.0, workspace, fresh)
+
+    pieces.read_units(table, dims, request, unit_rows, read)
+
+
+def join_units(unit_rows: Tensor, counts: list[int], request: Request, rows: Tensor) -> None:
+    C.cuda_join(unit_rows, counts, request.norm_type, rows)
+
+
+def finish(rows: Tensor, request: Request, totals: Tensor, heads: Tensor | None = None) -> None:
+    fields, count = rows.shape
+    C.cuda_finish(rows, fields, count, request.norm_type, request.max_norm, request.eps, totals, heads)
+
+
+def scale_(table: Any, factor: float | Tensor) -> None:
+    if isinstance(factor, Tensor) and factor.dim() == 1:
+        C.cuda_scale_each(table, [], factor)
+    elif isinstance(factor, Tensor):
+        C.cuda_scale(table, _scalar(factor, factor))
+    elif factor != 1.0:
+        C.cuda_scale(table, factor)
+    else:
+        return
+    increment_version(table.grads)
+
+
+def scale_units_(table: Any, dims: list[tuple[int, ...]], factors: Tensor) -> None:
+    def scale(counts: pieces.Counts, own: Tensor) -> None:
+        C.cuda_scale_each(table, counts, own)
+        increment_version([grad for grad, count in zip(table.grads, counts, strict=True) if count])
+
+    pieces.scale_units_(table, dims, factors, scale)
+
+
+def clamp_(table: Any, bound: float) -> None:
+    C.cuda_clamp(table, bound)
+    increment_version(table.grads)
+
+
+def zero_nonfinite_(table: Any) -> None:
+    C.cuda_zero_nonfinite(table)
+    increment_version(table.grads)
+
+
+def _scalar(value: float | Tensor, like: Tensor) -> float | Tensor:
+    """As the kernels take it: a number, or one element on the device of ``like``, read there."""
+    if not isinstance(value, Tensor):
+        return float(value)
+    value = value.detach().reshape(())
+    if value.device != like.device or value.dtype not in (torch.float32, torch.float64):
+        value = value.to(like.device, torch.float64, non_blocking=True)
+    return value
+
+
+def _workspace(table: Any, counts: list[int], extras: bool, penalised: bool, like: Tensor) -> tuple[Tensor, bool]:
+    """-> (memory for one read, whether its counters still have to be set to 0).
+
+    One for each device and stream, of which each read leaves the counters at 0. A graph gets its own, from the
+    graph's pool, and clears them itself: it may run at the same time as another that was captured on this stream.
+    """
+    stream, capturing = C.cuda_stream(table)
+    size = C.cuda_workspace_bytes(table, counts, extras, penalised) // 8
+    if capturing:
+        return like.new_empty(size, dtype=torch.float64), True
+    key = (like.device, stream)
+    workspace = _workspaces.get(key)
+    if workspace is None or workspace.numel() < size:
+        workspace = _workspaces[key] = like.new_zeros(max(2 * size, WORKSPACE), dtype=torch.float64)
+    return workspace, False
