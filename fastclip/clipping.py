@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastclip.backends import plan
 from fastclip.policies import Decision, Policy
-from fastclip.stats import GradStats, Reading, any_of, read, stats_of
+from fastclip.stats import GradStats, Reading, any_of, check_may_wait, read, stats_of
 from fastclip.tensors import Grads
 from fastclip.types import MAX_ABS, Request, Strengths, known_to_host, wide_dtype
 from fastclip.units import unit_dims
@@ -48,9 +48,17 @@ class Verdict:
                 reasons.append(factor != 1.0)
         return any_of(reasons)
 
+    @property
+    def _is_idle(self) -> bool:
+        """Whether the host knows, without any work on a device, that no gradient is changed."""
+        coef, _, unit_coefs, clamp = self.decision
+        factors = [factor for factor in (coef, unit_coefs) if isinstance(factor, Tensor)]
+        looked_at = factors if clamp is None else [*factors, self.reading.rows]
+        return all(known_to_host(values) for values in looked_at) and self.clipped is False
+
     def apply(self, grad_scale: float | Tensor | None = None, skip: bool | Tensor = False) -> None:
         """Multiplies the gradients by ``clip_coef``, divided by ``grad_scale`` if they are scaled; not if ``skip``."""
-        if grad_scale is None and self.clipped is False:
+        if grad_scale is None and self._is_idle:
             return
         coef, _, unit_coefs, clamp = self.decision
         if clamp is not None and isinstance(skip, Tensor):
@@ -116,6 +124,10 @@ def examine(
     for (work, _), (_, policy) in zip(asked, shares, strict=True):
         if policy.writes or grad_scale is not None or nonfinite == "zero" or penalties is not None:
             work.check_writable()
+    if nonfinite == "raise":
+        check_may_wait('nonfinite="raise"', 'use "skip" or "propagate"')
+    if any(len({part.table.grads[0].device for part in work.parts}) > 1 for work, _ in asked if len(work.parts) > 1):
+        check_may_wait("a list of gradients on several devices", "clip each device's own in its own graph")
     if penalties is None:
         readings = [read(work, request, grad_scale) for work, request in asked]
     else:

@@ -20,7 +20,7 @@ from fastclip.ladder import Ladder, LossWatch, Rollback, SpikeBackoff, reduced_l
 from fastclip.policies import GlobalNorm, Policy, policy_of
 from fastclip.record import IN_A_ROW, SKIPPED, STEPS, Record, Reports, Seen
 from fastclip.regularisation import Penalty
-from fastclip.stats import any_of, read
+from fastclip.stats import any_of, check_may_wait, read
 from fastclip.step_arguments import step_arguments_of
 from fastclip.tensors import Grads, check_groups_disjoint, grads_among, grads_of_groups
 from fastclip.types import TOTAL_NORM, Request, known_to_host
@@ -240,14 +240,20 @@ class Guard(Reports):
 
         rides = riding.rides(self.optimizer)
         if isinstance(skip, Tensor) and (not rides or riding.first_step_is_lost(self.optimizer)):
-            skip = bool(skip)  # nothing but the host can hold this step back
+            check_may_wait("a step that only the host can hold back", "use an optimizer with fused=True")
+            skip = bool(skip)
         self._record.note([Seen(finding.reading) for finding in findings], clipped, skip)
         if (not again and self._has_gone_back(observed, found_inf)) or skip is True:
             return Clearance(False)
         riding_inf = skip.to(torch.float32) if isinstance(skip, Tensor) else None
         only = verdicts[0]
-        if rides and len(verdicts) == 1 and only.is_one_number and not twice and not only.reading.plan.wide:
-            by = riding.divisor(only.decision.clip_coef, grad_scale)
+        # Riding costs a write of every gradient, whatever the coefficient; without a scale a pass that returns at once
+        # where there is nothing to clip is never dearer.
+        coef, work = only.decision.clip_coef, only.reading.plan
+        writes_less = isinstance(coef, Tensor) and grad_scale is None and work.returns_early
+        rides = rides and len(verdicts) == 1 and only.is_one_number and not twice and not work.wide
+        if rides and not writes_less:
+            by = riding.divisor(coef, grad_scale)
             if isinstance(by, Tensor) or by == 1.0:
                 return Clearance(True, by if isinstance(by, Tensor) else None, riding_inf)
             if by is not None:

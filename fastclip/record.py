@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from fastclip.backends import reference
+from fastclip.backends.reference import narrowed
 from fastclip.ladder import Event, Ladder
-from fastclip.stats import GradStats, Reading, narrowed, stats_from
+from fastclip.stats import GradStats, Reading, stats_from
 from fastclip.tensors import GroupNames
-from fastclip.types import INFS, NANS, TOTAL_NORM, WEIGHT_NORM, WEIGHT_SUM_ABS, SkipLimitError
+from fastclip.types import INFS, NANS, TOTAL_NORM, WEIGHT_NORM, WEIGHT_SUM_ABS, SkipLimitError, on_device
 
 STEPS, CLIPPED, SKIPPED, IN_A_ROW = range(4)
 
@@ -90,6 +91,13 @@ class Echo:
         self._event.record()
 
 
+def _flag(value: bool | Tensor, device: torch.device) -> Tensor:
+    """0-d, bool."""
+    if isinstance(value, Tensor):
+        return value.to(device).reshape(()) > 0
+    return torch.full((), value, dtype=torch.bool, device=device)
+
+
 class Record:
     """Counts of steps and the latest readings."""
 
@@ -118,9 +126,9 @@ class Record:
             counts[IN_A_ROW] = counts[IN_A_ROW] + 1 if skipped else 0
             return
         device = seen[0].totals.device
-        was_skipped = torch.as_tensor(skipped, device=device).reshape(()) > 0
-        was_clipped = (torch.as_tensor(clipped, device=device).reshape(()) > 0) & ~was_skipped
-        before = torch.as_tensor(counts, device=device)
+        was_skipped = _flag(skipped, device)
+        was_clipped = _flag(clipped, device) & ~was_skipped
+        before = on_device(counts, torch.int64, device) if isinstance(counts, list) else counts.to(device)
         kept = torch.stack([torch.ones_like(was_skipped)] * IN_A_ROW + [was_skipped])
         self._counts = before * kept + torch.stack([kept[0], was_clipped, was_skipped, was_skipped])
         self._echo.send(self._counts)
@@ -131,7 +139,7 @@ class Record:
         if isinstance(self._counts, Tensor):
             return self._counts
         device = self.seen[0].totals.device if self.seen else "cpu"
-        return torch.tensor(self._counts, dtype=torch.int64, device=device)
+        return on_device(self._counts, torch.int64, torch.device(device))
 
     def news(self) -> list[int] | None:
         """The counts as the host knows them by now, if there is something new."""

@@ -39,6 +39,7 @@ from fastclip.types import (
     Strengths,
     known_to_host,
     map_magnitudes,
+    on_device,
     wide_dtype,
 )
 from fastclip.units import unit_dims
@@ -97,7 +98,7 @@ class Reading:
         """``[n]`` int64: the place of each gradient's parameter among all that were listed; None if each has one."""
         if self.plan.grads.positions is None and self.parameters == self.rows.shape[1]:
             return None
-        return torch.tensor(self.plan.grads.columns, dtype=torch.int64, device=self.rows.device)
+        return on_device(self.plan.grads.columns, torch.int64, self.rows.device)
 
     @property
     def parameters(self) -> int:
@@ -167,6 +168,14 @@ class Reading:
         )
 
 
+def check_may_wait(what: str, instead: str) -> None:
+    """Raises ``RuntimeError`` while a CUDA graph is captured: what waits for the device can't be in one."""
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{what} has to wait for the device, and a CUDA graph is being captured; {instead}. Nothing was written"
+        )
+
+
 def any_of(reasons: Iterable[bool | Tensor]) -> bool | Tensor:
     """Whether one of them holds: bools, or 0-d tensors that aren't 0; a tensor where the host would have to wait."""
     tensors = []
@@ -177,6 +186,8 @@ def any_of(reasons: Iterable[bool | Tensor]) -> bool | Tensor:
             return True
     if not tensors:
         return False
+    if len(tensors) == 1:
+        return tensors[0]
     return torch.stack([tensor.to(tensors[0].device) for tensor in tensors]).any()
 
 

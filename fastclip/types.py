@@ -95,6 +95,10 @@ class Backend(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def returns_early(self) -> bool:
+        """Whether ``scale_`` writes nothing where the factor is 1 and only the device knows it."""
+
     def unavailable(self) -> str:
         """Why this backend can't run here at all; "" if it can."""
 
@@ -216,6 +220,11 @@ def map_magnitudes(rows: Tensor, request: Request, mapped: Callable[[Tensor], Te
 def known_to_host(tensor: Tensor) -> bool:
     """Whether looking at the value waits for nothing: plain CPU memory, neither meta nor fake."""
     return type(tensor) is Tensor and tensor.device.type == "cpu"
+
+
+def on_device(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers of the host as a tensor there, without waiting for the device, as ``torch.tensor`` would."""
+    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:

@@ -1185,3 +1185,15 @@ def test_far_extremes_stay_finite(case, far):
     assert flat(model).isfinite().all()
     assert all(g.isfinite().all() for g in grads(model))
     assert (max_norm == 0.0) == (not any(g.any() for g in grads(model)))
+
+
+def test_what_has_to_wait_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA graph can't hold it: a clear error, before anything is written."""
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.full((3,), 7.0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="wait for the device, and a CUDA graph"):
+        fastclip.clip_grad_norm_([p], 1.0, error_if_nonfinite=True)
+    assert p.grad.tolist() == [7.0, 7.0, 7.0]
+    fastclip.clip_grad_norm_([p], 1.0, nonfinite="skip")
+    assert float(p.grad.norm()) < 1.1

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fastclip
 import fastclip.backends
-from fastclip.backends import cpu, plan, reference
+from fastclip.backends import cpu, cuda, plan, reference
 from fastclip.policies import Chain, GlobalNorm, Unitwise, Value
 from fastclip.stats import read
 from fastclip.tensors import Grads, grads_among, grads_of
@@ -403,7 +403,7 @@ def test_what_can_not_be_written_is_left_alone(route: str) -> None:
 def test_the_core_checks_its_arguments() -> None:
     from fastclip._native import C
 
-    table = C.GradTable([torch.ones(2, 3), torch.ones(4)])
+    table = C.GradTable([torch.ones(2, 3), torch.ones(4)], C.CPU)
     for counts in ([2], [4, 1], [-1, 1]):
         with pytest.raises(ValueError, match=r"count|pieces"):
             C.split(table, counts)

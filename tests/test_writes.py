@@ -33,7 +33,7 @@ GENERIC = (0.1, 1 / 3, 0.9999, 1e-3, 1e-7, 0.7071067811865476, 1.7e-5, 1 - 2.0**
 def scaled(grad: torch.Tensor, factor: float | torch.Tensor) -> torch.Tensor:
     """A copy of ``grad`` after the chosen backend's own scale_."""
     copy = grad.clone()
-    (backend,) = fastclip.backends.candidates()
+    backend = fastclip.backends.candidates()[0]
     backend.scale_(backend.table_of([copy]), factor)
     return copy
 

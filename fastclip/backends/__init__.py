@@ -82,6 +82,11 @@ class Plan:
         return any(part.table.wide for part in self.parts)
 
     @property
+    def returns_early(self) -> bool:
+        """Whether scaling by 1 costs nothing, also where only a device knows that it is 1."""
+        return all(part.backend.returns_early for part in self.parts)
+
+    @property
     def finish(self) -> Callable[[Tensor, Request, Tensor, Tensor | None], None]:
         """Of the one backend where there is one."""
         return self.parts[0].backend.finish if len(self.parts) == 1 else reference.finish
@@ -150,18 +155,21 @@ def plan(grads: Grads) -> Plan:
     rest, positions, native = grads.tensors, None, grads.native
     reasons: dict[int, list[str]] = {}
     for backend in candidates():
-        table = backend.table_of(rest, native)
-        refused = table.refused
-        if not refused:
-            parts.append(Part(backend, table, positions))
-            return Plan(grads, parts)
-        whole = positions if positions is not None else list(range(len(rest)))
-        if len(table):
-            parts.append(Part(backend, table, [whole[i] for i in table.positions]))
-        for i, reason in refused.items():
-            reasons.setdefault(whole[i], []).append(f"{backend.name}: {reason}")
-        positions = [whole[i] for i in refused]
-        rest, native = [rest[i] for i in refused], None
+        served = True
+        while served:  # a table holds the tensors of one device: there may be more of them
+            table = backend.table_of(rest, native)
+            refused = table.refused
+            if not refused:
+                parts.append(Part(backend, table, positions))
+                return Plan(grads, parts)
+            whole = positions if positions is not None else list(range(len(rest)))
+            served = len(table) > 0
+            if served:
+                parts.append(Part(backend, table, [whole[i] for i in table.positions]))
+            positions = [whole[i] for i in refused]
+            rest, native = [rest[i] for i in refused], None
+        for i, reason in zip(positions or [], refused.values(), strict=True):
+            reasons.setdefault(i, []).append(f"{backend.name}: {reason}")
     worst = min(reasons, key=lambda i: (i not in (positions or []), i))
     raise UnsupportedGradientError(
         f"no backend can serve the gradient of {grads.describe(worst)}; " + "; ".join(reasons[worst])

@@ -34,6 +34,7 @@ from fastclip.types import (
 )
 
 name = "reference"
+returns_early = False
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
 PIECE = 1 << 22  # elements widened at a time: 32 MiB of float64

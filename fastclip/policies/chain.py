@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastclip.policies.base import Decision, Policy
 from fastclip.stats import Reading, Units, any_of
-from fastclip.types import Request
+from fastclip.types import Request, on_device
 
 
 class Chain(Policy):
@@ -89,5 +89,5 @@ def _of_units(clip_coef: float | Tensor, units: Units) -> float | Tensor:
     """One for each unit where there is one for each gradient."""
     if not isinstance(clip_coef, Tensor) or clip_coef.dim() == 0:
         return clip_coef
-    counts = torch.tensor(units.counts, device=clip_coef.device)
+    counts = on_device(units.counts, torch.int64, clip_coef.device)
     return clip_coef.repeat_interleave(counts, output_size=sum(units.counts))

@@ -7,7 +7,7 @@ import torch
 from fastclip.checks import norm_type_number, number, positive
 from fastclip.policies.base import Decision, Policy
 from fastclip.stats import Reading
-from fastclip.types import NORM
+from fastclip.types import NORM, on_device
 
 
 class PerTensorNorm(Policy):
@@ -51,6 +51,6 @@ class BlockRMS(Policy):
 
     def decide(self, reading: Reading) -> Decision:
         norms = reading.rows[NORM]
-        sizes = torch.tensor(reading.sizes, dtype=norms.dtype, device=norms.device)
+        sizes = on_device(reading.sizes, norms.dtype, norms.device)
         rms = norms / sizes.clamp(min=1).sqrt()
         return Decision(torch.where(rms <= self.threshold, 1.0, self.threshold / rms))
