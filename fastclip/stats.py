@@ -170,7 +170,7 @@ class Reading:
 
 def check_may_wait(what: str, instead: str) -> None:
     """Raises ``RuntimeError`` while a CUDA graph is captured: what waits for the device can't be in one."""
-    if torch.cuda.is_current_stream_capturing():
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"{what} has to wait for the device, and a CUDA graph is being captured; {instead}. Nothing was written"
         )

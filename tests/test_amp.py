@@ -1191,6 +1191,7 @@ def test_what_has_to_wait_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> No
     """A CUDA graph can't hold it: a clear error, before anything is written."""
     p = torch.nn.Parameter(torch.ones(3))
     p.grad = torch.full((3,), 7.0)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="wait for the device, and a CUDA graph"):
         fastclip.clip_grad_norm_([p], 1.0, error_if_nonfinite=True)
