@@ -96,6 +96,10 @@ class Backend(Protocol):
     def name(self) -> str: ...
 
     @property
+    def device_type(self) -> int | None:
+        """The type of device it serves, in DLPack's numbers; None for any."""
+
+    @property
     def returns_early(self) -> bool:
         """Whether ``scale_`` writes nothing where the factor is 1 and only the device knows it."""
 

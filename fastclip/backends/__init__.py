@@ -52,14 +52,17 @@ class Part:
 
 
 @functools.cache
-def _runnable() -> tuple[Backend, ...]:
-    return tuple(backend for backend in BACKENDS if not backend.unavailable())
+def _runnable(cuda_in_use: bool, device_type: int | None) -> tuple[Backend, ...]:
+    # Asking for a GPU would initialise CUDA, after which a forked child can't: so only where torch has done so.
+    found = [b for b in BACKENDS if (b is not cuda or cuda_in_use or cuda.EMULATED) and not b.unavailable()]
+    return tuple(sorted(found, key=lambda backend: backend.device_type != device_type))
 
 
-def candidates() -> tuple[Backend, ...]:
-    """The backends that can run here, best first; exactly the forced one where one is forced."""
+def candidates(device_type: int | None = None) -> tuple[Backend, ...]:
+    """The backends that can run here, best first, and before all others those for this type of device; exactly the
+    forced one where one is forced."""
     if forced is None:
-        return _runnable()
+        return _runnable(torch.cuda.is_initialized(), device_type)
     for backend in BACKENDS:
         if backend.name == forced:
             if reason := backend.unavailable():
@@ -154,7 +157,7 @@ def plan(grads: Grads) -> Plan:
     parts: list[Part] = []
     rest, positions, native = grads.tensors, None, grads.native
     reasons: dict[int, list[str]] = {}
-    for backend in candidates():
+    for backend in candidates(native.device_type if native is not None else None):
         served = True
         while served:  # a table holds the tensors of one device: there may be more of them
             table = backend.table_of(rest, native)
