@@ -226,6 +226,12 @@ def known_to_host(tensor: Tensor) -> bool:
     return type(tensor) is Tensor and tensor.device.type == "cpu"
 
 
+def cuda_in_use() -> bool:
+    """Whether torch has initialised CUDA; asking for a GPU would do so, after which a forked child can't use it."""
+    initialised: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return initialised
+
+
 def on_device(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Numbers of the host as a tensor there, without waiting for the device, as ``torch.tensor`` would."""
     return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)

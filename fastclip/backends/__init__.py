@@ -18,7 +18,7 @@ from torch import Tensor
 from fastclip._native import C, why_missing
 from fastclip.backends import cpu, cuda, reference
 from fastclip.tensors import Grads, TensorOrTensors, check_not_inference, check_writable, grads_or_parameters
-from fastclip.types import Backend, BackendUnavailableError, Request, UnsupportedGradientError
+from fastclip.types import Backend, BackendUnavailableError, Request, UnsupportedGradientError, cuda_in_use
 
 # Best first; the reference serves what the others don't. Emulated, CUDA's kernels are the last choice.
 BACKENDS: tuple[Backend, ...] = (cpu, reference, cuda) if cuda.EMULATED else (cuda, cpu, reference)
@@ -52,9 +52,8 @@ class Part:
 
 
 @functools.cache
-def _runnable(cuda_in_use: bool, device_type: int | None) -> tuple[Backend, ...]:
-    # Asking for a GPU would initialise CUDA, after which a forked child can't: so only where torch has done so.
-    found = [b for b in BACKENDS if (b is not cuda or cuda_in_use or cuda.EMULATED) and not b.unavailable()]
+def _runnable(with_cuda: bool, device_type: int | None) -> tuple[Backend, ...]:
+    found = [b for b in BACKENDS if (b is not cuda or with_cuda or cuda.EMULATED) and not b.unavailable()]
     return tuple(sorted(found, key=lambda backend: backend.device_type != device_type))
 
 
@@ -62,7 +61,7 @@ def candidates(device_type: int | None = None) -> tuple[Backend, ...]:
     """The backends that can run here, best first, and before all others those for this type of device; exactly the
     forced one where one is forced."""
     if forced is None:
-        return _runnable(torch.cuda.is_initialized(), device_type)
+        return _runnable(cuda_in_use(), device_type)
     for backend in BACKENDS:
         if backend.name == forced:
             if reason := backend.unavailable():
