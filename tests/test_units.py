@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fastclip
 import fastclip.backends
-from fastclip.backends import cpu, plan, reference
+from fastclip.backends import cpu, cuda, plan, reference
 from fastclip.policies import Chain, GlobalNorm, Unitwise, Value
 from fastclip.stats import read
 from fastclip.tensors import Grads, grads_among, grads_of
