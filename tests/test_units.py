@@ -163,7 +163,7 @@ def test_only_clipped_units_are_written(backend: str, dtype: torch.dtype, units)
             moved = ~still & ~old.isnan()
             assert int(ulps(grad[moved], want[moved]).max() if bool(moved.any()) else 0) <= 1
             written = bool((factor != 1.0).any()) and grad.numel() > 0
-            if backend != "reference" and grad.numel():  # the reference can't know on a device, so it writes all
+            if backend.startswith("cpu") and grad.numel():  # the others can't know on a device, so they bump all
                 assert (grad._version > version) == written
             elif written:
                 assert grad._version > version
