@@ -137,13 +137,15 @@ __device__ void for_vectors(const Group& group, const char* data, std::uint32_t 
 
 // ---- writes -----------------------------------------------------------------------------------------
 
+__device__ inline bool differ(const Vector& a, const Vector& b) { return a.x != b.x || a.y != b.y || a.z != b.z || a.w != b.w; }
+
 // Replaces every vector by map(vector), where that changes it; elements are independent of each other.
 template <class Map>
 __device__ void map_vectors(const Group& group, char* data, std::uint32_t bytes, std::uint32_t element_bytes, Map map) {
   const auto map_bytes = [&](char* at, std::uint32_t count) {
     const Vector before = load_bytes(at, count);
     const Vector after = map(before);
-    store_bytes(at, after, count);
+    if (differ(before, after)) store_bytes(at, after, count);
   };
   const std::uint32_t shift = misalignment(data), rank = group.rank;
   std::uint32_t head = shift > 0 ? 16 - shift : 0;  // bytes before the first aligned vector
@@ -154,7 +156,7 @@ __device__ void map_vectors(const Group& group, char* data, std::uint32_t bytes,
   for (std::uint32_t index = rank; index < whole; index += group.size) {
     const Vector before = vectors[index];
     const Vector after = map(before);
-    if (before.x != after.x || before.y != after.y || before.z != after.z || before.w != after.w) vectors[index] = after;
+    if (differ(before, after)) vectors[index] = after;
   }
   for (std::uint32_t at = head + 16 * whole + rank * element_bytes; at < bytes; at += group.size * element_bytes)
     map_bytes(data + at, element_bytes);

@@ -115,7 +115,7 @@ class Plan:
         for part in self.parts:
             own = factor
             if isinstance(factor, Tensor) and factor.dim() == 1 and part.positions is not None:
-                own = factor[part.positions]
+                own = factor[part.positions].to(part.table.grads[0].device, non_blocking=True)
             part.backend.scale_(part.table, own)
 
     def scale_units_(self, dims: list[tuple[int, ...]], counts: list[int], factors: Tensor) -> None:
@@ -126,7 +126,7 @@ class Plan:
                 part.backend.scale_units_(part.table, dims, factors)
                 continue
             each = torch.split(factors, counts)
-            own = torch.cat([each[i] for i in part.positions])
+            own = torch.cat([each[i] for i in part.positions]).to(part.table.grads[0].device, non_blocking=True)
             part.backend.scale_units_(part.table, [dims[i] for i in part.positions], own)
 
     def clamp_(self, bound: float) -> None:
@@ -149,7 +149,8 @@ def plan(grads: Grads) -> Plan:
     parts: list[Part] = []
     rest, positions, native = grads.tensors, None, grads.native
     reasons: dict[int, list[str]] = {}
-    for backend in candidates():
+    able = candidates()
+    for backend in able if rest else (reference,):  # nothing lies on no device
         table = backend.table_of(rest, native)
         refused = table.refused
         if not refused:
