@@ -122,7 +122,7 @@ class Plan:
         for part in self.parts:
             own = factor
             if isinstance(factor, Tensor) and factor.dim() == 1 and part.positions is not None:
-                own = factor[part.positions]
+                own = factor[part.positions].to(part.table.grads[0].device, non_blocking=True)
             part.backend.scale_(part.table, own)
 
     def scale_units_(self, dims: list[tuple[int, ...]], counts: list[int], factors: Tensor) -> None:
@@ -133,7 +133,7 @@ class Plan:
                 part.backend.scale_units_(part.table, dims, factors)
                 continue
             each = torch.split(factors, counts)
-            own = torch.cat([each[i] for i in part.positions])
+            own = torch.cat([each[i] for i in part.positions]).to(part.table.grads[0].device, non_blocking=True)
             part.backend.scale_units_(part.table, [dims[i] for i in part.positions], own)
 
     def clamp_(self, bound: float) -> None:
@@ -156,7 +156,8 @@ def plan(grads: Grads) -> Plan:
     parts: list[Part] = []
     rest, positions, native = grads.tensors, None, grads.native
     reasons: dict[int, list[str]] = {}
-    for backend in candidates(native.device_type if native is not None else None):
+    able = candidates(native.device_type if native is not None else None)
+    for backend in able if rest else (reference,):  # nothing lies on no device
         served = True
         while served:  # a table holds the tensors of one device: there may be more of them
             table = backend.table_of(rest, native)
