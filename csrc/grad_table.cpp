@@ -305,7 +305,8 @@ void* memory(const py::object& tensor, DType dtype, std::int64_t size, Device de
   if (*reason == '\0') reason = elsewhere(own, device);
   if (*reason != '\0') throw py::type_error(std::string(name) + ": " + reason);
   if (ref.dtype != dtype || ref.size != size)
-    throw py::value_error(std::string(name) + " must hold " + std::to_string(size) + " numbers of its dtype");
+    throw py::value_error(std::string(name) + " must hold " + std::to_string(size) +
+                          (dtype == DType::f64 ? " float64 numbers" : " float32 numbers"));
   return ref.data;
 }
 

@@ -105,19 +105,13 @@ __global__ void __launch_bounds__(kThreads, kLook == Look::norms ? 3 : 2) read_k
   Group block = whole_block(&shared.slots), warp = own_warp();
   const auto& table = a.table;
   const std::uint32_t chunks = table.first_chunk[table.tensors];
-  const double divisor = read_scalar(a.divisor);
   const bool extras = kLook != Look::norms && a.extras;
   const double p = kLook != Look::norms ? a.norm_type : 2.0;
 
   const auto store = [&](std::uint32_t tensor, std::uint32_t unit, std::uint32_t chunk, bool whole, const Stats& stats) {
     // one slot per chunk, joined below in index order: the same gradients give the same bits
-    if (whole) store_row(a.rows + table.first_unit[tensor] + unit, a.row_stride, stats, extras, divisor, p);
+    if (whole) store_row(a.rows + table.first_unit[tensor] + unit, a.row_stride, stats, extras, read_scalar(a.divisor), p);
     else store_row(a.partials + chunk, chunks, stats, extras, 1.0, p);
-  };
-  const auto look = [&](Group& group, DType dtype, const char* data, std::uint32_t size) {
-    if constexpr (kLook == Look::norms) return stats_of<false>(group, dtype, data, size, p);
-    if constexpr (kLook == Look::all) return stats_of<true>(group, dtype, data, size, p);
-    return p == 2.0 && !extras ? stats_of<false>(group, dtype, data, size, p) : stats_of<true>(group, dtype, data, size, p);
   };
 
   if (threadIdx.x == 0) {
@@ -152,16 +146,21 @@ __global__ void __launch_bounds__(kThreads, kLook == Look::norms ? 3 : 2) read_k
         }
       }
     }
-    if (view.units == 1) {
-      const Stats stats = look(block, dtype, data, view.unit_size);
-      if (threadIdx.x == 0) store(tensor, view.unit, chunk, view.whole, stats);
-      continue;
+    // One unit, or a piece of one, is for the whole block; of several each warp takes its own. By value: a reference
+    // to either would put both into local memory.
+    const bool alone = view.units == 1;
+    Group group = alone ? block : warp;
+    for (std::uint32_t k = alone ? 0 : threadIdx.x / kWarpSize; k < view.units; k += kWarps) {
+      const char* const unit = data + k * unit_size * element_bytes;
+      Stats stats;
+      if constexpr (kLook == Look::norms) stats = stats_of<false>(group, dtype, unit, view.unit_size, p);
+      else if constexpr (kLook == Look::all) stats = stats_of<true>(group, dtype, unit, view.unit_size, p);
+      else if (p == 2.0 && !extras) stats = stats_of<false>(group, dtype, unit, view.unit_size, p);
+      else stats = stats_of<true>(group, dtype, unit, view.unit_size, p);
+      if (group.rank == 0) store(tensor, view.unit + k, chunk, view.whole, stats);
     }
-    for (std::uint32_t k = threadIdx.x / kWarpSize; k < view.units; k += kWarps) {
-      const Stats stats = look(warp, dtype, data + k * unit_size * element_bytes, view.unit_size);
-      if (warp.rank == 0) store(tensor, view.unit + k, chunk, true, stats);
-    }
-    __syncthreads();  // as the sums of a whole block have: what was found above is there for all
+    if (alone) block.phase = group.phase;
+    else __syncthreads();  // as the sums of a whole block have: what was found above is there for all
   }
 
   // The last block to come here does the rest. Release: what this thread stored is visible before its ticket is;
@@ -183,15 +182,17 @@ __global__ void __launch_bounds__(kThreads, kLook == Look::norms ? 3 : 2) read_k
     for (std::uint32_t unit = 0; unit < units; ++unit) {
       const bool is_long = pieces > kPiecesOfWarp;
       if (!is_long && turn++ % kWarps != threadIdx.x / kWarpSize) continue;
-      Group& group = is_long ? block : warp;
+      Group group = is_long ? block : warp;
       const std::uint32_t first = table.first_chunk[tensor] + unit * pieces;
       const Stats stats = join(group, a.partials + first, chunks, pieces, p, extras);
       if (group.rank == 0) store(tensor, unit, 0, true, stats);
       if constexpr (kLook == Look::penalised) {
-        if (a.weights[tensor] == nullptr) continue;
-        const Stats of_weight = join(group, a.weight_partials + first, chunks, pieces, 2.0, true);
-        if (group.rank == 0) store_weight_row(a.weight_rows + tensor, a.row_stride, of_weight);
+        if (a.weights[tensor] != nullptr) {
+          const Stats of_weight = join(group, a.weight_partials + first, chunks, pieces, 2.0, true);
+          if (group.rank == 0) store_weight_row(a.weight_rows + tensor, a.row_stride, of_weight);
+        }
       }
+      if (is_long) block.phase = group.phase;
     }
   }
   if (threadIdx.x == 0) a.tickets[0] = a.tickets[1] = 0;
@@ -225,7 +226,7 @@ struct JoinParams {
 };
 static_assert(sizeof(JoinParams) <= kParameterBytes);
 
-__global__ void __launch_bounds__(kThreads) join_kernel(FASTCLIP_PARAMETERS(JoinParams) a) {
+__global__ void __launch_bounds__(kThreads, 2) join_kernel(FASTCLIP_PARAMETERS(JoinParams) a) {
   FASTCLIP_SHARED(BlockSlots, slots);
   Group block = whole_block(&slots);
   for (int tensor = blockIdx.x; tensor < a.tensors; tensor += gridDim.x) {

@@ -102,7 +102,7 @@ __device__ void change(const Group& group, DType dtype, char* data, std::uint32_
 }
 
 template <Change kChange>
-__global__ void __launch_bounds__(kThreads) write_kernel(FASTCLIP_PARAMETERS(WriteParams) a) {
+__global__ void __launch_bounds__(kThreads, 3) write_kernel(FASTCLIP_PARAMETERS(WriteParams) a) {
   const TensorTable& table = a.table;
   const double scalar = read_scalar(a.scalar);
   if (kChange == Change::scale && scalar == 1.0) return;  // the host could not know it
