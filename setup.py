@@ -236,7 +236,9 @@ def accepts_openmp(compiler: list) -> bool:
 
 sources = [*SOURCES, *(INSTRUCTION_SETS if X86 else [])]
 depends = [
-    str(path) for path in Path("csrc").rglob("*") if path.suffix in (".h", ".inl", ".cu") or "cuda" in path.parts
+    str(path)
+    for path in Path("csrc").rglob("*")
+    if path.is_file() and (path.suffix in (".h", ".inl", ".cu") or "cuda" in path.parts)
 ]
 if sys.platform == "darwin":
     os.environ.setdefault("ARCHFLAGS", f"-arch {platform.machine()}")
