@@ -64,13 +64,12 @@ def cuobjdump() -> str | None:
 
 
 def short_name(mangled: str) -> str:
-    """"read<norms>" from what the compiler made of it."""
-    kernel = re.search(r"\d(\w+?)_kernel", mangled)
+    """ "read<norms>" from what the compiler made of it."""
+    kernel = re.search(r"(?<=\d)([a-z][a-z_]*)_kernel", mangled)
     if kernel is None:
         return mangled
     argument = re.search(r"(Look|Change)E(\d)E", mangled)
-    own = kernel[1].rpartition("_")[2].lstrip("0123456789")
-    return own + (f"<{ARGUMENTS[argument[1]][int(argument[2])]}>" if argument else "")
+    return kernel[1] + (f"<{ARGUMENTS[argument[1]][int(argument[2])]}>" if argument else "")
 
 
 def kernels_of(module: str) -> list[Kernel]:
