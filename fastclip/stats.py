@@ -37,6 +37,7 @@ from fastclip.types import (
     NonFiniteGradientError,
     Request,
     Strengths,
+    cuda_in_use,
     known_to_host,
     map_magnitudes,
     on_device,
@@ -170,7 +171,7 @@ class Reading:
 
 def check_may_wait(what: str, instead: str) -> None:
     """Raises ``RuntimeError`` while a CUDA graph is captured: what waits for the device can't be in one."""
-    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+    if cuda_in_use() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"{what} has to wait for the device, and a CUDA graph is being captured; {instead}. Nothing was written"
         )

@@ -96,6 +96,10 @@ class Backend(Protocol):
     def name(self) -> str: ...
 
     @property
+    def device_type(self) -> int | None:
+        """The type of device it serves, in DLPack's numbers; None for any."""
+
+    @property
     def returns_early(self) -> bool:
         """Whether ``scale_`` writes nothing where the factor is 1 and only the device knows it."""
 
@@ -220,6 +224,12 @@ def map_magnitudes(rows: Tensor, request: Request, mapped: Callable[[Tensor], Te
 def known_to_host(tensor: Tensor) -> bool:
     """Whether looking at the value waits for nothing: plain CPU memory, neither meta nor fake."""
     return type(tensor) is Tensor and tensor.device.type == "cpu"
+
+
+def cuda_in_use() -> bool:
+    """Whether torch has initialised CUDA; asking for a GPU would do so, after which a forked child can't use it."""
+    initialised: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return initialised
 
 
 def on_device(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, settings
 
 import fastclip.backends
 from fastclip._native import C
-from fastclip.backends import cuda
+from fastclip.backends import cpu, cuda, reference
+from fastclip.types import Backend
 
 settings.register_profile(
     "fastclip",
@@ -44,14 +45,22 @@ def same_start() -> Iterator[None]:
     """One seed, one thread unless a test asks for more, and the process-wide settings put back."""
     torch.manual_seed(20240531)
     forced, threads = fastclip.backends.forced, torch.get_num_threads()
+    order = fastclip.backends.BACKENDS
     capability = C.cpu_capability() if C is not None else ""
     torch.set_num_threads(1)
     yield
     fastclip.backends.forced = forced
+    prefer(order)
     torch.set_num_threads(threads)
     torch.set_flush_denormal(False)
     if capability:
         C.cpu_use_capability(capability)
+
+
+def prefer(order: tuple[Backend, ...]) -> None:
+    if fastclip.backends.BACKENDS != order:
+        fastclip.backends.BACKENDS = order
+        fastclip.backends._runnable.cache_clear()
 
 
 def use(name: str, alone: bool) -> None:
@@ -59,7 +68,9 @@ def use(name: str, alone: bool) -> None:
     if name.startswith("cpu-"):
         name, capability = name.split("-")
         assert C.cpu_use_capability(capability)
-    fastclip.backends.forced = name if alone or not name.startswith("cpu") else None
+    elif name == cuda.name and not alone:  # by itself the emulation is the last choice
+        prefer((cuda, cpu, reference))
+    fastclip.backends.forced = name if alone or name == "reference" else None
 
 
 @pytest.fixture(params=BACKENDS)
@@ -82,7 +93,7 @@ def on_each() -> Callable[..., dict[str, object]]:
 
     def run(work: Callable[[], object], cpu: bool = False) -> dict[str, object]:
         results = {}
-        for name in BACKENDS[1:] if cpu else BACKENDS:
+        for name in [n for n in BACKENDS if n.startswith("cpu-")] if cpu else BACKENDS:
             use(name, alone=True)
             results[name] = work()
         return results

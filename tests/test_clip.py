@@ -30,6 +30,10 @@ from oracle import (
 )
 
 import fastclip
+from fastclip.backends import cuda, plan
+from fastclip.stats import read
+from fastclip.tensors import grads_of
+from fastclip.types import Request
 
 SHAPES = ((7, 5), (1000,), (), (0,), (3, 4, 5))
 TORCH_P = (2.0, 1.0, INF, -INF, 3.0, 0.5, -1.0, 7.5)
@@ -116,9 +120,12 @@ def test_just_above_the_bound_is_clipped(backend: str) -> None:
 
 def test_the_bound_is_compared_in_float64(backend: str) -> None:
     grad = torch.full((10_000,), 0.1)
-    p, total = parameter(grad.clone()), norm(grad)
+    p, total = parameter(grad.clone()), read(plan(grads_of([parameter(grad)])), Request()).totals[0].item()
+    assert total == pytest.approx(norm(grad), rel=1e-12 if backend != cuda.name else 1e-7)
     fastclip.clip_grad_norm_([p], total * (1 + 1e-12))
     assert torch.equal(p.grad, grad)
+    fastclip.clip_grad_norm_([p], total * (1 - 1e-12), eps=0.1)
+    assert not torch.equal(p.grad, grad)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

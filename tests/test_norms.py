@@ -147,17 +147,19 @@ def test_every_code_of_16_bits(backend: str, dtype: torch.dtype, p: float) -> No
 def test_sizes_and_offsets(backend: str, dtype: torch.dtype) -> None:
     memory = randn(320, dtype=dtype)
     memory[7:320:11] = 0
-    last = 300 if backend != "reference" else 20
+    sizes = list(range(301 if backend.startswith("cpu") else 21))
+    if backend == cuda.name:  # threads that are fibers take their time
+        sizes = [size for size in range(301) if size <= 68 or size % 32 in (31, 0, 1)]
     for offset in (0, 1, 3):
-        x = magnitudes(memory)[offset : offset + last]
+        x = magnitudes(memory)[offset : offset + sizes[-1]]
         none = torch.zeros(1, dtype=torch.float64)
         want = {2.0: x.square().cumsum(0).sqrt(), 1.0: x.cumsum(0), INF: x.cummax(0).values}
         zeros = torch.cat([none, (x == 0).double().cumsum(0)])
-        grads = [memory[offset : offset + size] for size in range(last + 1)]
+        grads = [memory[offset : offset + size] for size in sizes]
         for p, norms in want.items():
             rows = rows_of(grads, p)
-            torch.testing.assert_close(rows[0], torch.cat([none, norms]), rtol=1e-7, atol=0)
-            assert torch.equal(rows[5], zeros)
+            torch.testing.assert_close(rows[0], torch.cat([none, norms])[sizes], rtol=1e-7, atol=0)
+            assert torch.equal(rows[5], zeros[sizes])
 
 
 @pytest.mark.parametrize("dtype", WRITABLE, ids=str)
@@ -354,6 +356,7 @@ def test_order_changes_no_tensor_norm(backend: str, p: float) -> None:
 @pytest.mark.parametrize("capability", C.cpu_capabilities())
 def test_threads_change_no_bit(capability: str, dtype: torch.dtype) -> None:
     assert C.cpu_use_capability(capability)
+    fastclip.backends.forced = "cpu"
     grads = [randn(size, dtype=dtype) for size in (3, CHUNK * 2 + 11, 900, CHUNK)]
     for p in (2.0, 1.0, 3.0, 2.5):
         seen = []

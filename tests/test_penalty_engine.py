@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fastclip
 from fastclip import ClippedOptimizer
-from fastclip.backends import cpu, plan, reference
+from fastclip.backends import cpu, cuda, plan, reference
 from fastclip.stats import read
 from fastclip.tensors import grads_of
 from fastclip.types import WEIGHT_FIELDS, Request
@@ -212,7 +212,7 @@ def test_signed_zeros_of_weights_have_no_sign(backend: str) -> None:
 
 @pytest.mark.parametrize("dtype", WRITABLE, ids=str)
 def test_strengths_of_zero_write_nothing(backend: str, dtype: torch.dtype) -> None:
-    """Neither memory nor the version counter, and what is written bumps it."""
+    """Neither memory nor, where the host can know it, the version counter, and what is written bumps it."""
     grads = [randn(100, dtype=dtype) for _ in range(3)]
     grads.append(randn(6, 4, dtype=dtype).t())
     grads[1][7] = -0.0
@@ -221,7 +221,8 @@ def test_strengths_of_zero_write_nothing(backend: str, dtype: torch.dtype) -> No
     rows, weight_rows = penalised(module(backend), grads, weights, [(0.0, 0.0), (0.0, 0.0), (0.1, 0.0), (0.0, 0.1)])
     assert same(grads[0], before[0])
     assert same(grads[1], before[1])
-    assert [grad._version > version for grad, version in zip(grads, versions, strict=True)] == [False] * 2 + [True] * 2
+    bumped = [grad._version > version for grad, version in zip(grads, versions, strict=True)]
+    assert bumped == [backend == cuda.name] * 2 + [True] * 2
     assert torch.equal(rows, rows_of(module(backend), grads, Request()))
     check_weights(weight_rows, weights)
 
@@ -303,7 +304,8 @@ def test_units_are_those_of_the_penalised_gradients(route: str) -> None:
     with_penalty = read(plan(grads_of(params)), Request(units="out"), strengths=[(0.1, 0.2)] * 2)
     after = read(plan(grads_of(params)), Request(units="out"))
     assert torch.equal(with_penalty.units.rows, after.units.rows)
-    torch.testing.assert_close(with_penalty.rows, after.rows, rtol=1e-12, atol=0)
+    # CUDA's kernels add up to 4 products in float32, and which ones depends on where a unit begins
+    torch.testing.assert_close(with_penalty.rows, after.rows, rtol=1e-12 if route != cuda.name else 1e-7, atol=0)
 
 
 # ---- what users see of it

@@ -163,7 +163,7 @@ def test_only_clipped_units_are_written(backend: str, dtype: torch.dtype, units)
             moved = ~still & ~old.isnan()
             assert int(ulps(grad[moved], want[moved]).max() if bool(moved.any()) else 0) <= 1
             written = bool((factor != 1.0).any()) and grad.numel() > 0
-            if backend != "reference" and grad.numel():  # the reference can't know on a device, so it writes all
+            if backend.startswith("cpu") and grad.numel():  # the others can't know on a device, so they bump all
                 assert (grad._version > version) == written
             elif written:
                 assert grad._version > version
@@ -411,7 +411,7 @@ def test_the_core_checks_its_arguments() -> None:
         C.pieces(table, [1])
     assert C.pieces(table, [2, 1]) == [2, 1]
     assert C.pieces(table, [1, 0]) == [0, 4]
-    with pytest.raises(ValueError, match="float64"):
+    with pytest.raises(ValueError, match="9 numbers"):
         C.cpu_join(torch.zeros(3, 2, dtype=torch.float64), [2, 1], 2.0, torch.zeros(3, 2, dtype=torch.float64))
 
 

@@ -239,7 +239,7 @@ def test_value_clipping_leaves_what_is_within_bounds(backend: str) -> None:
     fastclip.clip_grad_value_([small, large], 1.0)
     assert large.grad._version > before[1]
     assert large.grad.tolist() == [0.5, 1.0, 1.0]
-    if backend != "reference":
+    if backend.startswith("cpu"):  # the others don't look at what a device found
         assert small.grad._version == before[0]
 
 
@@ -266,5 +266,5 @@ def test_zeroing_writes_only_where_something_is_bad(backend: str) -> None:
     versions = good.grad._version, bad.grad._version
     fastclip.clip_grad_norm_([good, bad], INF, nonfinite="zero")
     assert bad.grad.tolist() == [1.0, 0.0]
-    if backend != "reference":
+    if backend.startswith("cpu"):
         assert (good.grad._version, bad.grad._version) == (versions[0], versions[1] + 1)

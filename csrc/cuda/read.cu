@@ -306,8 +306,11 @@ void read_penalised(const Tensors& grads, const Tensors& weights, const double* 
   for_launches<PairTable>(grads, {}, [&](const PairTable& table, std::int64_t first, bool is_last) {
     PenalisedParams params;
     static_cast<ReadParams<PairTable>&>(params) = params_of(table, first, is_last, rows, given, place);
-    for (int i = 0; i < table.tensors; ++i)
-      params.weights[i] = weights[first + i].size > 0 ? static_cast<const char*>(weights[first + i].data) : nullptr;
+    for (int i = 0; i < table.tensors; ++i) {
+      const bool apart = weights[first + i].size != grads[first + i].size, empty = grads[first + i].size == 0;
+      // nothing has no address, but a row to fill: any will do
+      params.weights[i] = apart ? nullptr : static_cast<const char*>(empty ? weight_rows : weights[first + i].data);
+    }
     params.strengths = strengths + first;
     params.weight_rows = weight_rows + first;
     params.weight_partials = params.partials + (given.extras ? 6 : 3) * table.first_chunk[table.tensors];

@@ -137,13 +137,15 @@ __device__ void for_vectors(const Group& group, const char* data, std::uint32_t 
 
 // ---- writes -----------------------------------------------------------------------------------------
 
+__device__ inline bool differ(const Vector& a, const Vector& b) { return a.x != b.x || a.y != b.y || a.z != b.z || a.w != b.w; }
+
 // Replaces every vector by map(vector), where that changes it; elements are independent of each other.
 template <class Map>
 __device__ void map_vectors(const Group& group, char* data, std::uint32_t bytes, std::uint32_t element_bytes, Map map) {
   const auto map_bytes = [&](char* at, std::uint32_t count) {
     const Vector before = load_bytes(at, count);
     const Vector after = map(before);
-    store_bytes(at, after, count);
+    if (differ(before, after)) store_bytes(at, after, count);
   };
   const std::uint32_t shift = misalignment(data), rank = group.rank;
   std::uint32_t head = shift > 0 ? 16 - shift : 0;  // bytes before the first aligned vector
@@ -151,11 +153,22 @@ __device__ void map_vectors(const Group& group, char* data, std::uint32_t bytes,
   for (std::uint32_t at = rank * element_bytes; at < head; at += group.size * element_bytes) map_bytes(data + at, element_bytes);
   auto* vectors = reinterpret_cast<Vector*>(data + head);
   const std::uint32_t whole = (bytes - head) / 16;
-  for (std::uint32_t index = rank; index < whole; index += group.size) {
-    const Vector before = vectors[index];
+  const auto map_vector = [&](std::uint32_t at, const Vector& before) {
     const Vector after = map(before);
-    if (before.x != after.x || before.y != after.y || before.z != after.z || before.w != after.w) vectors[index] = after;
+    if (differ(before, after)) vectors[at] = after;
+  };
+  constexpr int kInFlight = 4;  // loads, before the first store: the compiler can't tell that they may pass each other
+  std::uint32_t index = rank;
+#pragma unroll 1
+  for (; index + (kInFlight - 1) * group.size < whole; index += kInFlight * group.size) {
+    Vector before[kInFlight];
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k) before[k] = vectors[index + k * group.size];
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k) map_vector(index + k * group.size, before[k]);
   }
+#pragma unroll 1
+  for (; index < whole; index += group.size) map_vector(index, vectors[index]);
   for (std::uint32_t at = head + 16 * whole + rank * element_bytes; at < bytes; at += group.size * element_bytes)
     map_bytes(data + at, element_bytes);
 }

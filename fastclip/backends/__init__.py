@@ -18,7 +18,7 @@ from torch import Tensor
 from fastclip._native import C, why_missing
 from fastclip.backends import cpu, cuda, reference
 from fastclip.tensors import Grads, TensorOrTensors, check_not_inference, check_writable, grads_or_parameters
-from fastclip.types import Backend, BackendUnavailableError, Request, UnsupportedGradientError
+from fastclip.types import Backend, BackendUnavailableError, Request, UnsupportedGradientError, cuda_in_use
 
 # Best first; the reference serves what the others don't. Emulated, CUDA's kernels are the last choice.
 BACKENDS: tuple[Backend, ...] = (cpu, reference, cuda) if cuda.EMULATED else (cuda, cpu, reference)
@@ -52,14 +52,16 @@ class Part:
 
 
 @functools.cache
-def _runnable() -> tuple[Backend, ...]:
-    return tuple(backend for backend in BACKENDS if not backend.unavailable())
+def _runnable(with_cuda: bool, device_type: int | None) -> tuple[Backend, ...]:
+    found = [b for b in BACKENDS if (b is not cuda or with_cuda or cuda.EMULATED) and not b.unavailable()]
+    return tuple(sorted(found, key=lambda backend: backend.device_type != device_type))
 
 
-def candidates() -> tuple[Backend, ...]:
-    """The backends that can run here, best first; exactly the forced one where one is forced."""
+def candidates(device_type: int | None = None) -> tuple[Backend, ...]:
+    """The backends that can run here, best first, and before all others those for this type of device; exactly the
+    forced one where one is forced."""
     if forced is None:
-        return _runnable()
+        return _runnable(cuda_in_use(), device_type)
     for backend in BACKENDS:
         if backend.name == forced:
             if reason := backend.unavailable():
@@ -120,7 +122,7 @@ class Plan:
         for part in self.parts:
             own = factor
             if isinstance(factor, Tensor) and factor.dim() == 1 and part.positions is not None:
-                own = factor[part.positions]
+                own = factor[part.positions].to(part.table.grads[0].device, non_blocking=True)
             part.backend.scale_(part.table, own)
 
     def scale_units_(self, dims: list[tuple[int, ...]], counts: list[int], factors: Tensor) -> None:
@@ -131,7 +133,7 @@ class Plan:
                 part.backend.scale_units_(part.table, dims, factors)
                 continue
             each = torch.split(factors, counts)
-            own = torch.cat([each[i] for i in part.positions])
+            own = torch.cat([each[i] for i in part.positions]).to(part.table.grads[0].device, non_blocking=True)
             part.backend.scale_units_(part.table, [dims[i] for i in part.positions], own)
 
     def clamp_(self, bound: float) -> None:
@@ -154,7 +156,8 @@ def plan(grads: Grads) -> Plan:
     parts: list[Part] = []
     rest, positions, native = grads.tensors, None, grads.native
     reasons: dict[int, list[str]] = {}
-    for backend in candidates():
+    able = candidates(native.device_type if native is not None else None)
+    for backend in able if rest else (reference,):  # nothing lies on no device
         served = True
         while served:  # a table holds the tensors of one device: there may be more of them
             table = backend.table_of(rest, native)

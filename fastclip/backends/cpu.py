@@ -18,6 +18,7 @@ from fastclip.backends import pieces, reference
 from fastclip.types import HEAD_INF, HEAD_NORM, TOTAL_INFS, TOTAL_NANS, TOTAL_NORM, Request
 
 name = "cpu"
+device_type: int | None = getattr(C, "CPU", 1)
 returns_early = False  # the host knows every factor
 
 

@@ -23,6 +23,7 @@ from fastclip.types import Request
 
 EMULATED = bool(getattr(C, "cuda_emulated", False))
 name = "cuda-emulated" if EMULATED else "cuda"
+device_type: int | None = getattr(C, "CUDA", None) or 2
 returns_early = True
 
 WORKSPACE = 1 << 13  # float64 numbers at least: the chunks of 170 MB of float32
@@ -104,10 +105,13 @@ def finish(rows: Tensor, request: Request, totals: Tensor, heads: Tensor | None 
 
 
 def scale_(table: Any, factor: float | Tensor) -> None:
+    if not len(table):
+        return
+    like = table.grads[0]
     if isinstance(factor, Tensor) and factor.dim() == 1:
-        C.cuda_scale_each(table, [], factor)
+        C.cuda_scale_each(table, [], factor.to(like.device, non_blocking=True))
     elif isinstance(factor, Tensor):
-        C.cuda_scale(table, _scalar(factor, factor))
+        C.cuda_scale(table, _scalar(factor, like))
     elif factor != 1.0:
         C.cuda_scale(table, factor)
     else:

@@ -34,6 +34,7 @@ from fastclip.types import (
 )
 
 name = "reference"
+device_type: int | None = None
 returns_early = False
 
 FLOAT32_MAX = torch.finfo(torch.float32).max

@@ -55,13 +55,13 @@ inline void check(cudaError_t status, const std::string& during) {
     throw std::runtime_error("CUDA: " + std::string(cudaGetErrorString(status)) + ", " + during);
 }
 
-// Makes a device the current one for as long as it lives.
+// Makes a device the current one for as long as it lives; -1, of a table without a tensor, leaves it as it is.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
     check(cudaGetDevice(&before_), "asking for the current device");
-    if (device != before_) check(cudaSetDevice(device), "changing to device " + std::to_string(device));
-    changed_ = device != before_;
+    changed_ = device >= 0 && device != before_;
+    if (changed_) check(cudaSetDevice(device), "changing to device " + std::to_string(device));
   }
   ~DeviceGuard() {
     if (changed_) cudaSetDevice(before_);
