@@ -415,7 +415,7 @@ def _stepper(
         return error
 
     def before() -> None:
-        if nominal != 1.0:
+        if nominal != 1.0 or math.isinf(max_norm):  # the other contestant may have clipped them
             inputs.restore()
         model.look()
 
@@ -497,7 +497,9 @@ def step(
         _stepper(
             "fastclip", our_model, our_scaled_step if scaled else ours.step, our_norm, max_norm, our_passes, scale, l2
         ),
-        _stepper("torch", their_model, their_call, their_norm, max_norm, their_passes, scale, l2),
+        _stepper(
+            *("torch", their_model, their_call, their_norm, math.inf if bare else max_norm, their_passes, scale, l2)
+        ),
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from oracle import COMPLEX, DTYPES, FLOAT8, HALVES, INF, NAN, WRITABLE, bits, coef, magnitudes, norm, randn, rounded
+from oracle import COMPLEX, DTYPES, FLOAT8, HALVES, INF, NAN, WRITABLE, bits, coef, norm, randn, rounded
 from torch import Tensor
 
 from fastclip._native import C

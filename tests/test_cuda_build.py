@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
-
-from fastclip._native import C
 from fastclip.bench import machine_code
 from fastclip.bench.machine_code import Kernel
+
+from fastclip._native import C
 
 if C is None or C.CUDA is None or C.cuda_emulated:
     pytest.skip("the extension holds no CUDA kernels: nvcc is needed to build it", allow_module_level=True)
