@@ -23,7 +23,7 @@ from fastclip.types import Request
 
 EMULATED = bool(getattr(C, "cuda_emulated", False))
 name = "cuda-emulated" if EMULATED else "cuda"
-device_type: int | None = getattr(C, "CUDA", None) or 2
+device_type: int | None = None if EMULATED else getattr(C, "CUDA", None) or 2
 returns_early = True
 
 WORKSPACE = 1 << 13  # float64 numbers at least: the chunks of 170 MB of float32
