@@ -39,7 +39,7 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(shell find csrc -ty
 
 # The native tests under AddressSanitizer and UBSan, in a build of its own.
 sanitize: $(VENV)/.installed
-	FASTCLIP_SANITIZE=address,undefined $(PIP) --no-deps --upgrade --target build/sanitized .
+	FASTCLIP_CUDA=0 FASTCLIP_SANITIZE=address,undefined $(PIP) --no-deps --upgrade --target build/sanitized .
 	cd build && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=sanitized ../$(BIN)/python -m pytest -c ../pyproject.toml --rootdir .. \
 	-p no:cacheprovider -q -k "not reference" ../tests/test_norms.py ../tests/test_clip.py ../tests/test_writes.py ../tests/test_inputs.py \

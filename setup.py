@@ -6,6 +6,7 @@ kernels out, ``1`` insists on them, ``emulated`` compiles them for the CPU, for 
 are built where ``nvcc`` is found: in ``CUDA_HOME``, then on the PATH.
 """
 
+import importlib.util
 import json
 import os
 import platform
@@ -24,7 +25,8 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 X86 = platform.machine() in ("x86_64", "AMD64")
-SOURCES = ["csrc/module.cpp", "csrc/grad_table.cpp", "csrc/cpu/engine.cpp", "csrc/cpu/kernels_default.cpp"]
+MODULE = "csrc/module.cpp"  # the one source that asks whether there are CUDA kernels
+SOURCES = [MODULE, "csrc/grad_table.cpp", "csrc/cpu/engine.cpp", "csrc/cpu/kernels_default.cpp"]
 CUDA_KERNELS = ["csrc/cuda/read.cu", "csrc/cuda/write.cu"]
 CUDA_BINDINGS = "csrc/cuda/bindings.cpp"
 EMULATOR = "csrc/cuda/emulated/fibers.cpp"
@@ -38,7 +40,8 @@ INSTRUCTION_SETS = {
     ],
 }
 # Contraction to FMA is off because every instruction set must give the same bits.
-# Machine code runs on every later chip of its major version; for the majors that come, PTX.
+# Machine code runs on every later chip of its major version. All of it is made from the PTX of the first, which is also
+# what the majors to come compile at run time: the kernels use nothing newer, and one pass of the front end serves all.
 CUDA_TARGETS = [80, 90, 100, 120]
 CUDA_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=0"]
 FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra"]
@@ -54,9 +57,8 @@ class BuildExt(build_ext):
             self.record({"extension": False, "why": "no C++ compiler was found when fastclip was installed"})
             return
         import pybind11
-        from tvm_ffi import libinfo
 
-        include = [pybind11.get_include(), libinfo.find_dlpack_include_path(), *self.compiler.include_dirs]
+        include = [pybind11.get_include(), find_dlpack(self.build_temp), *self.compiler.include_dirs]
         sanitize = os.environ.get("FASTCLIP_SANITIZE", "")
         # -O1: at -O3 the instrumented templates take ten times as long to compile
         shared = ["-O1", "-g1", f"-fsanitize={sanitize}", "-fno-sanitize-recover=undefined"] if sanitize else ["-g0"]
@@ -65,43 +67,55 @@ class BuildExt(build_ext):
         self.compiler.compiler_so_cxx = self.compiler.compiler_so = [*compiler, "-fPIC"]
         self.compiler.linker_so_cxx[0:1] = self.compiler.linker_so[0:1] = compiler
 
+        cuda, cuda_why = None, ""
+        wanted = os.environ.get("FASTCLIP_CUDA", "")
         try:
-            cuda, cuda_why = find_cuda()
-        except LookupError as error:
-            raise CompileError(str(error)) from None
+            cuda = find_cuda(wanted)
+        except NoCuda as why:
+            if wanted not in ("", "0"):
+                raise CompileError(f"FASTCLIP_CUDA={wanted}, but {why}") from None
+            cuda_why = f"when fastclip was installed, {why}"
 
         def compile_one(source: str) -> str:
-            flags = [*FLAGS, *shared, *INSTRUCTION_SETS.get(source, [])]
             macros = [("FASTCLIP_X86", "1")] if X86 else []
             macros += [("FASTCLIP_CUDA", "1")] if cuda else []
             macros += [("FASTCLIP_CUDA_EMULATED", "1")] if cuda and cuda.emulated else []
-            if source.endswith(".cu"):
-                target = Path(self.build_temp, source).with_suffix(".o")
-                target.parent.mkdir(parents=True, exist_ok=True)
-                command = [*compiler, "-x", "c++", "-fPIC", "-Wno-unknown-pragmas", *flags]
-                if not cuda.emulated:
-                    command = [cuda.nvcc, "-ccbin", compiler[0], *CUDA_FLAGS, *cuda.targets]
-                subprocess.run([*command, f"-I{cuda.include}", "-c", source, "-o", str(target)], check=True)
-                return str(target)
-            own = [*include, cuda.include] if cuda else include
             (built,) = self.compiler.compile(
-                [source], output_dir=self.build_temp, macros=macros, include_dirs=own, extra_postargs=flags
+                [source],
+                output_dir=self.build_temp,
+                macros=macros,
+                include_dirs=[*include, cuda.include] if cuda else include,
+                extra_postargs=[*FLAGS, *shared, *INSTRUCTION_SETS.get(source, [])],
             )
             return built
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            if cuda:
-                try:
-                    kernels = list(pool.map(compile_one, CUDA_KERNELS))
-                except subprocess.CalledProcessError as error:
-                    if os.environ.get("FASTCLIP_CUDA"):
-                        raise CompileError(f"the CUDA kernels did not compile: {error}") from None
-                    cuda, cuda_why = None, f"{error.cmd[0]} could not compile the kernels when fastclip was installed"
-            objects = list(pool.map(compile_one, [*ext.sources, *(cuda.sources if cuda else [])]))
+        def compile_kernels(source: str) -> str:
+            target = Path(self.build_temp, source).with_suffix(".o")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            command = [*compiler, "-x", "c++", "-fPIC", "-Wno-unknown-pragmas", *FLAGS, *shared]
+            if not cuda.emulated:
+                host = next(word for word in compiler if not word.endswith("ccache"))
+                command = [cuda.nvcc, "-ccbin", host, *CUDA_FLAGS, *cuda.targets]
+            run([*command, f"-I{cuda.include}", "-c", source, "-o", str(target)])
+            return str(target)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # the longest first, and last what depends on their success
+            kernels = [pool.submit(compile_kernels, source) for source in CUDA_KERNELS] if cuda else []
+            others = [pool.submit(compile_one, source) for source in ext.sources if source != MODULE]
+            try:
+                objects = [kernel.result() for kernel in kernels]
+            except NoCuda as why:
+                if wanted:
+                    raise CompileError(f"FASTCLIP_CUDA={wanted}, but {why}") from None
+                cuda, cuda_why = None, f"when fastclip was installed, {why}"
+                objects = []
+                self.warn(f"{cuda_why}; the package will run without the CUDA kernels")
+            others += [pool.submit(compile_one, source) for source in (MODULE, *(cuda.sources if cuda else []))]
+            objects += [other.result() for other in others]
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         self.compiler.link_shared_object(
-            [*objects, *kernels] if cuda else objects,
+            objects,
             str(target),
             extra_postargs=[*shared, *(cuda.link if cuda else [])],
             build_temp=self.build_temp,
@@ -123,6 +137,10 @@ class BuildExt(build_ext):
         self.copy_file(Path(self.build_lib, "fastclip", "_build.json"), "fastclip/_build.json")
 
 
+class NoCuda(Exception):
+    """Why the CUDA kernels are left out, as the end of a sentence."""
+
+
 @dataclass
 class Cuda:
     """What compiles the CUDA kernels, and for what."""
@@ -135,35 +153,64 @@ class Cuda:
     link: "list[str]" = field(default_factory=list)
 
 
-def find_cuda() -> "tuple[Cuda | None, str]":
-    """-> (the toolkit, "") or (None, why the kernels are left out)."""
-    wanted = os.environ.get("FASTCLIP_CUDA", "")
+def find_cuda(wanted: str) -> Cuda:
+    """``wanted``: what FASTCLIP_CUDA says. Raises ``NoCuda``."""
     if wanted == "emulated":
-        return Cuda("csrc/cuda/emulated", emulated=True, sources=[CUDA_BINDINGS, EMULATOR]), ""
+        return Cuda("csrc/cuda/emulated", emulated=True, sources=[CUDA_BINDINGS, EMULATOR])
     if wanted == "0":
-        return None, "FASTCLIP_CUDA=0 left the CUDA kernels out when fastclip was installed"
+        raise NoCuda("FASTCLIP_CUDA=0 left the CUDA kernels out")
+    if wanted not in ("", "1"):
+        raise NoCuda("what is known is 0, 1 and emulated")
     home = os.environ.get("CUDA_HOME")
     nvcc = shutil.which("nvcc", path=str(Path(home, "bin"))) if home else None
     nvcc = nvcc or shutil.which("nvcc")
     if nvcc is None:
-        if wanted == "1":
-            raise LookupError("FASTCLIP_CUDA=1, but nvcc is neither in CUDA_HOME nor on the PATH")
-        return None, "nvcc was found neither in CUDA_HOME nor on the PATH when fastclip was installed"
-
-    def ask(*question: str) -> str:
-        done = subprocess.run([nvcc, *question], capture_output=True, text=True, check=True)
-        return done.stdout + done.stderr
-
-    known = {int(name) for name in re.findall(r"compute_(\d+)", ask("--list-gpu-arch"))}
+        raise NoCuda("nvcc was found neither in CUDA_HOME nor on the PATH")
+    known = {int(name) for name in re.findall(r"compute_(\d+)\b", run([nvcc, "--list-gpu-arch"]))}
     targets = [target for target in CUDA_TARGETS if target in known]
-    codes = [f"-gencode=arch=compute_{target},code=sm_{target}" for target in targets]
-    codes.append(f"-gencode=arch=compute_{targets[-1]},code=compute_{targets[-1]}")
-    top = Path(re.search(r"TOP=(.*)", ask("--dryrun", "-x", "cu", os.devnull))[1].strip()).resolve()
-    static = next(top.glob("**/libcudart_static.a"), None)
-    if static is None:
-        raise LookupError(f"{top} holds nvcc, but no libcudart_static.a; FASTCLIP_CUDA=0 builds without CUDA")
-    link = [str(static), "-Wl,--exclude-libs,ALL", "-ldl", "-lrt", "-lpthread"]
-    return Cuda("csrc/cuda/nvidia", nvcc=nvcc, targets=codes, link=link), ""
+    if not targets:
+        raise NoCuda(f"{nvcc} compiles for none of sm_{', sm_'.join(map(str, CUDA_TARGETS))}")
+    codes = ",".join(f"sm_{target}" for target in targets)
+    flags = [
+        f"-gencode=arch=compute_{targets[0]},code=[compute_{targets[0]},{codes}]",
+        f"-DFASTCLIP_LEAST_CAPABILITY={targets[0]}",
+    ]
+    facts = run([nvcc, "--dryrun", "-x", "cu", os.devnull])
+    top = re.search(r"TOP=(.*)", facts)
+    folders = [*re.findall(r'"-L([^"]+)"', facts), *([f"{top[1].strip()}/lib64"] if top else []), "/usr/lib"]
+    folders += [str(path) for path in Path("/usr/lib").glob("*-linux-gnu")]  # where Debian has it
+    runtime = next((path for path in (Path(folder, "libcudart_static.a") for folder in folders) if path.exists()), None)
+    if runtime is None:
+        raise NoCuda(f"{nvcc} came without libcudart_static.a")
+    link = [str(runtime), "-Wl,--exclude-libs,ALL", "-ldl", "-lrt", "-lpthread"]
+    return Cuda("csrc/cuda/nvidia", nvcc=nvcc, targets=flags, link=link)
+
+
+def run(command: "list[str]") -> str:
+    """What it prints. Raises ``NoCuda`` with the first error of a compiler that fails; pip -v shows all of it."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    if done.returncode == 0:
+        return done.stdout
+    print(shlex.join(command), done.stdout, sep="\n", file=sys.stderr)
+    lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+    error = next((line for line in lines if "error" in line.lower()), lines[0] if lines else "it said nothing")
+    raise NoCuda(f"{command[0]} failed: {error}")
+
+
+def find_dlpack(build_temp: str) -> str:
+    """The folder to include <dlpack/dlpack.h> from: of apache-tvm-ffi, or with torch's copy of it."""
+    if importlib.util.find_spec("tvm_ffi"):
+        from tvm_ffi import libinfo
+
+        return libinfo.find_dlpack_include_path()
+    torch = importlib.util.find_spec("torch")  # without pip's build isolation
+    copy = Path(torch.origin).parent / "include/ATen/dlpack.h" if torch else None
+    if copy is None or not copy.exists():
+        raise CompileError("dlpack.h was found neither in apache-tvm-ffi nor in torch: pip install apache-tvm-ffi")
+    folder = Path(build_temp, "include")
+    (folder / "dlpack").mkdir(parents=True, exist_ok=True)
+    shutil.copy(copy, folder / "dlpack")
+    return str(folder)
 
 
 def find_compiler(distutils_compiler) -> "list[str] | None":
@@ -189,7 +236,9 @@ def accepts_openmp(compiler: list) -> bool:
 
 sources = [*SOURCES, *(INSTRUCTION_SETS if X86 else [])]
 depends = [
-    str(path) for path in Path("csrc").rglob("*") if path.suffix in (".h", ".inl", ".cu") or "cuda" in path.parts
+    str(path)
+    for path in Path("csrc").rglob("*")
+    if path.is_file() and (path.suffix in (".h", ".inl", ".cu") or "cuda" in path.parts)
 ]
 if sys.platform == "darwin":
     os.environ.setdefault("ARCHFLAGS", f"-arch {platform.machine()}")

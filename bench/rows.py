@@ -90,9 +90,9 @@ class Row:
 class Inputs:
     """The gradients of one workload, their untouched copy, and what the oracle says of them."""
 
-    def __init__(self, workload: Workload, seed: int = 0) -> None:
-        self.workload = workload
-        self.params = parameters(workload, seed)
+    def __init__(self, workload: Workload, seed: int = 0, device: str = "cpu") -> None:
+        self.workload, self.device = workload, device
+        self.params = parameters(workload, seed, device)
         self.grads: list[Tensor] = [p.grad for p in self.params if p.grad is not None]
         self.pristine = [grad.clone() for grad in self.grads]
         self._norms: dict[float, list[float]] = {}
@@ -415,7 +415,7 @@ def _stepper(
         return error
 
     def before() -> None:
-        if nominal != 1.0:
+        if nominal != 1.0 or math.isinf(max_norm):  # the other contestant may have clipped them
             inputs.restore()
         model.look()
 
@@ -448,12 +448,12 @@ def step(
     our_model, their_model = Model(inputs, rule), Model(inputs, rule)
     ours, theirs = fastclip.ClippedOptimizer(our_model.optimizer, max_norm, l2=l2), their_model.optimizer
     our_scaler, their_scaler = (
-        scaler("cpu", init_scale=scale, growth_interval=1 << 30, enabled=scaled)
+        scaler(inputs.device, init_scale=scale, growth_interval=1 << 30, enabled=scaled)
         for scaler in (fastclip.GradScaler, torch.amp.GradScaler)
     )
     their_weights = [param.detach() for param in their_model.params]
     for scaler in (our_scaler, their_scaler):
-        scaler.scale(torch.zeros(()))  # the first loss; only then it has a scale
+        scaler.scale(torch.zeros((), device=inputs.device))  # the first loss; only then it has a scale
 
     def our_scaled_step() -> None:
         our_scaler.step(ours)
@@ -497,7 +497,9 @@ def step(
         _stepper(
             "fastclip", our_model, our_scaled_step if scaled else ours.step, our_norm, max_norm, our_passes, scale, l2
         ),
-        _stepper("torch", their_model, their_call, their_norm, max_norm, their_passes, scale, l2),
+        _stepper(
+            *("torch", their_model, their_call, their_norm, math.inf if bare else max_norm, their_passes, scale, l2)
+        ),
     )
 
 

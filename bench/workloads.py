@@ -75,6 +75,18 @@ def resnet50_shapes() -> tuple[Shape, ...]:
     return (*shapes, (1000, into), (1000,))
 
 
+def llama_shapes(
+    layers: int = 22, width: int = 2048, key_width: int = 256, hidden: int = 5632, vocabulary: int = 32000
+) -> tuple[Shape, ...]:
+    """As in Hugging Face's Llama; the defaults are TinyLlama's, 1.1 billion parameters."""
+    block = (
+        *((width, width), (key_width, width), (key_width, width), (width, width)),  # q, k, v, o
+        *((hidden, width), (hidden, width), (width, hidden)),  # gate, up, down
+        *((width,), (width,)),  # norms
+    )
+    return ((vocabulary, width), *block * layers, (width,), (vocabulary, width))
+
+
 def lstm_shapes(features: int = 8, hidden: int = 512, layers: int = 2) -> tuple[Shape, ...]:
     """``nn.LSTM`` and a linear layer that forecasts one number."""
     shapes: list[Shape] = []
@@ -96,10 +108,16 @@ GPT2_BF16 = in_dtype(GPT2, torch.bfloat16)
 GPT2_FP16 = in_dtype(GPT2, torch.float16)
 RESNET50 = Workload("ResNet-50 fp32", resnet50_shapes(), torch.float32, "ResNet-50, 161 tensors")
 LSTM = Workload("LSTM fp32", lstm_shapes(), torch.float32, "LSTM forecaster, 2 layers of 512, 10 tensors")
+LLAMA = Workload("Llama 1.1B fp32", llama_shapes(), torch.float32, "Llama 1.1B, 201 tensors")
+LLAMA_BF16 = in_dtype(LLAMA, torch.bfloat16)
 SMALL = Workload("2,000 small fp32", ((64,),) * 2000, torch.float32, "2,000 tensors of 64 elements")
 SCALARS = Workload("150 scalars fp32", ((1,),) * 150, torch.float32, "150 tensors of one element")
+KIBI = Workload("1,000 x 1,024 fp32", ((1024,),) * 1000, torch.float32, "1,000 tensors of 1,024 elements")
+KIBI_MANY = Workload("10,000 x 1,024 fp32", ((1024,),) * 10_000, torch.float32, "10,000 tensors of 1,024 elements")
 FLAT = Workload("100M fp32", ((100_000_000,),), torch.float32, "one tensor of 100M elements")
 FLAT_BF16 = in_dtype(FLAT, torch.bfloat16)
+GIBI = Workload("1 GiB fp32", ((1 << 28,),), torch.float32, "one tensor of 2^28 elements")
+GIBI_BF16 = replace(in_dtype(GIBI, torch.bfloat16), shapes=((1 << 29,),), description="one tensor of 2^29 elements")
 FLAT_CONSTANT = Workload("100M x 0.1 fp32", FLAT.shapes, torch.float32, "one tensor of 100M times 0.1", "constant")
 EMBEDDING = Workload("embedding fp32", ((50257, 768),), torch.float32, "dense gradient of an embedding")
 EMBEDDING_BF16 = in_dtype(EMBEDDING, torch.bfloat16)
@@ -112,28 +130,34 @@ WORKLOADS: tuple[Workload, ...] = (
 )
 
 
-def parameters(workload: Workload, seed: int = 0) -> list[nn.Parameter]:
-    """Parameters with their ``.grad`` set; the same seed gives the same gradients.
+def parameters(workload: Workload, seed: int = 0, device: str = "cpu") -> list[nn.Parameter]:
+    """Parameters with their ``.grad`` set; the same seed gives the same gradients on the same type of device.
 
     The parameters' own values are uninitialised, so that they take no memory.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     made = []
     for shape in workload.shapes:
-        parameter = nn.Parameter(torch.empty(shape, dtype=workload.dtype))
+        parameter = nn.Parameter(torch.empty(shape, dtype=workload.dtype, device=device))
         parameter.grad = _gradient(workload, shape, generator)
         made.append(parameter)
     return made
 
 
 def _gradient(workload: Workload, shape: Shape, generator: torch.Generator) -> Tensor:
+    device = generator.device
     if workload.fill == "constant":
-        return torch.full(shape, CONSTANT, dtype=workload.dtype)
+        return torch.full(shape, CONSTANT, dtype=workload.dtype, device=device)
     if workload.fill == "normal":
-        return torch.randn(shape, generator=generator).mul_(STD).to(workload.dtype)
+        return _normal(workload, shape, generator)
     if workload.fill == "rows":
-        gradient = torch.zeros(shape, dtype=workload.dtype)
-        rows = torch.randperm(shape[0], generator=generator)[: max(1, round(FILLED_ROWS * shape[0]))]
-        gradient[rows] = torch.randn((len(rows), *shape[1:]), generator=generator).mul_(STD).to(workload.dtype)
+        gradient = torch.zeros(shape, dtype=workload.dtype, device=device)
+        filled = max(1, round(FILLED_ROWS * shape[0]))
+        rows = torch.randperm(shape[0], generator=generator, device=device)[:filled]
+        gradient[rows] = _normal(workload, (filled, *shape[1:]), generator)
         return gradient
     raise ValueError(f"workload {workload.name}: unknown fill {workload.fill!r}")
+
+
+def _normal(workload: Workload, shape: Shape, generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, device=generator.device).mul_(STD).to(workload.dtype)

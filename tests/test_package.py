@@ -174,7 +174,9 @@ def build(tmp_path, **environment):
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        env={k: v for k, v in os.environ.items() if k not in ("CXX", "LD_PRELOAD")} | environment,
+        env={k: v for k, v in os.environ.items() if k not in ("CXX", "LD_PRELOAD")}
+        | {"FASTCLIP_CUDA": "0"}
+        | environment,
     )
 
 

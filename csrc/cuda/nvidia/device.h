@@ -102,12 +102,29 @@ inline bool stream_is_capturing(void* stream) {
   return status == cudaStreamCaptureStatusActive;
 }
 
+inline std::string version_of(int number) { return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10); }
+
 // "" if there is a GPU that this build has code for.
 inline std::string why_no_device() {
-  int count = 0;
+  int driver = 0, count = 0, best = 0;
+  if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) return "no NVIDIA driver was found on this machine";
   const cudaError_t status = cudaGetDeviceCount(&count);
+  // parameters of more than 4 KB need a driver that knows them, also where the runtime would do with an older one
+  if (status == cudaErrorInsufficientDriver || (kParameterBytes > 4096 && driver < 12010))
+    return "the NVIDIA driver serves CUDA " + version_of(driver) + ", and fastclip was built with CUDA " +
+           version_of(CUDART_VERSION) + ": update the driver, or build fastclip with an older nvcc";
+  if (status == cudaErrorNoDevice || (status == cudaSuccess && count == 0))
+    return "there is an NVIDIA driver, but no GPU that this process may use";
   if (status != cudaSuccess) return cudaGetErrorString(status);
-  return count > 0 ? "" : "no GPU was found";
+  for (int device = 0; device < count; ++device) {
+    int major = 0, minor = 0;
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "asking for the compute capability");
+    check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "asking for the compute capability");
+    best = 10 * major + minor > best ? 10 * major + minor : best;
+  }
+  if (best >= FASTCLIP_LEAST_CAPABILITY) return "";
+  return "this GPU has compute capability " + version_of(100 * best) + ", and the kernels need " +
+         version_of(100 * FASTCLIP_LEAST_CAPABILITY);
 }
 
 }  // namespace fastclip::cuda
