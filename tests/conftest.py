@@ -58,7 +58,7 @@ def same_start() -> Iterator[None]:
 
 
 def prefer(order: tuple[Backend, ...]) -> None:
-    if fastclip.backends.BACKENDS != order:
+    if order != fastclip.backends.BACKENDS:
         fastclip.backends.BACKENDS = order
         fastclip.backends._runnable.cache_clear()
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from oracle import COMPLEX, DTYPES, FLOAT8, HALVES, INF, NAN, WRITABLE, bits, coef, magnitudes, norm, randn, rounded
+from oracle import COMPLEX, DTYPES, FLOAT8, HALVES, INF, NAN, WRITABLE, bits, coef, norm, randn, rounded
 from torch import Tensor
 
 from fastclip._native import C
@@ -607,7 +607,7 @@ cuda.scale_(table, 0.5)
 def test_what_does_not_change_is_not_written(python, tmp_path) -> None:
     done = python(READ_ONLY.format(path=tmp_path / "numbers"), FASTCLIP_BACKEND=cuda.name)
     assert done.stdout.strip() == "nothing was written", done.stderr
-    assert done.returncode < 0  # and then something was
+    assert done.returncode != 0  # and then something was
 
 
 @pytest.mark.parametrize("dtype", WRITABLE, ids=str)
@@ -693,7 +693,7 @@ def test_wrong_memory_is_refused_before_anything_is_launched() -> None:
         weights, given, *memory = wrong
         with pytest.raises((TypeError, ValueError)):
             C.cuda_read_penalised(table, weights, given, 2.0, False, *memory, False)
-    with pytest.raises(ValueError, match="float64|numbers"):
+    with pytest.raises(ValueError, match="numbers"):
         C.cuda_join(poisoned(3, 5), [2, 1], 2.0, poisoned(3, 2))
     with pytest.raises(ValueError, match="numbers"):
         C.cuda_join(poisoned(3, 3), [2, 1], 2.0, poisoned(3, 3))
