@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test soak bench lint types sanitize clean
+.PHONY: demo test soak bench lint types emulator sanitize clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fastclip demo
@@ -37,13 +37,19 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(shell find csrc -ty
 	$(BIN)/python -m fastclip
 	touch $@
 
-# The native tests under AddressSanitizer and UBSan, in a build of its own.
+# The tests of every backend over the CUDA kernels, compiled for the CPU: each of a kernel's threads is a fiber.
+emulator: $(VENV)/.installed
+	FASTCLIP_CUDA=emulated $(PIP) --no-deps --upgrade --target build/emulated .
+	cd build && env -u FASTCLIP_BACKEND PYTHONPATH=emulated ../$(BIN)/python -m pytest -c ../pyproject.toml --rootdir .. \
+	-p no:cacheprovider -q -k "cuda or every_unit" ../tests
+
+# The native tests under AddressSanitizer and UBSan, in a build of its own; of the emulated kernels' those in test_cuda.py.
 sanitize: $(VENV)/.installed
-	FASTCLIP_CUDA=0 FASTCLIP_SANITIZE=address,undefined $(PIP) --no-deps --upgrade --target build/sanitized .
+	FASTCLIP_SANITIZE=address,undefined FASTCLIP_CUDA=emulated $(PIP) --no-deps --upgrade --target build/sanitized .
 	cd build && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=sanitized ../$(BIN)/python -m pytest -c ../pyproject.toml --rootdir .. \
-	-p no:cacheprovider -q -k "not reference" ../tests/test_norms.py ../tests/test_clip.py ../tests/test_writes.py ../tests/test_inputs.py \
-	../tests/test_penalty_engine.py
+	-p no:cacheprovider -q -k "not reference and not cuda-emulated" ../tests/test_norms.py ../tests/test_clip.py ../tests/test_writes.py ../tests/test_inputs.py \
+	../tests/test_penalty_engine.py ../tests/test_cuda.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info fastclip/_C*.so fastclip/_build.json

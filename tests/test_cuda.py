@@ -607,7 +607,7 @@ cuda.scale_(table, 0.5)
 def test_what_does_not_change_is_not_written(python, tmp_path) -> None:
     done = python(READ_ONLY.format(path=tmp_path / "numbers"), FASTCLIP_BACKEND=cuda.name)
     assert done.stdout.strip() == "nothing was written", done.stderr
-    assert done.returncode < 0  # and then something was
+    assert done.returncode != 0  # and then something was
 
 
 @pytest.mark.parametrize("dtype", WRITABLE, ids=str)
