@@ -693,7 +693,7 @@ def test_wrong_memory_is_refused_before_anything_is_launched() -> None:
         weights, given, *memory = wrong
         with pytest.raises((TypeError, ValueError)):
             C.cuda_read_penalised(table, weights, given, 2.0, False, *memory, False)
-    with pytest.raises(ValueError, match="float64|numbers"):
+    with pytest.raises(ValueError, match="numbers"):
         C.cuda_join(poisoned(3, 5), [2, 1], 2.0, poisoned(3, 2))
     with pytest.raises(ValueError, match="numbers"):
         C.cuda_join(poisoned(3, 3), [2, 1], 2.0, poisoned(3, 3))

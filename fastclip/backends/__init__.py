@@ -54,7 +54,7 @@ class Part:
 @functools.cache
 def _runnable(with_cuda: bool, device_type: int | None) -> tuple[Backend, ...]:
     found = [b for b in BACKENDS if (b is not cuda or with_cuda or cuda.EMULATED) and not b.unavailable()]
-    return tuple(sorted(found, key=lambda backend: backend.device_type != device_type))
+    return tuple(sorted(found, key=lambda backend: device_type not in (None, backend.device_type)))
 
 
 def candidates(device_type: int | None = None) -> tuple[Backend, ...]:
