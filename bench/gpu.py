@@ -111,7 +111,7 @@ def all_rows() -> list[Row]:
 
 def tiny(workload: Workload) -> Workload:
     """The same list with small tensors, and not many of them."""
-    shapes = tuple(tuple(min(size, 16) for size in shape) for shape in workload.shapes[:40])
+    shapes = tuple(tuple(min(size, 16) for size in shape) for shape in workload.shapes[:12])
     return replace(workload, shapes=shapes, description=f"{workload.description}, tiny")
 
 
@@ -196,6 +196,29 @@ def reading_speed(clock: Clock, device: str, elements: int) -> Results:
     copy = 2 * speeds.pop("copy")
     best = max(speeds, key=speeds.__getitem__)
     return {"by": best, "bytes_per_s": speeds[best], "copy_bytes_per_s": copy, "bytes": size, "all": speeds}
+
+
+def short(device: str) -> None:
+    """Every kernel a few times on small lists, aligned or not: what compute-sanitizer is to watch."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64):
+        flat = torch.randn(70_001, device=device, dtype=torch.float64).to(dtype)
+        params = []
+        for first, last in ((0, 64), (64, 65), (67, 70_001), (0, 0)):
+            params.append(torch.nn.Parameter(torch.ones(last - first, device=device, dtype=dtype)))
+            params[-1].grad = flat[first:last]
+        fastclip.clip_grad_norm_(params, 1.0)
+        fastclip.get_total_norm([param.grad for param in params if param.grad is not None], norm_type=3.0)
+        fastclip.grad_stats(params, extras=True, weights=not dtype.is_complex)
+        for policy in (fastclip.policies.PerTensorNorm(0.1), fastclip.policies.Unitwise()):
+            fastclip.clip_grads_(params, policy)
+        if not dtype.is_complex:
+            fastclip.clip_grad_value_(params, 0.01)
+            settings: dict[str, Any] = {"l2": 0.1, "nonfinite": "zero"}
+            fastclip.ClippedOptimizer(torch.optim.SGD(params, lr=0.1), 1.0, **settings).step()
+        flat[5] = math.nan
+        fastclip.clip_grad_norm_(params, 1.0)
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 # ---- facts that are no times ---------------------------------------------------------------------------
@@ -442,6 +465,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--tiny", action="store_true", help="lists of a few thousand elements: the code, not the numbers"
     )
+    parser.add_argument("--short", action="store_true", help="every kernel on small lists, no times: for a sanitizer")
     parser.add_argument("--only", default="", metavar="SUBSTRING", help="only rows whose name contains it")
     parser.add_argument("--rounds", type=int, default=15, help="of each row (default 15)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results")
@@ -449,7 +473,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no GPU that torch can use; --device cpu --tiny goes through the same code")
+    if args.short:
+        short(args.device)
+        return 0
     chosen = [row for row in all_rows() if args.only.lower() in row.name.lower()]
+    if not chosen:
+        parser.error(f"no row's name contains {args.only!r}; they are: {', '.join(row.name for row in all_rows())}")
     results = run(chosen, args.device, args.tiny, args.rounds)
     if args.json is not None:
         args.json.write_text(json.dumps(results, indent=1) + "\n")

@@ -482,9 +482,10 @@ def step(
         return (total_norm, None) if bare else (float(returned), oracle.relative_error(returned, total_norm))
 
     writes = scaled or share < 1
+    rides = rule.rides and (inputs.device == "cpu" or scaled)  # a GPU's coefficient isn't known when it is launched
     penalised = l2 != 0
     our_passes = {
-        "reads": rule.reads + 1 + penalised + (writes and not rule.rides),
+        "reads": rule.reads + 1 + penalised + (writes and not rides),
         "writes": rule.writes + penalised + writes,
     }
     extra = 0 if bare else 1 + scaled  # clipping writes as much as it reads a second time, and so does unscaling

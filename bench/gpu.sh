@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one command and without a network: bench/gpu.sh OUTDIR
+# Builds, tests, measures, looks for bad accesses and races. Each step has a limit of its own, and all of them together
+# one of 8 minutes; what fails is recorded and does not stop the rest.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=$(mkdir -p "${1:?usage: bench/gpu.sh OUTDIR}" && cd "$1" && pwd)
+python=${PYTHON:-python3}
+failed=0 all=480
+: >"$out/steps.tsv"
+
+# step NAME SECONDS COMMAND...: its output goes to the log; the last lines and the outcome are shown
+step() {
+  local name=$1 limit=$2 start=$SECONDS code=0
+  shift 2
+  if [ "$limit" -gt $((all - SECONDS)) ]; then limit=$((all - SECONDS)); fi
+  if [ "$limit" -lt 5 ]; then
+    printf '%s\t%s\t0\n' "$name" "no time left" | tee -a "$out/steps.tsv"
+    return
+  fi
+  printf '\n== %s (at %d s, limit %d s)\n' "$name" "$SECONDS" "$limit" | tee -a "$out/log.txt"
+  timeout --signal=INT --kill-after=10 "$limit" "$@" >"$out/step.txt" 2>&1 || code=$?
+  cat "$out/step.txt" >>"$out/log.txt"
+  tail -n 25 "$out/step.txt" | cut -c1-300
+  printf '%s\t%d\t%d\n' "$name" "$code" "$((SECONDS - start))" | tee -a "$out/steps.tsv"
+  [ "$code" -eq 0 ] || failed=1
+}
+
+step "machine" 20 bash -c "nvidia-smi; nvcc --version; git log -1 --format=%H; $python -m pip list 2>/dev/null | grep -iE '^(torch|triton|numpy|pytest|hypothesis|pybind11|setuptools)'"
+FASTCLIP_CUDA=1 step "build" 200 "$python" -m pip install --no-build-isolation --no-deps --no-index -v -e .
+step "what runs here" 30 "$python" -m fastclip
+export FASTCLIP_BACKEND=cuda
+
+# Without pytest-timeout pyproject's own settings would be an error.
+pytest=("$python" -m pytest -p no:cacheprovider -q)
+"$python" -c "import pytest_timeout" 2>/dev/null || {
+  printf '[pytest]\naddopts = -ra\n' >"$out/pytest.ini"
+  pytest+=(-c "$out/pytest.ini" --rootdir .)
+}
+step "tests of the CUDA backend" 90 "${pytest[@]}" tests/test_cuda.py
+[ -n "$(command -v cuobjdump)" ] && step "tests of the machine code" 60 "${pytest[@]}" tests/test_cuda_build.py
+
+step "numbers" 240 "$python" -m fastclip.bench.gpu --json "$out/gpu.json" --markdown "$out/gpu.md"
+step "numbers beside the model's" 20 "$python" -m fastclip.bench.model --json "$out/gpu.json" --markdown "$out/model.md"
+
+# One allocation of the driver's for each tensor, so that an access past its end is seen.
+for tool in memcheck racecheck initcheck; do
+  if command -v compute-sanitizer >/dev/null; then
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "compute-sanitizer $tool" 60 \
+      compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -m fastclip.bench.gpu --short
+  else
+    printf 'compute-sanitizer %s\t%s\t0\n' "$tool" "not there" | tee -a "$out/steps.tsv"
+  fi
+done
+
+"$python" - "$out" <<'EOF'
+import json, pathlib, sys
+out = pathlib.Path(sys.argv[1])
+steps = [line.split("\t") for line in (out / "steps.tsv").read_text().splitlines()]
+rows = [{"step": name, "exit": code, "seconds": int(seconds)} for name, code, seconds in steps]
+(out / "steps.json").write_text(json.dumps(rows, indent=1) + "\n")
+table = ["| step | exit | seconds |", "| --- | --- | ---: |", *(f"| {' | '.join(each)} |" for each in steps)]
+for name in ("gpu.md", "model.md"):
+    table += ["", (out / name).read_text()] if (out / name).exists() else ["", f"{name} was not written"]
+(out / "summary.md").write_text("\n".join(table) + "\n")
+EOF
+rm -f "$out/step.txt" "$out/steps.tsv" "$out/pytest.ini"
+printf '\nall of it took %d s; see %s\n' "$SECONDS" "$out/summary.md"
+exit "$failed"
