@@ -10,7 +10,7 @@ demo: $(VENV)/.installed
 	$(BIN)/fastclip demo
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4
 
 # 20,000 steps under each clipping rule, with faults thrown in; about ten minutes
 soak: $(VENV)/.installed
@@ -41,14 +41,14 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(shell find csrc -ty
 emulator: $(VENV)/.installed
 	FASTCLIP_CUDA=emulated $(PIP) --no-deps --upgrade --target build/emulated .
 	cd build && env -u FASTCLIP_BACKEND PYTHONPATH=emulated ../$(BIN)/python -m pytest -c ../pyproject.toml --rootdir .. \
-	-p no:cacheprovider -q -k "cuda or every_unit" ../tests
+	-p no:cacheprovider -q -n auto --maxprocesses 4 -k "cuda or every_unit" ../tests
 
 # The native tests under AddressSanitizer and UBSan, in a build of its own; of the emulated kernels' those in test_cuda.py.
 sanitize: $(VENV)/.installed
 	FASTCLIP_SANITIZE=address,undefined FASTCLIP_CUDA=emulated $(PIP) --no-deps --upgrade --target build/sanitized .
 	cd build && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=sanitized ../$(BIN)/python -m pytest -c ../pyproject.toml --rootdir .. \
-	-p no:cacheprovider -q -k "not reference and not cuda-emulated" ../tests/test_norms.py ../tests/test_clip.py ../tests/test_writes.py ../tests/test_inputs.py \
+	-p no:cacheprovider -q -n auto --maxprocesses 4 -k "not reference and not cuda-emulated" ../tests/test_norms.py ../tests/test_clip.py ../tests/test_writes.py ../tests/test_inputs.py \
 	../tests/test_penalty_engine.py ../tests/test_cuda.py
 
 clean:

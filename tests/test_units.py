@@ -411,7 +411,7 @@ def test_the_core_checks_its_arguments() -> None:
         C.pieces(table, [1])
     assert C.pieces(table, [2, 1]) == [2, 1]
     assert C.pieces(table, [1, 0]) == [0, 4]
-    with pytest.raises(ValueError, match="9 numbers"):
+    with pytest.raises(ValueError, match="9 float64 numbers"):
         C.cpu_join(torch.zeros(3, 2, dtype=torch.float64), [2, 1], 2.0, torch.zeros(3, 2, dtype=torch.float64))
 
 
