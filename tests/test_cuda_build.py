@@ -19,7 +19,7 @@ REGISTERS = 65536  # of a multiprocessor, on every target
 THREADS = 256  # of a block
 # How many blocks a multiprocessor has to hold at a time, as __launch_bounds__ says.
 BLOCKS = {
-    "read<norms>": 3,
+    "read<norms>": 2,
     "read<all>": 2,
     "read<penalised>": 2,
     "join": 2,

@@ -100,7 +100,7 @@ __device__ void penalise(Group& group, DType dtype, char* grads, const char* wei
 }
 
 template <Look kLook, class Params>
-__global__ void __launch_bounds__(kThreads, kLook == Look::norms ? 3 : 2) read_kernel(FASTCLIP_PARAMETERS(Params) a) {
+__global__ void __launch_bounds__(kThreads, 2) read_kernel(FASTCLIP_PARAMETERS(Params) a) {
   FASTCLIP_SHARED(ReadShared, shared);
   Group block = whole_block(&shared.slots), warp = own_warp();
   const auto& table = a.table;
