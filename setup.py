@@ -1,9 +1,9 @@
 """Builds ``fastclip._C`` without libtorch; everything declarative is in pyproject.toml.
 
 Environment: ``CXX`` names the compiler, ``FASTCLIP_SANITIZE=address,undefined`` instruments the
-extension, ``FASTCLIP_OPENMP=0`` builds it for one thread. ``FASTCLIP_CUDA=0`` leaves the CUDA kernels out, ``1`` insists
-on them, ``emulated`` compiles them for the CPU, for tests; unset, they are built where ``nvcc`` is found: in
-``CUDA_HOME``, then on the PATH.
+extension, ``FASTCLIP_OPENMP=0`` builds it for one thread. ``FASTCLIP_CUDA=0`` leaves the CUDA kernels
+out, ``1`` insists on them, ``emulated`` compiles them for the CPU, for tests; unset, they are built
+where ``nvcc`` is found: in ``CUDA_HOME``, then on the PATH.
 """
 
 import json
