@@ -13,8 +13,10 @@ import fastclip.clipping
 import fastclip.guard
 import fastclip.policies
 import fastclip.record
+import fastclip.riding
 import fastclip.stats
 from fastclip import ClippedOptimizer
+from fastclip.backends import cuda
 from fastclip.riding import RIDERS
 
 
@@ -730,10 +732,10 @@ def test_extremes(name, case):
         assert torch.equal(flat(model), before)
 
 
-@pytest.fixture
-def far(monkeypatch):
-    """As on an accelerator: no value is known to the host, and the reference backend serves."""
-    fastclip.backends.forced = "reference"
+@pytest.fixture(params=["reference", *([cuda.name] if cuda.EMULATED else [])])
+def far(request, monkeypatch):
+    """As on an accelerator: no value is known to the host, and its kernels or the reference backend serve."""
+    fastclip.backends.forced = request.param
     for module in [m for name, m in sys.modules.items() if name.startswith("fastclip.")]:
         if hasattr(module, "known_to_host"):
             monkeypatch.setattr(module, "known_to_host", lambda tensor: False)
@@ -1198,3 +1200,20 @@ def test_what_has_to_wait_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> No
     assert p.grad.tolist() == [7.0, 7.0, 7.0]
     fastclip.clip_grad_norm_([p], 1.0, nonfinite="skip")
     assert float(p.grad.norm()) < 1.1
+
+
+@pytest.mark.parametrize("max_norm", [1e9, 0.5])
+def test_a_write_that_returns_early_is_preferred_to_riding(far, monkeypatch, max_norm) -> None:
+    """Riding writes every gradient; where the kernel finds nothing to clip, only the flag has to ride."""
+    aboard = []
+    enter = fastclip.riding.aboard.__enter__
+    monkeypatch.setattr(
+        fastclip.riding.aboard, "__enter__", lambda self: (aboard.append(set(self._riders)), enter(self))
+    )
+    p = torch.nn.Parameter(torch.ones(4))
+    opt = ClippedOptimizer(torch.optim.AdamW([p], lr=0.1, fused=True), max_norm=max_norm)
+    p.grad = torch.tensor([3.0, 4.0, 0.0, 0.0])
+    opt.step()
+    assert aboard == [{"found_inf"} if fastclip.backends.forced == cuda.name else {"found_inf", "grad_scale"}]
+    want = 5.0 if max_norm > 5 else 0.5
+    assert float(p.grad.norm()) == pytest.approx(want, rel=1e-5)
