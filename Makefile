@@ -49,7 +49,7 @@ sanitize: $(VENV)/.installed
 	FASTCLIP_SANITIZE=address,undefined FASTCLIP_CUDA=emulated $(PIP) --no-deps --upgrade --target build/sanitized .
 	cd build && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=sanitized ../$(BIN)/python -m pytest -c ../pyproject.toml --rootdir .. \
-	-p no:cacheprovider -q -n auto --maxprocesses 4 ../tests/test_norms.py ../tests/test_clip.py ../tests/test_writes.py ../tests/test_inputs.py \
+	-p no:cacheprovider -q --capture=sys -n auto --maxprocesses 4 ../tests/test_norms.py ../tests/test_clip.py ../tests/test_writes.py ../tests/test_inputs.py \
 	../tests/test_penalty_engine.py ../tests/test_cuda.py \
 	-k "not reference and not cuda-emulated and not by_name and not unknown and not environment and not by_itself"
 

@@ -307,20 +307,21 @@ def test_writes_in_several_launches() -> None:
 FILLER = 0xAA
 
 
-def at_every_address(x: Tensor) -> Iterator[tuple[Tensor, Tensor, int]]:
+def at_every_address(x: Tensor, after: int = 0) -> Iterator[tuple[Tensor, Tensor, int]]:
     """The same numbers, whose first byte lies 0, 1, ..., 15 bytes after a multiple of 16: whole elements on a GPU.
 
+    Their memory ends ``after`` bytes after them: without any, AddressSanitizer sees who looks further.
     -> (them, the memory they lie in, where their first byte does).
     """
     raw = x.contiguous().view(torch.uint8)
     for offset in range(0, 16, 1 if cuda.EMULATED else min(16, x.element_size())):
-        memory = torch.full((len(raw) + 64,), FILLER, dtype=torch.uint8, device=DEVICE)
-        begin = -memory.data_ptr() % 16 + offset
-        memory[begin : begin + len(raw)] = raw
+        memory = torch.full((offset + len(raw) + after,), FILLER, dtype=torch.uint8, device=DEVICE)
+        assert memory.data_ptr() % 16 == 0
+        memory[offset : offset + len(raw)] = raw
         if cuda.EMULATED:  # PyTorch's own views begin at multiples of an element
-            yield torch.frombuffer(memory.numpy(), dtype=x.dtype, count=len(x), offset=begin), memory, begin
+            yield torch.frombuffer(memory.numpy(), dtype=x.dtype, count=len(x), offset=offset), memory, offset
         else:
-            yield memory[begin : begin + len(raw)].view(x.dtype), memory, begin
+            yield memory[offset : offset + len(raw)].view(x.dtype), memory, offset
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -340,7 +341,7 @@ def test_writes_reach_the_same_numbers_anywhere_in_memory(dtype: torch.dtype) ->
         wanted: list[Tensor] = []
         nan = torch.tensor([NAN], dtype=dtype, device=DEVICE).view(torch.uint8)
         weights = [weight for weight, *_ in at_every_address(w)]
-        for (grad, memory, begin), weight in zip(at_every_address(x), reversed(weights), strict=True):
+        for (grad, memory, begin), weight in zip(at_every_address(x, 48), reversed(weights), strict=True):
             table, own = cuda.table_of([grad]), memory[begin : begin + size * dtype.itemsize]  # PyTorch looks at bytes
             cuda.scale_(table, 0.7)
             found = [own.clone()]
