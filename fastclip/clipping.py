@@ -69,6 +69,8 @@ class Verdict:
         factor = coef if unit_coefs is None else unit_coefs
         factor = factor if grad_scale is None else factor / grad_scale
         if isinstance(skip, Tensor):  # selected, not multiplied by 0: 0 x NaN is NaN
+            if not isinstance(factor, Tensor):
+                factor = torch.full((), factor, dtype=wide_dtype(skip.device), device=skip.device)
             factor = torch.where(skip > 0, 1.0, factor)
         if unit_coefs is not None and units is not None:
             plan.scale_units_(units.dims, units.counts, torch.as_tensor(factor))

@@ -1217,3 +1217,16 @@ def test_a_write_that_returns_early_is_preferred_to_riding(far, monkeypatch, max
     assert aboard == [{"found_inf"} if fastclip.backends.forced == cuda.name else {"found_inf", "grad_scale"}]
     want = 5.0 if max_norm > 5 else 0.5
     assert float(p.grad.norm()) == pytest.approx(want, rel=1e-5)
+
+
+def test_a_number_keeps_its_bits_where_the_device_decides_about_the_step(far) -> None:
+    """A coefficient that the host knows is not rounded to float32 on its way into a selection on the device."""
+    p = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+    p.grad = torch.full((3,), 2.0, dtype=torch.float64)
+    (finding,) = fastclip.clipping.examine(
+        [(fastclip.tensors.grads_of([p]), fastclip.policies.GlobalNorm(1.0))], "skip"
+    )
+    verdict = finding.decide()
+    verdict = fastclip.clipping.Verdict(verdict.reading, verdict.decision._replace(clip_coef=0.1))
+    verdict.apply(skip=torch.tensor(False))
+    assert p.grad.tolist() == [2.0 * 0.1] * 3
