@@ -732,13 +732,23 @@ def test_extremes(name, case):
         assert torch.equal(flat(model), before)
 
 
-@pytest.fixture(params=["reference", *([cuda.name] if cuda.EMULATED else [])])
-def far(request, monkeypatch):
-    """As on an accelerator: no value is known to the host, and its kernels or the reference backend serve."""
-    fastclip.backends.forced = request.param
+def go_far(monkeypatch, backend):
+    """As on an accelerator: no value is known to the host, and this backend serves."""
+    fastclip.backends.forced = backend
     for module in [m for name, m in sys.modules.items() if name.startswith("fastclip.")]:
         if hasattr(module, "known_to_host"):
             monkeypatch.setattr(module, "known_to_host", lambda tensor: False)
+
+
+@pytest.fixture(params=["reference", *([cuda.name] if cuda.EMULATED else [])])
+def far(request, monkeypatch):
+    go_far(monkeypatch, request.param)
+
+
+@pytest.fixture
+def far_from_here_on(monkeypatch):
+    """For a test that asks for it in the middle."""
+    go_far(monkeypatch, cuda.name if cuda.EMULATED else "reference")
 
 
 WAITING = ("item", "__bool__", "__float__", "__int__", "__index__", "tolist", "numpy", "cpu", "nonzero", "__array__")
@@ -839,7 +849,7 @@ def test_a_bad_first_step_leaves_no_garbage(name, max_norm, host, request):
     """Fused SGD would take its first momentum from uninitialised memory. Some parameters come in late (there torch's
     fused SGD fails by itself)."""
     if not host:
-        request.getfixturevalue("far")
+        request.getfixturevalue("far_from_here_on")
     model, twin = small_model(), small_model()
     opt, other = (ClippedOptimizer(INNERS[name](m.parameters()), max_norm) for m in (model, twin))
     before = flat(model)
@@ -869,7 +879,7 @@ def test_a_bad_first_step_leaves_no_garbage(name, max_norm, host, request):
 @every_inner
 def test_the_other_rules_do_as_the_functions_do(name, host, rule, request):
     if not host:
-        request.getfixturevalue("far")
+        request.getfixturevalue("far_from_here_on")
     model, twin = small_model(), small_model()
     opt = ClippedOptimizer(INNERS[name](model.parameters()), 0.5, nonfinite=rule)
     plain = INNERS[name](twin.parameters())
@@ -1032,7 +1042,7 @@ def test_far_groups_and_wide_gradients_are_scaled_in_place(name, dtype, far):
 @every_inner
 def test_a_streak_ends_in_an_error(name, host, request):
     if not host:
-        request.getfixturevalue("far")
+        request.getfixturevalue("far_from_here_on")
     model = small_model()
     opt = ClippedOptimizer(INNERS[name](model.parameters()), 0.5, skip_limit=3)
     before = flat(model)
@@ -1075,7 +1085,7 @@ def test_counts_go_on_when_the_gradients_move_away(monkeypatch, request):
 
     steps([False, True, False, True, True])
     assert (opt.steps, opt.clipped_steps, opt.skipped_steps, opt.skipped_in_a_row) == (5, 2, 3, 2)
-    request.getfixturevalue("far")
+    request.getfixturevalue("far_from_here_on")
     steps([True])
     assert (opt.steps, opt.clipped_steps, opt.skipped_steps, opt.skipped_in_a_row) == (6, 2, 4, 3)
     with pytest.raises(fastclip.SkipLimitError):

@@ -314,7 +314,12 @@ class SteadyRadius:
 
 
 # By package, what a class needs beyond its defaults, or why it is left out; all others are called with their defaults.
-OPTIMI = {"SGD": {"arguments": {"lr": 0.01, "momentum": 0.9}}, "": {"arguments": {"lr": 0.01}}}
+OPTIMI = {
+    "": {"arguments": {"lr": 0.01}},
+    "SGD": {"arguments": {"lr": 0.01, "momentum": 0.9}},
+    # a copy or a restored one would take up its Triton kernels, wherever triton is installed
+    "StableAdamW": {"arguments": {"lr": 0.01, "triton": False}},
+}
 
 BITSANDBYTES = {
     "": {"model": wide_model},
