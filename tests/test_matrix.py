@@ -317,7 +317,7 @@ class SteadyRadius:
 OPTIMI = {
     "": {"arguments": {"lr": 0.01}},
     "SGD": {"arguments": {"lr": 0.01, "momentum": 0.9}},
-    # a copy or a restored one would take up its Triton kernels, wherever triton is installed
+    # left to itself it takes up its Triton kernels wherever triton is installed, with or without a GPU
     "StableAdamW": {"arguments": {"lr": 0.01, "triton": False}},
 }
 
