@@ -66,7 +66,8 @@ class ClippedOptimizer(Reports, Optimizer):
     It is a ``torch.optim.Optimizer`` and owns nothing: ``param_groups``, ``state`` and ``defaults`` are the
     wrapped optimizer's own, so LR schedulers, ``state_dict``, ``zero_grad`` and ``torch.amp.GradScaler`` work as
     before; unknown attributes are the wrapped optimizer's too. ``step(closure)`` clips inside, after the
-    backward of the closure. With ``fused=True`` torch's Adam, AdamW, SGD and Adagrad clip while they step.
+    backward of the closure. With ``fused=True`` torch's Adam, AdamW, SGD and Adagrad clip while they step
+    (with the CUDA backend: under a loss scale).
 
     Args:
         optimizer: the optimizer to wrap. The gradients of all its parameters are clipped by one joint norm,

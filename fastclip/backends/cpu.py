@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fastclip._native import C, why_missing
-from fastclip.backends import pieces, reference
-from fastclip.types import HEAD_INF, HEAD_NORM, TOTAL_INFS, TOTAL_NANS, TOTAL_NORM, Request
+from fastclip.backends import apart, reference
+from fastclip.types import Request
 
 name = "cpu"
 device_type: int | None = getattr(C, "CPU", 1)
@@ -47,22 +47,19 @@ def read(
 def read_penalised_(
     table: Any, weights: list[Tensor], strengths: Tensor, request: Request, rows: Tensor, weight_rows: Tensor
 ) -> None:
-    partners = C.partners(table, weights)
-    apart = partners.refused
-    for i in apart:
-        reference.penalise_(table.grads[i].detach(), weights[i], strengths[:, i])
-    threads = torch.get_num_threads()
-    C.cpu_read_penalised(table, partners, strengths, request.norm_type, request.extras, rows, weight_rows, threads)
-    for i in apart:
-        weight_rows[:, i] = reference.weight_stats(weights[i])
+    def read(partners: Any) -> None:
+        threads = torch.get_num_threads()
+        C.cpu_read_penalised(table, partners, strengths, request.norm_type, request.extras, rows, weight_rows, threads)
+
+    apart.read_penalised_(table, weights, strengths, weight_rows, read)
     _bump(table, [of_sign != 0.0 or of_weight != 0.0 for of_sign, of_weight in strengths.T.tolist()])
 
 
 def read_units(table: Any, dims: list[tuple[int, ...]], request: Request, unit_rows: Tensor) -> None:
-    def read(counts: pieces.Counts, out: Tensor) -> None:
+    def read(counts: apart.Counts, out: Tensor) -> None:
         C.cpu_read(C.split(table, counts), request.norm_type, False, 1.0, out, torch.get_num_threads())
 
-    pieces.read_units(table, dims, request, unit_rows, read)
+    apart.read_units(table, dims, request, unit_rows, read)
 
 
 def join_units(unit_rows: Tensor, counts: list[int], request: Request, rows: Tensor) -> None:
@@ -73,8 +70,7 @@ def finish(rows: Tensor, request: Request, totals: Tensor, heads: Tensor | None 
     fields, count = rows.shape
     C.cpu_finish(rows, fields, count, request.norm_type, request.max_norm, request.eps, totals)
     if heads is not None:
-        heads[HEAD_NORM] = reference.narrowed(totals[TOTAL_NORM], torch.float32)
-        heads[HEAD_INF] = totals[TOTAL_NANS] + totals[TOTAL_INFS] > 0
+        reference.fill_heads(totals, heads)
 
 
 def scale_(table: Any, factor: float | Tensor) -> None:
@@ -89,12 +85,12 @@ def scale_(table: Any, factor: float | Tensor) -> None:
 
 
 def scale_units_(table: Any, dims: list[tuple[int, ...]], factors: Tensor) -> None:
-    def scale(counts: pieces.Counts, own: Tensor) -> None:
+    def scale(counts: apart.Counts, own: Tensor) -> None:
         C.cpu_scale_each(C.split(table, counts), own, torch.get_num_threads())
         clipped = np.add.accumulate(np.concatenate([[0], (own != 1.0).numpy()]))[np.cumsum([0, *counts])]
         _bump(table, (np.diff(clipped) > 0).tolist())
 
-    pieces.scale_units_(table, dims, factors, scale)
+    apart.scale_units_(table, dims, factors, scale)
 
 
 def clamp_(table: Any, bound: float) -> None:

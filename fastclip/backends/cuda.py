@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fastclip._native import C, build_facts, why_missing
-from fastclip.backends import pieces, reference
+from fastclip.backends import apart
 from fastclip.types import Request
 
 EMULATED = bool(getattr(C, "cuda_emulated", False))
@@ -74,25 +74,22 @@ def read(
 def read_penalised_(
     table: Any, weights: list[Tensor], strengths: Tensor, request: Request, rows: Tensor, weight_rows: Tensor
 ) -> None:
-    partners = C.partners(table, weights)
-    apart = partners.refused
-    for i in apart:
-        reference.penalise_(table.grads[i].detach(), weights[i], strengths[:, i])
-    workspace, fresh = _workspace(table, [], request.extras, True, rows)
-    C.cuda_read_penalised(
-        table, partners, strengths, request.norm_type, request.extras, rows, weight_rows, workspace, fresh
-    )
-    for i in apart:
-        weight_rows[:, i] = reference.weight_stats(weights[i])
+    def read(partners: Any) -> None:
+        workspace, fresh = _workspace(table, [], request.extras, True, rows)
+        C.cuda_read_penalised(
+            table, partners, strengths, request.norm_type, request.extras, rows, weight_rows, workspace, fresh
+        )
+
+    apart.read_penalised_(table, weights, strengths, weight_rows, read)
     increment_version(table.grads)
 
 
 def read_units(table: Any, dims: list[tuple[int, ...]], request: Request, unit_rows: Tensor) -> None:
-    def read(counts: pieces.Counts, out: Tensor) -> None:
+    def read(counts: apart.Counts, out: Tensor) -> None:
         workspace, fresh = _workspace(table, counts, False, False, out)
         C.cuda_read(table, counts, request.norm_type, False, 1.0, out, None, None, 0.0, 0.0, workspace, fresh)
 
-    pieces.read_units(table, dims, request, unit_rows, read)
+    apart.read_units(table, dims, request, unit_rows, read)
 
 
 def join_units(unit_rows: Tensor, counts: list[int], request: Request, rows: Tensor) -> None:
@@ -120,11 +117,11 @@ def scale_(table: Any, factor: float | Tensor) -> None:
 
 
 def scale_units_(table: Any, dims: list[tuple[int, ...]], factors: Tensor) -> None:
-    def scale(counts: pieces.Counts, own: Tensor) -> None:
+    def scale(counts: apart.Counts, own: Tensor) -> None:
         C.cuda_scale_each(table, counts, own)
         increment_version([grad for grad, count in zip(table.grads, counts, strict=True) if count])
 
-    pieces.scale_units_(table, dims, factors, scale)
+    apart.scale_units_(table, dims, factors, scale)
 
 
 def clamp_(table: Any, bound: float) -> None:

@@ -169,8 +169,12 @@ def finish(rows: Tensor, request: Request, totals: Tensor, heads: Tensor | None 
     totals[TOTAL_NANS] = rows[1].sum()
     totals[TOTAL_INFS] = rows[2].sum()
     if heads is not None:
-        heads[HEAD_NORM] = narrowed(total_norm, torch.float32)
-        heads[HEAD_INF] = totals[TOTAL_NANS] + totals[TOTAL_INFS] > 0
+        fill_heads(totals, heads)
+
+
+def fill_heads(totals: Tensor, heads: Tensor) -> None:
+    heads[HEAD_NORM] = narrowed(totals[TOTAL_NORM], torch.float32)
+    heads[HEAD_INF] = totals[TOTAL_NANS] + totals[TOTAL_INFS] > 0
 
 
 def narrowed(norms: Tensor, dtype: torch.dtype) -> Tensor:

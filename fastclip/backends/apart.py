@@ -1,4 +1,7 @@
-"""Units for backends whose kernels want each of them in one piece of memory; the others go to the reference."""
+"""What native kernels can't take as it lies, and the reference serves apart.
+
+Units that aren't each in one piece of memory, and weights that lie otherwise than their gradients.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,18 @@ def counts_of(table: Any, dims: list[tuple[int, ...]]) -> Counts:
     masks = {over: sum(1 << d for d in over) for over in set(dims)}
     counts: Counts = C.pieces(table, [masks[over] for over in dims])
     return counts
+
+
+def read_penalised_(
+    table: Any, weights: list[Tensor], strengths: Tensor, weight_rows: Tensor, read: Callable[[Any], None]
+) -> None:
+    """``read`` takes a table of the weights, in which those that are served apart have no elements."""
+    partners = C.partners(table, weights)
+    for i in partners.refused:
+        reference.penalise_(table.grads[i].detach(), weights[i], strengths[:, i])
+    read(partners)
+    for i in partners.refused:
+        weight_rows[:, i] = reference.weight_stats(weights[i])
 
 
 def read_units(
