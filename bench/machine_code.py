@@ -101,7 +101,7 @@ def kernels_of(module: str) -> list[Kernel]:
             target = match[1]
         elif match := FUNCTION.search(line):
             kernel, run = found.get((match[1], target)), 0
-    return sorted(found.values(), key=lambda each: (each.name, int(re.sub(r"\D", "", each.target))))
+    return sorted(found.values(), key=lambda each: (each.name, int(re.sub(r"\D", "", each.target) or 0)))
 
 
 def _printed(question: str, module: str) -> Iterator[str]:

@@ -298,6 +298,14 @@ py::tuple gather(const py::list& tensors, bool take_grad) {
   return py::make_tuple(grads, in_order ? py::object(py::none()) : py::object(py::cast(positions)), std::move(table));
 }
 
+py::bytes facts(const GradTable& table) {
+  std::vector<std::int64_t> numbers;
+  numbers.reserve(3 * table.tensors.size());
+  for (const TensorRef& tensor : table.tensors)
+    numbers.insert(numbers.end(), {reinterpret_cast<std::intptr_t>(tensor.data), tensor.size, static_cast<std::int64_t>(tensor.dtype)});
+  return py::bytes(reinterpret_cast<const char*>(numbers.data()), numbers.size() * sizeof(std::int64_t));
+}
+
 void* memory(const py::object& tensor, DType dtype, std::int64_t size, Device device, const char* name) {
   TensorRef ref{};
   Device own;

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from hypothesis import HealthCheck, settings
 
 import fastclip.backends
 from fastclip._native import C
-from fastclip.backends import cpu, cuda, reference
+from fastclip.backends import EMULATED, cpu, reference, triton
 from fastclip.types import Backend
 
 settings.register_profile(
@@ -26,8 +27,24 @@ settings.register_profile(
 )
 settings.load_profile("fastclip")
 
+if triton.INTERPRETED:
+    # Triton's interpreter patches its language anew for each function that a kernel calls, a third of its time. Here
+    # nothing is compiled, so it may stay as it is.
+    from triton.runtime import interpreter
+
+    patch, patched = interpreter._patch_lang, {}
+
+    def patch_once(function: Callable[..., object]) -> object:
+        modules = tuple(id(value) for value in function.__globals__.values() if isinstance(value, ModuleType))
+        if modules not in patched:
+            patched[modules] = patch(function)
+            patched[modules].restore = lambda: None
+        return patched[modules]
+
+    interpreter._patch_lang = patch_once
+
 CAPABILITIES: list[str] = list(C.cpu_capabilities()) if C is not None else []
-BACKENDS = ["reference", *(f"cpu-{capability}" for capability in CAPABILITIES), *([cuda.name] if cuda.EMULATED else [])]
+BACKENDS = ["reference", *(f"cpu-{capability}" for capability in CAPABILITIES), *(b.name for b in EMULATED)]
 
 
 @pytest.hookimpl(wrapper=True)
@@ -68,8 +85,8 @@ def use(name: str, alone: bool) -> None:
     if name.startswith("cpu-"):
         name, capability = name.split("-")
         assert C.cpu_use_capability(capability)
-    elif name == cuda.name and not alone:  # by itself the emulation is the last choice
-        prefer((cuda, cpu, reference))
+    elif not alone and (chosen := [b for b in EMULATED if b.name == name]):  # by themselves they are the last choice
+        prefer((*chosen, cpu, reference))
     fastclip.backends.forced = name if alone or name == "reference" else None
 
 

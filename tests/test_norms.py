@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import gpu
 import pytest
 import torch
 from hypothesis import example, given
@@ -32,7 +33,7 @@ from oracle import (
 import fastclip
 import fastclip.backends
 from fastclip._native import C
-from fastclip.backends import cpu, cuda, reference
+from fastclip.backends import reference
 from fastclip.types import FIELDS, TOTALS, Request
 
 CHUNK = 1 << 16
@@ -148,7 +149,7 @@ def test_sizes_and_offsets(backend: str, dtype: torch.dtype) -> None:
     memory = randn(320, dtype=dtype)
     memory[7:320:11] = 0
     sizes = list(range(301 if backend.startswith("cpu") else 21))
-    if backend == cuda.name:  # threads that are fibers take their time
+    if backend in gpu.NAMES:  # threads that are fibers take their time
         sizes = [size for size in range(301) if size <= 68 or size % 32 in (31, 0, 1)]
     for offset in (0, 1, 3):
         x = magnitudes(memory)[offset : offset + sizes[-1]]
@@ -196,7 +197,7 @@ def test_the_reference_joins_its_pieces(monkeypatch: pytest.MonkeyPatch, shape: 
 @pytest.mark.parametrize("extras", [False, True])
 def test_every_slot_is_filled(backend: str, dtype: torch.dtype, extras: bool) -> None:
     grads = [randn(size, dtype=dtype) for size in (0, 1, 17, 0, CHUNK + 1)]
-    chosen = {"reference": reference, cuda.name: cuda}.get(backend, cpu)
+    chosen = gpu.module_of(backend)
     for p in (2.0, 1.0, INF, 0.0):
         rows = rows_of(grads, p, extras)
         assert rows.shape[0] == (len(FIELDS) if extras else 3)

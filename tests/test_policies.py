@@ -20,7 +20,7 @@ from torch import Tensor
 import fastclip
 import fastclip.backends
 from fastclip import ClippedOptimizer
-from fastclip.backends import cuda, plan
+from fastclip.backends import EMULATED, plan
 from fastclip.policies import (
     AdaGC,
     BlockRMS,
@@ -154,7 +154,7 @@ def use(backend: str) -> None:
     fastclip.backends.forced = backend
 
 
-@pytest.fixture(params=["cpu", "reference", *([cuda.name] if cuda.EMULATED else [])])
+@pytest.fixture(params=["cpu", "reference", *(backend.name for backend in EMULATED)])
 def backend(request: pytest.FixtureRequest, same_start: None) -> str:
     """Instruction sets differ in kernels, not in rules: one of them will do."""
     use(request.param)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import gpu
 import pytest
 import torch
 from hypothesis import given
@@ -13,7 +14,7 @@ from torch import Tensor
 
 import fastclip
 import fastclip.backends
-from fastclip.backends import cpu, cuda, plan, reference
+from fastclip.backends import plan, reference
 from fastclip.policies import Chain, GlobalNorm, Unitwise, Value
 from fastclip.stats import read
 from fastclip.tensors import Grads, grads_among, grads_of
@@ -72,7 +73,7 @@ def oracle(tensor: Tensor, dims: tuple[int, ...], p: float) -> Tensor:
 
 
 def module(backend: str):
-    return {"reference": reference, cuda.name: cuda}.get(backend, cpu)
+    return gpu.module_of(backend)
 
 
 def shapes_for(units: str | tuple[int, ...]) -> list[tuple[int, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gpu
 import pytest
 import torch
 from hypothesis import given
@@ -23,7 +24,6 @@ from oracle import (
 
 import fastclip
 import fastclip.backends
-from fastclip.backends import cpu, cuda, reference
 
 # few significant bits: the products with 16-bit numbers are exact in float32, and rounded once
 EXACT = (0.5, 0.25, 2.0, 0.75, 0.375, 2.0**-7, 2.0**-14, 2.0**-20, 257 / 1024, 1.5 * 2.0**-9, 3.0, 0.0, 2.0**100, -0.5)
@@ -206,7 +206,7 @@ def test_writes_stay_inside_the_view(backend: str, dtype: torch.dtype, offset: i
 def test_one_factor_per_tensor(backend: str, dtype: torch.dtype) -> None:
     grads = [randn(size, dtype=dtype) for size in (3, 0, 70_000, 1)]
     before = [grad.clone() for grad in grads]
-    chosen = {"reference": reference, cuda.name: cuda}.get(backend, cpu)
+    chosen = gpu.module_of(backend)
     chosen.scale_(chosen.table_of(grads), torch.tensor([0.5, 1.0, 2.0, 0.0], dtype=torch.float64))
     for grad, old, factor in zip(grads, before, (0.5, 1.0, 2.0, 0.0), strict=True):
         assert torch.equal(grad, old * factor)

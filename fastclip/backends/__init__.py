@@ -16,12 +16,15 @@ import torch
 from torch import Tensor
 
 from fastclip._native import C, why_missing
-from fastclip.backends import cpu, cuda, reference
+from fastclip.backends import cpu, cuda, reference, triton
 from fastclip.tensors import Grads, TensorOrTensors, check_not_inference, check_writable, grads_or_parameters
 from fastclip.types import Backend, BackendUnavailableError, Request, UnsupportedGradientError, cuda_in_use
 
-# Best first; the reference serves what the others don't. Emulated, CUDA's kernels are the last choice.
-BACKENDS: tuple[Backend, ...] = (cpu, reference, cuda) if cuda.EMULATED else (cuda, cpu, reference)
+ON_GPU: tuple[Backend, ...] = (cuda, triton)
+EMULATED = tuple(backend for backend, on_cpu in ((cuda, cuda.EMULATED), (triton, triton.INTERPRETED)) if on_cpu)
+
+# Best first; the reference serves what the others don't. Kernels of a GPU that run on the CPU are the last choice.
+BACKENDS: tuple[Backend, ...] = (*(b for b in (*ON_GPU, cpu, reference) if b not in EMULATED), *EMULATED)
 
 forced: str | None = os.environ.get("FASTCLIP_BACKEND") or None
 
@@ -53,7 +56,7 @@ class Part:
 
 @functools.cache
 def _runnable(with_cuda: bool, device_type: int | None) -> tuple[Backend, ...]:
-    found = [b for b in BACKENDS if (b is not cuda or with_cuda or cuda.EMULATED) and not b.unavailable()]
+    found = [b for b in BACKENDS if (with_cuda or b not in ON_GPU or b in EMULATED) and not b.unavailable()]
     return tuple(sorted(found, key=lambda backend: device_type not in (None, backend.device_type)))
 
 

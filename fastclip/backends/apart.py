@@ -1,4 +1,4 @@
-"""What native kernels can't take as it lies, and the reference serves apart.
+"""What kernels can't take as it lies, and the reference serves apart.
 
 Units that aren't each in one piece of memory, and weights that lie otherwise than their gradients.
 """
@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastclip._native import C
-from fastclip.backends import reference
+from fastclip.backends import reference, tables
 from fastclip.types import Request, known_to_host
 
 Counts = list[int]  # in how many pieces each tensor of a table is cut; 0: its units are no pieces
@@ -21,15 +20,14 @@ Counts = list[int]  # in how many pieces each tensor of a table is cut; 0: its u
 def counts_of(table: Any, dims: list[tuple[int, ...]]) -> Counts:
     """For each tensor in how many equal pieces of memory its units lie; 0 if they don't lie so."""
     masks = {over: sum(1 << d for d in over) for over in set(dims)}
-    counts: Counts = C.pieces(table, [masks[over] for over in dims])
-    return counts
+    return tables.pieces(table, [masks[over] for over in dims])
 
 
 def read_penalised_(
     table: Any, weights: list[Tensor], strengths: Tensor, weight_rows: Tensor, read: Callable[[Any], None]
 ) -> None:
     """``read`` takes a table of the weights, in which those that are served apart have no elements."""
-    partners = C.partners(table, weights)
+    partners = tables.partners(table, weights)
     for i in partners.refused:
         reference.penalise_(table.grads[i].detach(), weights[i], strengths[:, i])
     read(partners)

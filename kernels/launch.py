@@ -1,0 +1,202 @@
+"""The launchers: derive, then launch. Nothing here waits for the device."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import write
+from .blocks import OPTIONS
+from .read import finish_kernel, join_kernel, read_kernel
+from .table import DeviceCache, Work, to_device, works_of
+
+LEAST = 1 << 13  # float64 numbers of a workspace: the chunks of 170 MB of float32
+
+_cache = DeviceCache()
+_partials: dict[tuple[torch.device, int], Tensor] = {}
+_done: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def bits_of(number: float) -> int:
+    """A float64 as an integer: Triton would pass it on as float32."""
+    return int(struct.unpack("<q", struct.pack("<d", number))[0])
+
+
+class Where:
+    """The device and stream that a call works on, and whether a graph is being captured there."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream, self.capturing = 0, False
+        if device.type == "cuda":
+            self.stream = torch.cuda.current_stream(device).cuda_stream
+            self.capturing = torch.cuda.is_current_stream_capturing()
+
+    def works(self, facts: bytes, counts: list[int] | None = None, weights: bytes | None = None) -> list[Work]:
+        """The table of these tensors, on the device; ``facts`` as table.works_of takes them."""
+
+        def make() -> list[Work]:
+            addresses = None if weights is None else np.frombuffer(weights, np.int64).reshape(-1, 3)
+            if addresses is not None:  # an empty weight has no address, but a row to fill: any will do
+                addresses = np.where(addresses[:, 0] == 0, addresses[:, 1] == 0, addresses[:, 0])
+            works = works_of(np.frombuffer(facts, np.int64).reshape(-1, 3), counts, addresses)
+            return [
+                Work(to_device(w.words, self.device), to_device(w.owners, self.device), w.present, w.units, w.cut)
+                for w in works
+            ]
+
+        key = (self.device, self.stream, facts, None if counts is None else tuple(counts), weights)
+        found: list[Work] = _cache.get(key, make, self.capturing)
+        return found
+
+    def offsets(self, counts: list[int]) -> Tensor:
+        """int64 ``[n + 1]``: where each of so many things begins."""
+
+        def make() -> Tensor:
+            return to_device(np.cumsum([0, *counts], dtype=np.int64), self.device)
+
+        found: Tensor = _cache.get((self.device, self.stream, tuple(counts)), make, self.capturing)
+        return found
+
+    def workspace(self, kept: dict[tuple[torch.device, int], Tensor], size: int, dtype: torch.dtype) -> Tensor:
+        """Memory for one read. One for each device and stream; counters are 0, and each read leaves them so. A graph
+        gets its own, from the graph's pool: it may run at the same time as another that was captured on this stream."""
+        if self.capturing:
+            return torch.zeros(size, dtype=dtype, device=self.device)
+        key = (self.device, self.stream)
+        found = kept.get(key)
+        if found is None or found.numel() < size:
+            found = kept[key] = torch.zeros(max(2 * size, LEAST), dtype=dtype, device=self.device)
+        return found
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """Triton launches on the current device. Interpreted, numpy would warn of what the kernels do on purpose."""
+        with np.errstate(all="ignore") if self.device.type == "cpu" else torch.cuda.device(self.device):
+            yield
+
+
+def read(
+    facts: bytes,
+    counts: list[int] | None,
+    p: float,
+    extras: bool,
+    rows: Tensor,
+    divisor: Tensor | None = None,
+    totals: Tensor | None = None,
+    heads: Tensor | None = None,
+    max_norm: float = 0.0,
+    eps: float = 0.0,
+    weights: bytes | None = None,
+    strengths: Tensor | None = None,
+    weight_rows: Tensor | None = None,
+) -> None:
+    """Fills ``rows``, float64 ``[3 or 6, units]``; with ``totals`` the totals too, in the same launch.
+
+    Args:
+        facts: int64 (address, elements, dtype) of each tensor.
+        counts: units of each tensor; None for one each.
+        divisor: one float32 or float64 on the device, by which norms and magnitudes are divided.
+        weights: ``facts`` of the weights, address 0 for none: adds a penalty to the gradients first.
+        strengths: in, float64 ``[2, n]``, of that penalty.
+        weight_rows: out, float64 ``[3, n]``, of the weights.
+    """
+    where = Where(rows.device)
+    fields, count = rows.shape
+    works = where.works(facts, counts, weights)
+    joined_here = totals if len(works) == 1 and works[0].units == 1 else None
+    for work in works:
+        partials, done, own_weights = rows, rows, None
+        if work.cut or joined_here is not None:
+            done = where.workspace(_done, count + 1, torch.int32)
+        if work.cut:
+            with_weights = fields + (6 if strengths is not None else 0)
+            partials = where.workspace(_partials, work.chunks * with_weights, torch.float64)
+            own_weights = partials[work.chunks * fields :] if strengths is not None else None
+        elif strengths is not None:
+            own_weights = weight_rows
+        with where.current():
+            read_kernel[(work.chunks,)](
+                work.words,
+                work.owners,
+                rows,
+                count,
+                partials,
+                work.chunks,
+                done,
+                count,
+                bits_of(p),
+                divisor,
+                joined_here,
+                heads if joined_here is not None else None,
+                bits_of(max_norm),
+                bits_of(eps),
+                strengths,
+                weight_rows,
+                own_weights,
+                PRESENT=work.present,
+                ALL=extras or p != 2.0,
+                EXTRAS=extras,
+                UNITS=work.units,
+                **OPTIONS,
+            )
+    if totals is not None and joined_here is None:
+        finish(rows, p, max_norm, eps, totals, heads)
+
+
+def finish(rows: Tensor, p: float, max_norm: float, eps: float, totals: Tensor, heads: Tensor | None) -> None:
+    """Joins ``rows``, float64 ``[>= 3, n]``, into ``totals``, float64 ``[4]``, and ``heads``, float32 ``[2]``."""
+    with Where(rows.device).current():
+        finish_kernel[(1,)](rows, rows.shape[1], bits_of(p), totals, heads, bits_of(max_norm), bits_of(eps), **OPTIONS)
+
+
+def join(unit_rows: Tensor, counts: list[int], p: float, rows: Tensor) -> None:
+    """Joins ``unit_rows``, float64 ``[3, sum of counts]``, into ``rows``, ``[3, len(counts)]``."""
+    if not counts:
+        return
+    where = Where(rows.device)
+    first_units = where.offsets(counts)
+    with where.current():
+        join_kernel[(len(counts),)](
+            unit_rows, unit_rows.shape[1], first_units, rows, len(counts), bits_of(p), **OPTIONS
+        )
+
+
+def _write(facts: bytes, device: torch.device, change: Any, factors: Tensor | None, counts: Any, bound: float) -> None:
+    where = Where(device)
+    for work in where.works(facts, counts):
+        with where.current():
+            write.write_kernel[(work.chunks,)](
+                work.words,
+                work.owners,
+                factors,
+                bits_of(bound),
+                PRESENT=work.present,
+                CHANGE=change,
+                UNITS=work.units,
+                **OPTIONS,
+            )
+
+
+def scale(facts: bytes, device: torch.device, factor: Tensor) -> None:
+    """By one number on the device, float32 or float64; returns at once where that is 1."""
+    _write(facts, device, write.SCALE.value, factor, None, 0.0)
+
+
+def scale_each(facts: bytes, device: torch.device, factors: Tensor, counts: list[int] | None = None) -> None:
+    """By one float64 for each unit; one whose factor is 1 is not written."""
+    _write(facts, device, write.SCALE_EACH.value, factors, counts, 0.0)
+
+
+def clamp(facts: bytes, device: torch.device, bound: float) -> None:
+    _write(facts, device, write.CLAMP.value, None, None, bound)
+
+
+def zero_nonfinite(facts: bytes, device: torch.device) -> None:
+    _write(facts, device, write.ZERO_NONFINITE.value, None, None, 0.0)

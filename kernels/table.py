@@ -1,0 +1,136 @@
+"""The tensor table as the kernels read it: addresses on the device, checked against the current ones on every call.
+
+Each tensor is cut into units (itself, or rows and filters), and those into chunks, one for each program; borders depend
+on sizes and dtypes only. A chunk is a unit or a piece of one, or where units are short several of them.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import read
+from .blocks import CHUNK_BYTES, SHORT_BYTES, UNITS
+from .formats import ELEMENT_BYTES
+
+WIDE = 16  # bytes of the widest load
+MOST_CHUNKS = 2**31 - 1  # programs of a launch
+
+_ELEMENT_BYTES = np.array(ELEMENT_BYTES)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One launch.
+
+    Attributes:
+        words: int64 ``[tensors, WORDS]``, see read.py; on the host a numpy array, on the device a tensor.
+        owners: int32 ``[chunks]``, each chunk's tensor.
+        present: bit k is set if a tensor of dtype k is among them.
+        units: 1, or how many short units make a chunk.
+        cut: whether a unit consists of several chunks.
+    """
+
+    words: Any
+    owners: Any
+    present: int
+    units: int
+    cut: bool
+
+    @property
+    def chunks(self) -> int:
+        return len(self.owners)
+
+
+def works_of(facts: np.ndarray, counts: list[int] | None = None, weights: np.ndarray | None = None) -> list[Work]:
+    """Cuts tensors into chunks: one launch, and one more if there are short units.
+
+    Args:
+        facts: int64 ``[n, 3]``: address, elements and dtype of each tensor.
+        counts: of how many units each tensor consists, 0 leaves it out; None for one each.
+        weights: int64 ``[n]``: the address of each tensor's weight, 0 for none.
+    """
+    if not len(facts):
+        return []
+    address, size, dtype = facts.T
+    units = np.ones(len(facts), np.int64) if counts is None else np.array(counts, np.int64)
+    first_row = np.cumsum(units) - units
+    unit_size = size // np.maximum(units, 1)
+    unit_bytes = unit_size * _ELEMENT_BYTES[dtype]
+    short = (units > 1) & (unit_bytes <= SHORT_BYTES)
+
+    pieces = np.maximum(-(-unit_bytes // CHUNK_BYTES), 1)
+    words = np.zeros((len(facts), int(read.WORDS)), np.int64)
+    words[:, read.ADDRESS], words[:, read.UNIT_SIZE], words[:, read.FIRST_ROW] = address, unit_size, first_row
+    words[:, read.COUNT] = np.where(short, units, pieces)
+    # Wide loads: every unit, and with it every chunk, has to begin at a multiple of 16.
+    wide = (address % WIDE == 0) & ((units == 1) | (unit_bytes % WIDE == 0))
+    words[:, read.TAG] = dtype + np.where(wide, int(read.ALIGNED), 0)
+    if weights is not None:
+        words[:, read.WEIGHT] = weights
+        words[:, read.TAG] += np.where(weights % WIDE == 0, int(read.WEIGHT_ALIGNED), 0)
+
+    works = []
+    for group, together in ((~short, 1), (short, UNITS)):
+        chosen = np.flatnonzero(group & (units > 0))
+        if not len(chosen):
+            continue
+        own = words[chosen]
+        chunks = -(-units[chosen] // together) * (pieces[chosen] if together == 1 else 1)
+        if chunks.sum() > MOST_CHUNKS:
+            raise ValueError(f"{chunks.sum():,} chunks are more than one launch has programs, {MOST_CHUNKS:,}")
+        own[:, read.FIRST_CHUNK] = np.cumsum(chunks) - chunks
+        owners = np.repeat(np.arange(len(chosen), dtype=np.int32), chunks)
+        present = int(np.bitwise_or.reduce(1 << dtype[chosen]))
+        works.append(Work(own, owners, present, together, bool(together == 1 and (pieces[chosen] > 1).any())))
+    return works
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """A copy there, without waiting for it."""
+    host = torch.from_numpy(array)
+    if device.type == "cpu":  # interpreted
+        return host.clone()
+    return host.pin_memory().to(device, non_blocking=True)
+
+
+class DeviceCache:
+    """What was uploaded for a list, by what it was made of. Of one device and stream each: on another one the upload
+    may not be there yet."""
+
+    CAPACITY = 64  # lists; an optimizer with clipping by units and a penalty uses four
+
+    def __init__(self) -> None:
+        self._entries: OrderedDict[Any, Any] = OrderedDict()
+        self._of_graphs: list[Any] = []  # a captured graph reads them for as long as it lives
+
+    def get(self, key: Any, make: Callable[[], Any], capturing: bool) -> Any:
+        """The entry of ``key``, made now if there is none.
+
+        Raises:
+            RuntimeError: it would have to be made while a graph is being captured: the graph would copy it anew from
+                host memory at each replay.
+        """
+        entry = self._entries.get(key)
+        if entry is None:
+            if capturing:
+                raise RuntimeError(
+                    "these gradients are new to fastclip's Triton kernels, and a CUDA graph is being captured: run the "
+                    "same call once before the capture, with gradients at the same addresses (allocate them before, "
+                    "and use zero_grad(set_to_none=False)); the CUDA backend has no such limit"
+                )
+            entry = make()
+            self._entries[key] = entry
+            if len(self._entries) > self.CAPACITY:
+                self._entries.popitem(last=False)
+        else:
+            self._entries.move_to_end(key)
+        if capturing:
+            self._of_graphs.append(entry)
+        return entry

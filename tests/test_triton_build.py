@@ -1,0 +1,141 @@
+"""What the Triton kernels that ship compile to, without a GPU: wide loads, no spills, products that aren't fused.
+
+For compute capability 8.0 and 9.0, and for an AMD GPU.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastclip.bench import machine_code
+
+from fastclip.backends import triton as backend
+
+if backend.INTERPRETED:
+    pytest.skip("compiling needs a GPU's kernels as they are, not the interpreter", allow_module_level=True)
+
+import triton
+from fastclip.kernels import read, write
+from fastclip.kernels.blocks import OPTIONS, WARPS
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+NVIDIA = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32)}
+AMD = {"gfx942": GPUTarget("hip", "gfx942", 64)}
+REGISTERS = 65536  # of a multiprocessor
+BLOCKS = 2  # of a read that a multiprocessor has to hold at a time
+
+F64, F32, BF16, F16 = (1 << code for code in range(4))
+WRITABLE = 0b111111
+TYPES = {
+    **dict.fromkeys(("table", "first_units"), "*i64"),
+    **dict.fromkeys(("owners", "done"), "*i32"),
+    **dict.fromkeys(("heads", "divisor"), "*fp32"),
+    **dict.fromkeys(("p_bits", "max_norm_bits", "eps_bits", "bound_bits"), "i64"),
+    **dict.fromkeys(("row_stride", "unit_stride", "chunks", "count"), "i32"),
+}
+PENALTY = dict.fromkeys(("strengths", "weight_rows", "weight_partials"))
+
+
+def reads(present: int, **settings: Any) -> tuple[Any, dict[str, Any]]:
+    return read.read_kernel, {"PRESENT": present, "ALL": False, "EXTRAS": False, "UNITS": 1, **PENALTY, **settings}
+
+
+def writes(present: int, change: int, **settings: Any) -> tuple[Any, dict[str, Any]]:
+    return write.write_kernel, {"PRESENT": present, "CHANGE": change, "UNITS": 1, **settings}
+
+
+NORMS = {
+    "norms float32": reads(F32),
+    "norms bfloat16": reads(BF16),
+    "norms float16 and float64": reads(F16 | F64),
+}
+PENALISED = {
+    "penalised float32": (read.read_kernel, {**reads(F32)[1], **dict.fromkeys(PENALTY, ...)}),
+}
+WRITES = {
+    "scale float32": writes(F32, 0),
+    "scale bfloat16": writes(BF16, 0),
+    "clamp": writes(WRITABLE, 2, factors=None),
+    "zero_nonfinite": writes(WRITABLE, 3, factors=None),
+}
+VARIANTS = {
+    **NORMS,
+    **PENALISED,
+    "everything float32": reads(F32, ALL=True, EXTRAS=True),
+    "units float32": reads(F32, UNITS=16),
+    "finish": (read.finish_kernel, {}),
+    "join": (read.join_kernel, {}),
+    **WRITES,
+    "scale_each": writes(WRITABLE, 1, UNITS=16),
+}
+
+
+def compiled(name: str, target: GPUTarget) -> Any:
+    """One kernel for one GPU; Triton keeps it on disk."""
+    function, constants = VARIANTS[name]
+    constants = {key: value for key, value in constants.items() if value is not ...}
+    types = {p.name: "constexpr" if p.name in constants else TYPES.get(p.name, "*fp64") for p in function.params}
+    source = ASTSource(function, signature=types, constexprs=constants)
+    return triton.compile(source, target=target, options=OPTIONS)
+
+
+@pytest.mark.parametrize("target", NVIDIA)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_no_spills_and_wide_loads(name: str, target: str, tmp_path: Path) -> None:
+    assert machine_code.cuobjdump(), "cuobjdump is needed: the package triton carries it"
+    (tmp_path / "kernel.cubin").write_bytes(compiled(name, NVIDIA[target]).asm["cubin"])
+    (kernel,) = machine_code.kernels_of(str(tmp_path / "kernel.cubin"))
+    assert (kernel.stack, kernel.local) == (0, 0)
+    assert not {"LDL", "STL"} & kernel.instructions.keys()
+    assert not {"LD", "ST"} & kernel.instructions.keys()  # an address from the table is global
+    assert kernel.registers <= REGISTERS // (WARPS * 32 * BLOCKS)
+    if name in NORMS:
+        formats = bin(VARIANTS[name][1]["PRESENT"]).count("1")
+        assert sum(kernel.wide_runs) >= 16 * formats, kernel.wide_runs  # 64 KiB, without a loop
+        assert sorted(kernel.wide_runs)[-formats] >= 4, kernel.wide_runs  # in flight
+    if name in WRITES:
+        assert sum(kernel.wide_runs) >= 2
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_no_spills_on_amd(name: str) -> None:
+    code = compiled(name, AMD["gfx942"]).asm["amdgcn"]
+    assert set(re.findall(r"\.vgpr_spill_count:\s+(\d+)", code)) == {"0"}
+    assert "scratch_" not in code
+    if name in NORMS:
+        assert code.count("load_dwordx4") >= 8  # 512 threads
+
+
+@pytest.mark.parametrize("name", [*NORMS, *PENALISED, *WRITES])
+def test_products_are_neither_fused_nor_flushed(name: str) -> None:
+    text = compiled(name, NVIDIA["sm_90"]).asm["ptx"]
+    assert "mul.f32" in text or "f64" in text or name in ("clamp", "zero_nonfinite")
+    assert "fma.rn.f32" not in text
+    flushed = set(re.findall(r"\b\w[\w.]*\.ftz[\w.]*", text))
+    assert flushed <= {"rcp.approx.ftz.f64", "abs.ftz.f32"}  # of float64's own logarithm and exponential
+
+
+@pytest.mark.parametrize("target", [*NVIDIA.values(), *AMD.values()], ids=[*NVIDIA, *AMD])
+def test_a_chunk_is_summed_alike_in_each_kernel(target: GPUTarget) -> None:
+    """The last sum goes over lanes of the same layout: which dtypes are beside it, or a penalty, changes no bit."""
+    found = {name: sums(compiled(name, target).asm["ttgir"]) for name in (*NORMS, *PENALISED)}
+    assert len(set().union(*found.values())) == 1, found
+    assert all(found.values())
+
+
+def sums(text: str) -> set[str]:
+    """The layouts of the lanes over which a chunk's sums of squares are added."""
+    layouts = dict(re.findall(r"^(#\w+) = (.*)$", text, re.MULTILINE))
+    lanes = re.findall(r"\}\) : \(tensor<1x2048xf64, (#\w+)>\) ->", text)
+    return {layouts[name] for name in lanes}
+
+
+@pytest.mark.parametrize("kernel", [read.read_kernel, read.finish_kernel, read.join_kernel, write.write_kernel])
+def test_another_length_or_address_compiles_nothing(kernel: Any) -> None:
+    assert all(p.is_constexpr or p.do_not_specialize for p in kernel.params)
+    assert {p.name for p in kernel.params if p.is_constexpr} <= {"PRESENT", "ALL", "EXTRAS", "UNITS", "CHANGE"}
+    assert all(p.annotation_type == "i64" for p in kernel.params if p.name.endswith("_bits"))
