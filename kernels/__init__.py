@@ -9,6 +9,4 @@ import triton
 OLDEST = (3, 6)
 
 if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST:
-    raise ImportError(
-        f"fastclip's kernels need triton 3.6 or newer, this is {triton.__version__}: pip install -U triton"
-    )
+    raise ImportError(f"fastclip's kernels need triton 3.6 or newer; this is {triton.__version__}")

@@ -1,0 +1,215 @@
+"""What is the Triton backend's own: how chunks are cut and marked, what is uploaded when, and where it can't run."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from oracle import DTYPES, norm, parameters, randn
+
+import fastclip
+from fastclip.backends import tables, triton
+from fastclip.backends.tables import CODES, CPU
+
+pytest.importorskip("triton", reason="needs a GPU's package triton, which has wheels for Linux on x86-64 only")
+
+from fastclip.kernels import launch, read, table
+from fastclip.kernels.blocks import CHUNK_BYTES, SHORT_BYTES, UNITS
+from fastclip.kernels.table import CHUNK_BYTES as CUT
+from fastclip.kernels.table import DeviceCache, Work, works_of
+
+interpreted = pytest.mark.skipif(not triton.INTERPRETED, reason="needs a GPU, or TRITON_INTERPRET=1")
+
+
+def facts_of(*grads: torch.Tensor) -> np.ndarray:
+    return np.frombuffer(tables.table_of(list(grads), CPU).facts, np.int64).reshape(-1, 3)
+
+
+def word(work: Work, which: object) -> list[int]:
+    return work.words[:, int(which)].tolist()
+
+
+def aligned(work: Work) -> list[bool]:
+    return [bool(tag & int(read.ALIGNED)) for tag in word(work, read.TAG)]
+
+
+# ---- what is promised to the compiler
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_only_what_begins_at_a_multiple_of_16_is_marked(dtype: torch.dtype) -> None:
+    """A load of 16 bytes elsewhere would be a fault that neither interpreter nor compiler sees."""
+    memory = torch.zeros(CHUNK_BYTES + 64, dtype=dtype)
+    views = [memory[offset:] for offset in range(17)]
+    (work,) = works_of(facts_of(*views))
+    assert aligned(work) == [view.data_ptr() % 16 == 0 for view in views]
+    assert sum(aligned(work)) >= 2
+    assert word(work, read.ADDRESS) == [view.data_ptr() for view in views]
+
+
+def test_chunks_of_an_aligned_tensor_are_aligned() -> None:
+    for dtype, code in CODES.items():
+        assert table._ELEMENT_BYTES[code] == dtype.itemsize
+        assert CUT % (16 * dtype.itemsize) == 0
+
+
+@pytest.mark.parametrize("size", [3, 4, 5, SHORT_BYTES // 4 + 4, SHORT_BYTES // 4 + 5])
+def test_units_are_marked_only_where_each_begins_aligned(size: int) -> None:
+    grad = torch.zeros(64, size)
+    for offset in (0, 1, 4):
+        moved = torch.zeros(64 * size + offset)[offset:].view(64, size)
+        works = works_of(facts_of(grad, moved), [64, 64])
+        assert [flag for work in works for flag in aligned(work)] == [size % 4 == 0, size % 4 == 0 and offset % 4 == 0]
+
+
+def test_weights_have_a_mark_of_their_own() -> None:
+    grads, weights = [torch.zeros(8), torch.zeros(8)], [torch.zeros(8), torch.zeros(9)[1:]]
+    (work,) = works_of(facts_of(*grads), None, facts_of(*weights)[:, 0])
+    marks = [bool(tag & int(read.WEIGHT_ALIGNED)) for tag in word(work, read.TAG)]
+    assert (aligned(work), marks) == ([True, True], [True, False])
+    assert word(work, read.WEIGHT) == [weight.data_ptr() for weight in weights]
+
+
+# ---- chunks
+
+
+def test_borders_follow_from_sizes_alone() -> None:
+    one = CHUNK_BYTES // 4
+    grads = [torch.zeros(size) for size in (0, 1, one, one + 1, 2 * one, 2 * one + 1)]
+    (work,) = works_of(facts_of(*grads))
+    assert np.bincount(work.owners).tolist() == [1, 1, 1, 2, 2, 3]
+    assert word(work, read.COUNT) == [1, 1, 1, 2, 2, 3]
+    assert word(work, read.FIRST_CHUNK) == [0, 1, 2, 3, 5, 7]
+    assert word(work, read.FIRST_ROW) == list(range(6))
+    assert (work.units, work.cut, work.present) == (1, True, 1 << CODES[torch.float32])
+    assert not works_of(facts_of(*grads[:3]))[0].cut
+
+
+def test_short_units_share_a_program_and_long_ones_do_not() -> None:
+    short, long = torch.zeros(40, 5), torch.zeros(3, CHUNK_BYTES // 4 + 1, dtype=torch.bfloat16)
+    longer, left_out = torch.zeros(2, CHUNK_BYTES), torch.zeros(7)
+    alone, together = works_of(facts_of(short, long, longer, left_out), [40, 3, 2, 0])
+    assert (together.units, together.chunks, word(together, read.COUNT)) == (UNITS, math.ceil(40 / UNITS), [40])
+    assert (word(alone, read.COUNT), word(alone, read.FIRST_ROW)) == ([1, 4], [40, 43])
+    assert alone.owners.tolist() == [0, 0, 0] + [1] * 8
+    assert alone.present == 1 << CODES[torch.bfloat16] | 1 << CODES[torch.float32]
+    assert word(together, read.FIRST_ROW) == [0]
+
+
+def test_a_list_too_long_for_a_launch_is_refused() -> None:
+    facts = np.array([[1 << 20, CHUNK_BYTES << 31, CODES[torch.float32]]], np.int64)
+    with pytest.raises(ValueError, match="more than one launch has programs"):
+        works_of(facts)
+
+
+# ---- what is kept
+
+
+def test_a_list_is_uploaded_once_and_again_when_an_address_changes() -> None:
+    made: list[str] = []
+
+    def make(name: str) -> Callable[[], str]:
+        return lambda: made.append(name) or name
+
+    cache = DeviceCache()
+    assert cache.get("a", make("a"), False) == "a"
+    assert cache.get("a", make("a"), True) == "a"
+    assert cache.get("b", make("b"), False) == "b"
+    assert made == ["a", "b"]
+
+
+def test_a_list_that_is_new_inside_a_capture_raises_and_keeps_nothing() -> None:
+    cache = DeviceCache()
+    with pytest.raises(RuntimeError, match="run the same call once before the capture"):
+        cache.get("new", lambda: pytest.fail("nothing may be uploaded"), True)
+    assert cache.get("new", lambda: "made", False) == "made"
+
+
+def test_the_oldest_list_goes_but_not_one_that_a_graph_reads() -> None:
+    cache, entry = DeviceCache(), object()
+    cache.get(0, lambda: entry, False)
+    cache.get(0, lambda: None, True)
+    for key in range(1, cache.CAPACITY + 1):
+        cache.get(key, object, False)
+    assert len(cache._entries) == cache.CAPACITY
+    assert 0 not in cache._entries
+    assert entry in cache._of_graphs
+
+
+@interpreted
+def test_new_addresses_are_read_at_once() -> None:
+    """A gradient that moved, and one that grew, as they do between two backward passes."""
+    fastclip.backends.forced = "triton"
+    launch._cache._entries.clear()
+    grads = [torch.full((5,), 1.0), torch.full((7,), 1.0)]
+    for step, grad in enumerate((grads[0], torch.full((5,), 3.0), torch.full((9,), 3.0))):
+        assert float(fastclip.get_total_norm([grad, grads[1]])) == pytest.approx(norm([grad, grads[1]]))
+        assert len(launch._cache._entries) == step + 1
+    fastclip.get_total_norm(grads)
+    assert len(launch._cache._entries) == 3
+
+
+@interpreted
+def test_without_the_native_core_it_does_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    fastclip.backends.forced = "triton"
+    shapes = [(30, 7), (3, 20_000), (11,), ()]
+    found = []
+    for native in (True, False):
+        torch.manual_seed(7)
+        if not native:
+            monkeypatch.setattr(tables, "C", None)
+            monkeypatch.setattr(fastclip.tensors, "C", None)
+        params = parameters([randn(*shape) for shape in shapes])
+        for param in params:
+            param.data.uniform_(-1, 1)
+        total = fastclip.clip_grad_norm_(params, 1.0)
+        fastclip.clip_grads_(params, fastclip.policies.Unitwise(0.01))
+        opt = fastclip.ClippedOptimizer(torch.optim.SGD(params, lr=0.1), 0.5, l1=0.01, l2=0.1)
+        opt.step()
+        found.append([total, *(param.grad for param in params), *(param.detach() for param in params)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+# ---- where it can't run
+
+
+def test_each_reason_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "INTERPRETED", False)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert "compute capability is 7.5" in triton.unavailable()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert triton.unavailable() == ""
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert "needs a C compiler" in triton.unavailable()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no GPU" in triton.unavailable()
+    monkeypatch.setattr(triton.importlib.util, "find_spec", lambda name: None)
+    assert triton.unavailable() == "triton is not installed: pip install triton"
+
+
+def test_forced_without_a_gpu_it_says_why(python) -> None:
+    program = "import torch, fastclip; fastclip.get_total_norm([torch.ones(3)])"
+    done = python(program, FASTCLIP_BACKEND="triton", TRITON_INTERPRET="0", CUDA_VISIBLE_DEVICES="")
+    assert "FASTCLIP_BACKEND=triton can't run here: no GPU that torch can use was found" in done.stderr
+
+
+def test_interpreted_it_serves_cpu_tensors(python) -> None:
+    program = (
+        "import torch, fastclip; print(float(fastclip.get_total_norm([torch.full((4,), 2.0)])));"
+        "print(fastclip.backends.explain([torch.ones(3)]))"
+    )
+    done = python(program, FASTCLIP_BACKEND="triton", TRITON_INTERPRET="1")
+    assert done.stdout.splitlines()[0] == "4.0", done.stderr
+    assert "triton: available, forced by FASTCLIP_BACKEND; serves 1 of 1 gradients" in done.stdout
+
+
+def test_an_old_triton_is_refused(python) -> None:
+    program = "import triton; triton.__version__ = '3.5.1'; import fastclip.kernels"
+    done = python(program)
+    assert "fastclip's kernels need triton 3.6 or newer; this is 3.5.1" in done.stderr
