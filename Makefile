@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test soak bench lint types emulator sanitize clean
+.PHONY: demo test soak bench lint types emulator interpreter sanitize clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fastclip demo
@@ -42,6 +42,11 @@ emulator: $(VENV)/.installed
 	FASTCLIP_CUDA=emulated $(PIP) --no-deps --upgrade --target build/emulated .
 	cd build && env -u FASTCLIP_BACKEND PYTHONPATH=emulated ../$(BIN)/python -m pytest -c ../pyproject.toml --rootdir .. \
 	-p no:cacheprovider -q -n auto --maxprocesses 4 -k "cuda or every_unit" ../tests
+
+# The tests of every backend over the Triton kernels, in Triton's interpreter: numpy does what a GPU would do.
+interpreter: $(VENV)/.installed
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -p no:cacheprovider -n auto --maxprocesses 4 -k "triton or every_unit" \
+	--ignore tests/test_triton_build.py tests
 
 # The native tests under AddressSanitizer and UBSan, in a build of its own: all on the CPU, and for the emulated kernels
 # test_cuda.py. Those that start interpreters of their own take long and find nothing more.

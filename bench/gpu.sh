@@ -38,6 +38,7 @@ pytest=("$python" -m pytest -p no:cacheprovider -q)
   pytest+=(-c "$out/pytest.ini" --rootdir .)
 }
 step "tests of the CUDA backend" 90 "${pytest[@]}" tests/test_cuda.py
+FASTCLIP_BACKEND= step "tests of both backends' kernels" 120 "${pytest[@]}" tests/test_gpu_kernels.py tests/test_triton.py
 [ -n "$(command -v cuobjdump)" ] && step "tests of the machine code" 60 "${pytest[@]}" tests/test_cuda_build.py
 
 step "numbers" 240 "$python" -m fastclip.bench.gpu --json "$out/gpu.json" --markdown "$out/gpu.md"

@@ -113,6 +113,9 @@ def costs(row: gpu.Row) -> tuple[Cost, Cost]:
         return our_clip(workload, clips=False), Cost(workload.bytes, 2, 2 * HOST_LAUNCH_S)
     if kind is rows.clip_norm:
         return our_clip(workload, clips), torch_clip(workload)
+    if kind is gpu.triton_against_cuda:  # by bytes and launches there is no difference
+        triton = our_clip(workload, clips)
+        return triton, triton
     if kind is rows.step and settings.get("scaled"):
         looks = Cost(2 * workload.bytes, mta_launches(_sizes(workload)), 0.0)  # unscale_: reads and writes
         ours = _sum(our_clip(workload, False), fused_adamw(workload, True), launches=GUARDS_LAUNCHES)

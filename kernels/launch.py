@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from .table import DeviceCache, Work, to_device, works_of
 LEAST = 1 << 13  # float64 numbers of a workspace: the chunks of 170 MB of float32
 
 _cache = DeviceCache()
+_compiled: dict[Any, Any] = {}
 _partials: dict[tuple[torch.device, int], Tensor] = {}
 _done: dict[tuple[torch.device, int], Tensor] = {}
 
@@ -75,11 +75,21 @@ class Where:
             found = kept[key] = torch.zeros(max(2 * size, LEAST), dtype=dtype, device=self.device)
         return found
 
-    @contextmanager
-    def current(self) -> Iterator[None]:
-        """Triton launches on the current device. Interpreted, numpy would warn of what the kernels do on purpose."""
-        with np.errstate(all="ignore") if self.device.type == "cpu" else torch.cuda.device(self.device):
-            yield
+    def launch(self, kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+        """As ``kernel[(programs,)](*arguments, **constants)``; from the second time on without Triton's dispatcher,
+        which looks at each argument's type and at each constant again: here they follow from which are None, from the
+        dtype of those that aren't, and from the constants."""
+        kinds = [getattr(argument, "dtype", argument is None) for argument in arguments]
+        key = (self.device, kernel, *kinds, *constants.values())
+        known = _compiled.get(key)
+        # Interpreted, numpy would warn of what the kernels do on purpose.
+        on_cpu = self.device.type == "cpu"
+        here = not on_cpu and torch.cuda.current_device() == self.device.index
+        with np.errstate(all="ignore") if on_cpu else nullcontext() if here else torch.cuda.device(self.device):
+            if known is None:
+                _compiled[key] = kernel[(programs,)](*arguments, **constants, **OPTIONS)
+            else:
+                known[(programs, 1, 1)](*arguments, *constants.values(), stream=self.stream)
 
 
 def read(
@@ -112,48 +122,45 @@ def read(
     works = where.works(facts, counts, weights)
     joined_here = totals if len(works) == 1 and works[0].units == 1 else None
     for work in works:
-        partials, done, own_weights = rows, rows, None
-        if work.cut or joined_here is not None:
-            done = where.workspace(_done, count + 1, torch.int32)
+        partials, own_weights = rows, weight_rows
+        done = where.workspace(_done, count + 1, torch.int32)
         if work.cut:
-            with_weights = fields + (6 if strengths is not None else 0)
+            with_weights = fields + (3 if strengths is not None else 0)
             partials = where.workspace(_partials, work.chunks * with_weights, torch.float64)
             own_weights = partials[work.chunks * fields :] if strengths is not None else None
-        elif strengths is not None:
-            own_weights = weight_rows
-        with where.current():
-            read_kernel[(work.chunks,)](
-                work.words,
-                work.owners,
-                rows,
-                count,
-                partials,
-                work.chunks,
-                done,
-                count,
-                bits_of(p),
-                divisor,
-                joined_here,
-                heads if joined_here is not None else None,
-                bits_of(max_norm),
-                bits_of(eps),
-                strengths,
-                weight_rows,
-                own_weights,
-                PRESENT=work.present,
-                ALL=extras or p != 2.0,
-                EXTRAS=extras,
-                UNITS=work.units,
-                **OPTIONS,
-            )
+        where.launch(
+            read_kernel,
+            work.chunks,
+            work.words,
+            work.owners,
+            rows,
+            count,
+            partials,
+            work.chunks,
+            done,
+            count,
+            bits_of(p),
+            divisor,
+            joined_here,
+            heads if joined_here is not None else None,
+            bits_of(max_norm),
+            bits_of(eps),
+            strengths,
+            weight_rows,
+            own_weights,
+            PRESENT=work.present,
+            ALL=extras or p != 2.0,
+            EXTRAS=extras,
+            UNITS=work.units,
+        )
     if totals is not None and joined_here is None:
         finish(rows, p, max_norm, eps, totals, heads)
 
 
 def finish(rows: Tensor, p: float, max_norm: float, eps: float, totals: Tensor, heads: Tensor | None) -> None:
     """Joins ``rows``, float64 ``[>= 3, n]``, into ``totals``, float64 ``[4]``, and ``heads``, float32 ``[2]``."""
-    with Where(rows.device).current():
-        finish_kernel[(1,)](rows, rows.shape[1], bits_of(p), totals, heads, bits_of(max_norm), bits_of(eps), **OPTIONS)
+    bounds = bits_of(max_norm), bits_of(eps)
+    Where(rows.device).launch(finish_kernel, 1, rows, rows.shape[1], bits_of(p), totals, heads, *bounds)
 
 
 def join(unit_rows: Tensor, counts: list[int], p: float, rows: Tensor) -> None:
@@ -162,26 +169,14 @@ def join(unit_rows: Tensor, counts: list[int], p: float, rows: Tensor) -> None:
         return
     where = Where(rows.device)
     first_units = where.offsets(counts)
-    with where.current():
-        join_kernel[(len(counts),)](
-            unit_rows, unit_rows.shape[1], first_units, rows, len(counts), bits_of(p), **OPTIONS
-        )
+    where.launch(join_kernel, len(counts), unit_rows, unit_rows.shape[1], first_units, rows, len(counts), bits_of(p))
 
 
 def _write(facts: bytes, device: torch.device, change: Any, factors: Tensor | None, counts: Any, bound: float) -> None:
     where = Where(device)
     for work in where.works(facts, counts):
-        with where.current():
-            write.write_kernel[(work.chunks,)](
-                work.words,
-                work.owners,
-                factors,
-                bits_of(bound),
-                PRESENT=work.present,
-                CHANGE=change,
-                UNITS=work.units,
-                **OPTIONS,
-            )
+        arguments = work.words, work.owners, factors, bits_of(bound)
+        where.launch(write.write_kernel, work.chunks, *arguments, PRESENT=work.present, CHANGE=change, UNITS=work.units)
 
 
 def scale(facts: bytes, device: torch.device, factor: Tensor) -> None:

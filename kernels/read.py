@@ -119,7 +119,7 @@ def read_kernel(
     eps_bits: tl.int64,
     strengths,  # in, float64 [2][row_stride]: of a penalty's sign(w) and w; None without one
     weight_rows,  # out, float64 [3][row_stride]: norm, max_abs and sum_abs of the weights
-    weight_partials,  # workspace, float64 [6][chunks]
+    weight_partials,  # workspace, float64 [3][chunks]
     PRESENT: tl.constexpr,  # bit k: dtype k is among them
     ALL: tl.constexpr,  # any p, and every field; else p is 2
     EXTRAS: tl.constexpr,  # rows have 6 fields

@@ -178,19 +178,20 @@ def test_without_the_native_core_it_does_the_same(monkeypatch: pytest.MonkeyPatc
 
 
 def test_each_reason_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    why = triton.unavailable.__wrapped__
     monkeypatch.setattr(triton, "INTERPRETED", False)
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    assert "compute capability is 7.5" in triton.unavailable()
+    assert "compute capability is 7.5" in why()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    assert triton.unavailable() == ""
+    assert why() == ""
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert "needs a C compiler" in triton.unavailable()
+    assert "needs a C compiler" in why()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "no GPU" in triton.unavailable()
+    assert "no GPU" in why()
     monkeypatch.setattr(triton.importlib.util, "find_spec", lambda name: None)
-    assert triton.unavailable() == "triton is not installed: pip install triton"
+    assert why() == "triton is not installed: pip install triton"
 
 
 def test_forced_without_a_gpu_it_says_why(python) -> None:

@@ -21,7 +21,12 @@ CPU, CUDA, ROCM = 1, 2, 10  # DLPack's numbers for types of devices
 # The order of DType in csrc/tensor_table.h.
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex128, torch.complex64, *FLOAT8)
 CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
+COMMON = {dtype: code for dtype, code in CODES.items() if dtype not in FLOAT8}
+WIDE = {CODES[torch.float64], CODES[torch.complex128]}
 PENALISED = 3  # the last one that a penalty is added to
+
+PLAIN = {Tensor, torch.nn.Parameter}
+is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 READ_ONLY = "8-bit floats are read for statistics only; torch has no arithmetic that writes them"
 
@@ -53,16 +58,28 @@ def table_of(grads: list[Tensor], device_type: int, native: Any = None) -> Any:
         return native if native is not None and native.device_type == device_type else C.GradTable(grads, device_type)
     table = PlainTable(device_type)
     for position, grad in enumerate(grads):
-        reason = _refusal(grad) or _elsewhere(grad, table)
-        if reason:
-            table.refused[position] = reason
-            continue
-        if grad.dtype in FLOAT8:
-            table.readonly[position] = READ_ONLY
-        table.wide |= grad.dtype in (torch.float64, torch.complex128)
-        table.numbers += (grad.data_ptr(), grad.numel(), CODES[grad.dtype])
+        code = COMMON.get(grad.dtype)
+        # Nearly all are like this: asked in an order and a way that costs little.
+        if not (
+            code is not None
+            and type(grad) in PLAIN
+            and grad.device == table.device
+            and grad.layout is torch.strided
+            and grad.is_contiguous()
+            and not is_wrapped(grad)
+            and (address := grad.data_ptr())
+        ):
+            reason = _refusal(grad) or _elsewhere(grad, table)
+            if reason:
+                table.refused[position] = reason
+                continue
+            if grad.dtype in FLOAT8:
+                table.readonly[position] = READ_ONLY
+            code, address = CODES[grad.dtype], grad.data_ptr()
+        table.numbers += (address, grad.numel(), code)
         table.grads.append(grad)
         table.positions.append(position)
+    table.wide = not WIDE.isdisjoint(table.numbers[2::3])
     if not table.refused:
         table.positions = []
     return table
@@ -108,13 +125,13 @@ def device_type_of(device: torch.device) -> int:
 
 def _refusal(grad: Tensor) -> str:
     """ "" if the kernels of its device can work on this tensor's memory as it is."""
-    if type(grad) is not Tensor and type(grad) is not torch.nn.Parameter:
+    if type(grad) not in PLAIN:
         return "a tensor subclass"
     if grad.layout != torch.strided or grad.is_quantized:
         return "not strided memory"
     if grad.dtype not in CODES:
         return "a dtype that the kernels do not read"
-    if grad.numel() and (grad.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(grad) or not grad.data_ptr()):
+    if grad.numel() and (grad.is_meta or is_wrapped(grad) or not grad.data_ptr()):
         return "no memory behind it (fake, meta, functorch, or freed storage)"
     if grad.numel() and not _is_dense(grad):
         return "not one dense block of memory (a strided, expanded or overlapping view)"

@@ -34,6 +34,7 @@ device_type: int | None = None if INTERPRETED else _SERVED
 returns_early = True
 
 
+@functools.cache
 def unavailable() -> str:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install triton"
