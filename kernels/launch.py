@@ -42,10 +42,8 @@ class Where:
         """The table of these tensors, on the device; ``facts`` as table.works_of takes them."""
 
         def make() -> list[Work]:
-            addresses = None if weights is None else np.frombuffer(weights, np.int64).reshape(-1, 3)
-            if addresses is not None:  # an empty weight has no address, but a row to fill: any will do
-                addresses = np.where(addresses[:, 0] == 0, addresses[:, 1] == 0, addresses[:, 0])
-            works = works_of(np.frombuffer(facts, np.int64).reshape(-1, 3), counts, addresses)
+            of_weights = None if weights is None else np.frombuffer(weights, np.int64).reshape(-1, 3)
+            works = works_of(np.frombuffer(facts, np.int64).reshape(-1, 3), counts, of_weights)
             return [
                 Work(to_device(w.words, self.device), to_device(w.owners, self.device), w.present, w.units, w.cut)
                 for w in works
@@ -113,7 +111,7 @@ def read(
         facts: int64 (address, elements, dtype) of each tensor.
         counts: units of each tensor; None for one each.
         divisor: one float32 or float64 on the device, by which norms and magnitudes are divided.
-        weights: ``facts`` of the weights, address 0 for none: adds a penalty to the gradients first.
+        weights: ``facts`` of the weights, of other sizes where there is none: adds a penalty to the gradients first.
         strengths: in, float64 ``[2, n]``, of that penalty.
         weight_rows: out, float64 ``[3, n]``, of the weights.
     """

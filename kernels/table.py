@@ -54,7 +54,7 @@ def works_of(facts: np.ndarray, counts: list[int] | None = None, weights: np.nda
     Args:
         facts: int64 ``[n, 3]``: address, elements and dtype of each tensor.
         counts: of how many units each tensor consists, 0 leaves it out; None for one each.
-        weights: int64 ``[n]``: the address of each tensor's weight, 0 for none.
+        weights: the facts of each tensor's weight; of another size where the kernel is not to look at it.
     """
     if not len(facts):
         return []
@@ -73,8 +73,10 @@ def works_of(facts: np.ndarray, counts: list[int] | None = None, weights: np.nda
     wide = (address % WIDE == 0) & ((units == 1) | (unit_bytes % WIDE == 0))
     words[:, read.TAG] = dtype + np.where(wide, int(read.ALIGNED), 0)
     if weights is not None:
-        words[:, read.WEIGHT] = weights
-        words[:, read.TAG] += np.where(weights % WIDE == 0, int(read.WEIGHT_ALIGNED), 0)
+        # nothing has no address, but a row to fill: any will do
+        address = np.where(size == 0, WIDE, weights[:, 0]) * (weights[:, 1] == size)
+        words[:, read.WEIGHT] = address
+        words[:, read.TAG] += np.where(address % WIDE == 0, int(read.WEIGHT_ALIGNED), 0)
 
     works = []
     for group, together in ((~short, 1), (short, UNITS)):

@@ -17,10 +17,12 @@ from fastclip.backends.tables import CODES, CPU
 
 pytest.importorskip("triton", reason="needs a GPU's package triton, which has wheels for Linux on x86-64 only")
 
-from fastclip.kernels import launch, read, table
+from fastclip.kernels import formats, launch, read, table
 from fastclip.kernels.blocks import CHUNK_BYTES, SHORT_BYTES, UNITS
 from fastclip.kernels.table import CHUNK_BYTES as CUT
 from fastclip.kernels.table import DeviceCache, Work, works_of
+from triton import jit
+from triton import language as tl
 
 interpreted = pytest.mark.skipif(not triton.INTERPRETED, reason="needs a GPU, or TRITON_INTERPRET=1")
 
@@ -68,10 +70,17 @@ def test_units_are_marked_only_where_each_begins_aligned(size: int) -> None:
 
 def test_weights_have_a_mark_of_their_own() -> None:
     grads, weights = [torch.zeros(8), torch.zeros(8)], [torch.zeros(8), torch.zeros(9)[1:]]
-    (work,) = works_of(facts_of(*grads), None, facts_of(*weights)[:, 0])
+    (work,) = works_of(facts_of(*grads), None, facts_of(*weights))
     marks = [bool(tag & int(read.WEIGHT_ALIGNED)) for tag in word(work, read.TAG)]
     assert (aligned(work), marks) == ([True, True], [True, False])
     assert word(work, read.WEIGHT) == [weight.data_ptr() for weight in weights]
+
+
+def test_a_weight_that_is_served_apart_is_not_looked_at() -> None:
+    """Its fact has size 0; that of nothing at all has, too, and a row to fill."""
+    grads, weights = [torch.zeros(8), torch.zeros(0), torch.zeros(8)], [torch.zeros(0), torch.zeros(0), torch.zeros(8)]
+    (work,) = works_of(facts_of(*grads), None, facts_of(*weights))
+    assert [bool(address) for address in word(work, read.WEIGHT)] == [False, True, True]
 
 
 # ---- chunks
@@ -172,6 +181,32 @@ def test_without_the_native_core_it_does_the_same(monkeypatch: pytest.MonkeyPatc
         opt.step()
         found.append([total, *(param.grad for param in params), *(param.detach() for param in params)])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+# ---- bits
+
+
+@jit
+def round_kernel(x, out, count, DTYPE: tl.constexpr, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    bits = formats.narrowed(tl.load(x + at, mask=at < count, other=0.0), DTYPE)
+    tl.store(out + at, bits, mask=at < count)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_rounding_is_pytorchs(dtype: torch.dtype) -> None:
+    """Ties, subnormal numbers, overflow; and NaN of any payload, which a rounding must not carry to 0."""
+    high = torch.arange(0, 1 << 16, 7, dtype=torch.int64) << 16
+    low = torch.tensor([0, 1, 0x0FFF, 0x1000, 0x1001, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
+    x = (high[:, None] | low).to(torch.uint32).view(torch.float32).flatten()
+    x = torch.cat([x, torch.tensor([0x7FFFFFFF, 0xFFFFFFFF], dtype=torch.uint32).view(torch.float32)])
+    got = torch.empty(len(x), dtype=torch.int16)
+    with np.errstate(all="ignore"):
+        round_kernel[(1,)](x, got, len(x), CODES[dtype], 1 << 17)
+    want = x.to(dtype)
+    assert torch.equal(got.view(dtype).isnan(), want.isnan())
+    assert torch.equal(got[~want.isnan()], want.view(torch.int16)[~want.isnan()])
 
 
 # ---- where it can't run
