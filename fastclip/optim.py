@@ -90,6 +90,9 @@ class ClippedOptimizer(Reports, Optimizer):
         loss_watch: a :class:`fastclip.LossWatch` for :meth:`observe`; without one it minds only NaN and Inf.
         skip_limit: after so many skipped steps in a row ``SkipLimitError`` is raised; None never does. (On an
             accelerator nothing is waited for, so it comes some steps late.)
+        group: a process group, or a mesh of one dimension, whose other ranks step other parameters that count in the
+            norm, as with pipeline stages. Sharded parameters (FSDP2, tensor parallel) and a
+            ``ZeroRedundancyOptimizer`` around this one need none; FSDP1 needs ``model.process_group``.
 
     Raises:
         TypeError: ``optimizer`` is not a ``torch.optim.Optimizer``, or accelerate's or Lightning's wrapper of one.
@@ -120,13 +123,14 @@ class ClippedOptimizer(Reports, Optimizer):
         backoff: SpikeBackoff | None = None,
         rollback: Rollback | None = None,
         loss_watch: LossWatch | None = None,
+        group: Any = None,
     ) -> None:
         # Optimizer.__init__ is not called: it would build param_groups and state of its own.
         _check_optimizer(optimizer)
         self._inner = optimizer
         penalty = Penalty(l1, l2, convention)
         chosen = _policy(max_norm, norm_type, policy)
-        self._fastclip = Guard(optimizer, chosen, nonfinite, skip_limit, penalty, backoff, rollback, loss_watch)
+        self._fastclip = Guard(optimizer, chosen, nonfinite, skip_limit, penalty, backoff, rollback, loss_watch, group)
         self._start()
 
     def _start(self) -> None:
@@ -392,6 +396,7 @@ def attach(
     backoff: SpikeBackoff | None = None,
     rollback: Rollback | None = None,
     loss_watch: LossWatch | None = None,
+    group: Any = None,
 ) -> Guard:
     """Clips inside every ``optimizer.step`` of this very object, for code that checks ``type(optimizer)``.
 
@@ -418,6 +423,6 @@ def attach(
         raise ValueError("fastclip is in this optimizer's step already; remove() that guard first, or use it")
     penalty = Penalty(l1, l2, convention)
     chosen = _policy(max_norm, norm_type, policy)
-    guard = Guard(optimizer, chosen, nonfinite, skip_limit, penalty, backoff, rollback, loss_watch)
+    guard = Guard(optimizer, chosen, nonfinite, skip_limit, penalty, backoff, rollback, loss_watch, group)
     guard.attach()
     return guard

@@ -31,6 +31,7 @@ FLOORS = {
     "backends": 2,
     "units": 2,
     "stats": 3,
+    "distributed": 4,
     "policies": 4,
     "clipping": 5,
     "compiled": 6,

@@ -1,0 +1,573 @@
+"""Joins what the ranks of a job have read of their shares: one small all-reduce per process group and step.
+
+Each rank reads the elements it has, once. What it then knows of a list fits into some float64 numbers: the norm, how
+many NaN and Inf, and which tensor looks worst. They travel in slots: a vector has room for every rank of the group,
+each rank fills its own slot and leaves the others 0, and the sum of these vectors holds every slot bit by bit (x + 0 is
+x, also for NaN, Inf and 1e300). So one all-reduce by SUM does for every norm type, inf included, where MAX would lose
+NaN; nothing overflows or underflows on the way, as sums of squares of 1e200 or 1e-200 would; the result doesn't depend
+on the order in which a backend adds; every rank gets the same bits and works out the same norm, by the rule that joins
+chunks into tensors and tensors into a total: a norm of norms. An all-gather would give the same, but walks a ring where
+an all-reduce takes a tree.
+
+A slot has 48 bytes where all tensors of the list are sharded alike: norm, NaN, Inf, worst tensor, a mark of the list
+and a flag; 32 more for each further way of sharding that the list holds. A rule that looks at single tensors needs its
+rows joined: then it is 32 bytes and more for each tensor. bench/NOTES.md has what that comes to on 16,384 ranks.
+
+What counts how often, for each process group in turn:
+
+* sharded over it (any placement but Replicate): the shares are different elements, each counts;
+* replicated over it (Replicate, or a plain tensor beside sharded ones): one rank's copy counts, the one of the first
+  rank with NaN or Inf if there is such a rank, else the first. So all ranks act alike even where copies differ;
+* neither, as for the tensors of another mesh: left as it is.
+
+Meshes on which something is sharded are joined over all their dimensions, one group after the other. Where nothing is
+sharded, as in DistributedDataParallel, nothing travels.
+"""
+
+from __future__ import annotations
+
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastclip.backends import reference
+from fastclip.stats import PLACES, Peers, Reading, refinished
+from fastclip.tensors import Grads, sharded_class
+from fastclip.types import (
+    ALWAYS_FIELDS,
+    INFS,
+    NANS,
+    NORM,
+    WEIGHT_FIELDS,
+    RankError,
+    Request,
+    known_to_host,
+    on_device,
+)
+
+SHARDED, REPLICATED, APART = range(3)  # what a tensor is to a process group
+FINE, SKIPS, FAILED, DIFFERS = range(4)  # what a rank has to say before the join; the gravest counts
+
+MARKS = 1 << 48
+
+Role = tuple[int, ...]  # one of SHARDED, REPLICATED, APART for each group
+
+_met: set[tuple[str, int]] = set()  # groups, and marks of lists on which their ranks have agreed
+
+
+@dataclass(frozen=True, slots=True)
+class Ties:
+    """How some lists of gradients hang together over ranks.
+
+    Attributes:
+        groups: process groups in the order of their collectives.
+        roles: for each list, for each tensor that the caller listed: what it is to each of the groups.
+        group: the one over which the lists' totals add up at last; or None.
+        mark: tells lists of other shapes or placements from these.
+        alike: global ranks that were given the same lists.
+        cut: a list holds pieces of FSDP1's flat parameters, whose borders no tensor has.
+    """
+
+    groups: list[Any]
+    roles: list[list[Role]]
+    group: Any
+    mark: int
+    alike: frozenset[int]
+    cut: bool
+
+
+class Joined(NamedTuple):
+    """What all ranks know after the join.
+
+    Attributes:
+        readings: as they were given, with the norms, counts and totals of all ranks.
+        skips: whether a rank had a reason of its own to skip the step; a 0-d tensor where the host would have to wait.
+        nobody: for each reading, whether the host knows that no rank has a gradient in it.
+    """
+
+    readings: list[Reading]
+    skips: bool | Tensor
+    nobody: list[bool]
+
+
+class _Marked:
+    """Plain parameters whose ranks hold different ones, by what :func:`mark_sharded` was told."""
+
+    def __init__(self) -> None:
+        self.groups: Any = None
+
+    def add(self, parameters: Iterable[Tensor], group: Any) -> None:
+        from torch.utils.weak import WeakIdKeyDictionary
+
+        if self.groups is None:
+            self.groups = WeakIdKeyDictionary()
+        for parameter in parameters:
+            self.groups[parameter] = group
+
+    def group_of(self, tensor: Tensor) -> Any:
+        return None if self.groups is None else self.groups.get(tensor)
+
+
+_marked = _Marked()
+
+
+def mark_sharded(parameters: Tensor | Iterable[Tensor], group: Any) -> None:
+    """Says of plain parameters that the ranks of ``group`` hold different ones: each of them counts in a norm.
+
+    For experts that are spread over an expert-parallel group, and for tensor parallelism without DTensor. Nothing has
+    to be said of DTensors, nor of parameters of which every rank has a copy.
+
+    Args:
+        parameters: one or many.
+        group: a process group, or a mesh of one dimension.
+
+    Raises:
+        TypeError: not a process group.
+    """
+    listed = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    _marked.add(listed, process_group(group))
+
+
+def process_group(group: Any) -> Any:
+    """``group``, or that of a mesh of one dimension; None for None.
+
+    Raises:
+        TypeError: neither.
+        RankError: there is no such group on this rank.
+    """
+    if group is None:
+        return None
+    if hasattr(group, "mesh_dim_names") and hasattr(group, "get_group"):
+        if group.ndim != 1:
+            raise TypeError(f"group: expected a mesh of one dimension, got {group.ndim}; take one by its name")
+        return _groups_of(group)[0]
+    if not torch.distributed.is_available() or not isinstance(group, torch.distributed.ProcessGroup):
+        raise TypeError(f"group: expected a process group or a mesh of one dimension, got {type(group).__name__}")
+    return group
+
+
+def group_named(name: str | None) -> Any:
+    """The process group of that name; None for None.
+
+    Raises:
+        RankError: this process has none.
+    """
+    if name is None:
+        return None
+    c10d: Any = torch.distributed.distributed_c10d
+    try:
+        return c10d._resolve_process_group(name)
+    except RuntimeError:
+        raise RankError(
+            f"an optimizer was copied or unpickled that joins its norm over the process group {name!r}, which this "
+            "process doesn't have. Call torch.distributed.init_process_group() and make the group first"
+        ) from None
+
+
+def group_of_caller() -> Any:
+    """The group of the ``ZeroRedundancyOptimizer`` that is making its own optimizer now; None without one.
+
+    It tells that optimizer nothing, though each rank's then holds other parameters. So it is looked for among the
+    callers.
+    """
+    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    if module is None:
+        return None
+    code = module.ZeroRedundancyOptimizer._init_local_optimizer.__code__
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back  # type: ignore[assignment]
+    return None if frame is None else frame.f_locals["self"].process_group
+
+
+def _groups_of(mesh: Any) -> list[Any]:
+    """The process group of each dimension of a mesh."""
+    distributed = torch.distributed
+    try:
+        if not distributed.is_initialized():
+            raise RuntimeError("torch.distributed is not initialised")
+        return [mesh.get_group(dim) for dim in range(mesh.ndim)]
+    except RuntimeError as error:
+        raise RankError(
+            f"gradients are sharded over {mesh}, but its ranks can't be asked for their shares of the norm: {error}. "
+            "Call torch.distributed.init_process_group() and make the mesh with init_device_mesh() before the model is "
+            "sharded, and clip before the group is destroyed. Nothing was written"
+        ) from None
+
+
+def _listed(grads: Grads) -> Sequence[Tensor]:
+    """What the caller listed: gradients where there are some, else their parameters."""
+    if grads.parameters is None:
+        return grads.tensors if grads.wholes is None else grads.wholes
+    if grads.wholes is None:
+        return grads.parameters
+    listed = list(grads.parameters)
+    for column, whole in zip(grads.columns, grads.wholes, strict=True):
+        listed[column] = whole
+    return listed
+
+
+_PLAIN, _FLAT = "plain", "flat"
+
+
+def _kinds(listed: Sequence[Tensor], cls: Any, with_fsdp1: bool) -> list[Any]:
+    """Of each tensor what decides its roles: mesh and placements, the group it was marked with, or a word."""
+    kinds: list[Any] = []
+    for tensor in listed:
+        if cls is not None and isinstance(tensor, cls):
+            spec: Any = tensor._spec
+            kinds.append((spec.mesh, spec.placements))
+        elif (group := _marked.group_of(tensor)) is not None:
+            kinds.append(group)
+        else:
+            kinds.append(_FLAT if with_fsdp1 and getattr(tensor, "_fsdp_flattened", False) else _PLAIN)
+    return kinds
+
+
+def ties_of(lists: Sequence[Grads], group: Any = None) -> Ties | None:
+    """How these lists hang together over ranks; None where all that counts is here.
+
+    Args:
+        group: process group whose ranks hold other lists, which count too: pipeline stages, ZeroRedundancyOptimizer. Of
+            FSDP1 the one over which it shards.
+
+    Raises:
+        RankError: no process group joins the ranks of a mesh; FSDP1's parameters without ``group``.
+    """
+    cls, with_fsdp1 = sharded_class(), "torch.distributed.fsdp._flat_param" in sys.modules
+    if group is None and cls is None and not with_fsdp1 and _marked.groups is None:
+        return None
+    listed = [_listed(grads) for grads in lists]
+    kinds = [_kinds(own, cls, with_fsdp1) for own in listed]
+    different = dict.fromkeys(kind for own in kinds for kind in own)
+    cut = _FLAT in different
+    if cut and group is None:
+        raise RankError(
+            "these parameters are pieces of FullyShardedDataParallel's flat ones, and don't tell which ranks have the "
+            "other pieces: pass group=model.process_group, or shard with fully_shard(). Nothing was written"
+        )
+    meshes = _meshes_in_play(different)
+    groups: dict[str, Any] = {}
+    for found in (*meshes.values(), *([kind] for kind in different if not isinstance(kind, (str, tuple)))):
+        groups |= {own.group_name: own for own in found if own.size() > 1}
+    if cut and group.size() > 1:
+        groups[group.group_name] = group
+    last = None if cut or group is None or group.size() == 1 else group
+    if not groups and last is None:
+        return None
+    roles = {kind: _role(kind, list(groups), meshes, group) for kind in different}
+    alike = {torch.distributed.get_rank()}.union(*map(torch.distributed.get_process_group_ranks, groups.values()))
+    for kind in different:
+        if isinstance(kind, tuple) and kind[0] in meshes:
+            alike.update(kind[0].mesh.flatten().tolist())
+    return Ties(
+        list(groups.values()),
+        [[roles[kind] for kind in own] for own in kinds],
+        last,
+        _mark(listed, kinds, roles),
+        frozenset(alike),
+        cut,
+    )
+
+
+def _meshes_in_play(kinds: Iterable[Any]) -> dict[Any, list[Any]]:
+    """The groups of every mesh over which something is sharded, and of which this rank is a part."""
+    found: dict[Any, list[Any]] = {}
+    for kind in kinds:
+        if isinstance(kind, tuple):
+            mesh, placements = kind
+            sharded = any(not p.is_replicate() and mesh.size(dim) > 1 for dim, p in enumerate(placements))
+            if sharded and mesh not in found and mesh.get_coordinate() is not None:
+                found[mesh] = _groups_of(mesh)
+    return found
+
+
+def _role(kind: Any, names: list[str], meshes: dict[Any, list[Any]], group: Any) -> Role:
+    if kind == _PLAIN:
+        return (REPLICATED,) * len(names)
+    own: dict[str, int] = {}
+    if isinstance(kind, tuple):
+        mesh, placements = kind
+        if mesh in meshes or mesh.get_coordinate() is not None:
+            for of_dim, placement in zip(meshes.get(mesh) or _groups_of(mesh), placements, strict=True):
+                own[of_dim.group_name] = REPLICATED if placement.is_replicate() else SHARDED
+    else:
+        own[(group if kind == _FLAT else kind).group_name] = SHARDED
+    return tuple(own.get(name, APART) for name in names)
+
+
+def _mark(listed: Sequence[Sequence[Tensor]], kinds: list[list[Any]], roles: dict[Any, Role]) -> int:
+    """The same number on every rank with the same lists, whatever the names of groups there."""
+    spelled = {kind: zlib.crc32(repr(kind[1]).encode()) if isinstance(kind, tuple) else 0 for kind in roles}
+    facts = tuple(
+        (tuple(tensor.shape) if kind != _FLAT else (), roles[kind], spelled[kind])
+        for tensors, own in zip(listed, kinds, strict=True)
+        for tensor, kind in zip(tensors, own, strict=True)
+    )
+    return hash((facts, tuple(map(len, listed)))) % MARKS  # of numbers alone: Python hashes them alike in all processes
+
+
+@dataclass(slots=True)
+class _Table:
+    """What is known of one list: ``values``, ``[len(kinds), c]``, and the role of each column."""
+
+    values: Tensor
+    roles: list[Role]
+    kinds: list[float | str]  # how a row joins: the p of a norm, "sum", "max", "penalty" or "worst"
+
+
+def _kinds_of_rows(request: Request, weights: bool, penalised: bool, whole: bool) -> list[float | str]:
+    kinds: list[float | str] = [request.norm_type, "sum", "sum"]
+    if whole:
+        if request.extras:
+            kinds += ["max", "sum", "sum"]
+        if weights:
+            kinds += [2.0, "max", "sum"]
+    if penalised:
+        kinds.append("penalty")
+    return [*kinds, "worst"]
+
+
+def _unfilled(kinds: list[float | str], roles: list[Role], like: Tensor) -> _Table:
+    """A list of which this rank has nothing: what leaves every join unchanged."""
+    empty = {"sum": 0.0, "max": 0.0, "penalty": 0.0, "worst": -1.0}
+    column = [empty[kind] if isinstance(kind, str) else float("inf") if kind < 0 else 0.0 for kind in kinds]
+    values = on_device(column, like.dtype, like.device).unsqueeze(1).repeat(1, len(roles))
+    return _Table(values, roles, kinds)
+
+
+def _badness(rows: Tensor) -> Tensor:
+    """By which to find the worst along the last dimension: NaN before Inf before the largest norm."""
+    largest = torch.finfo(rows.dtype).max
+    score = torch.where(rows[..., INFS, :] > 0, largest, rows[..., NORM, :].clamp(max=largest / 2))
+    return torch.where(rows[..., NANS, :] > 0, torch.inf, score)
+
+
+def _buckets(roles: list[Role]) -> dict[Role, int]:
+    """Different roles and their columns; one column at least."""
+    different = dict.fromkeys(roles) or {(): None}
+    return {role: column for column, role in enumerate(different)}
+
+
+def _table_of(reading: Reading, roles: list[Role], kinds: list[float | str], whole: bool) -> _Table:
+    """One column per tensor if ``whole``, else one for all tensors of the same role."""
+    grads, rows, rank = reading.plan.grads, reading.rows, torch.distributed.get_rank()
+    codes = on_device([place * PLACES + rank for place in grads.columns], rows.dtype, rows.device)
+    penalties = reading.penalties
+    if whole:
+        table = _unfilled(kinds, roles, rows)
+        of_weights = [] if reading.weight_rows is None else [reading.weight_rows.to(rows)]
+        of_penalty = [] if penalties is None else [penalties.unsqueeze(0)]
+        table.values[:, list(grads.columns)] = torch.cat([rows, *of_weights, *of_penalty, codes.unsqueeze(0)])
+        return table
+    buckets = _buckets(roles)
+    table = _unfilled(kinds, list(buckets), rows)
+    for role, bucket in buckets.items():
+        columns = [i for i, place in enumerate(grads.columns) if roles[place] == role]
+        if not columns:
+            continue
+        if len(columns) == rows.shape[1]:
+            columns = slice(None)  # type: ignore[assignment]
+        of_bucket = rows[:ALWAYS_FIELDS, columns]
+        counts = of_bucket[NORM + 1 :].sum(dim=1)
+        of_all = len(buckets) == 1
+        norm = reading.totals[NORM] if of_all else reference.norm_of_norms(of_bucket[NORM], reading.request.norm_type)
+        worst = codes[columns][_badness(of_bucket).argmax()]
+        penalty = [] if penalties is None else [penalties[columns].sum()]
+        table.values[:, bucket] = torch.stack([norm, *counts, *penalty, worst])
+    return table
+
+
+def _joined(slots: Tensor, kinds: list[float | str], sharded: Tensor) -> Tensor:
+    """``[len(kinds), c]`` from what every rank had, ``[ranks, len(kinds), c]``."""
+    bad = slots[:, NANS] + slots[:, INFS] > 0
+    worst = _badness(slots).argmax(dim=0)
+    rows = []
+    for row, kind in enumerate(kinds):
+        values = slots[:, row]
+        if kind in ("sum", "penalty"):
+            rows.append(values.sum(dim=0))
+        elif kind == "max":
+            rows.append(values.amax(dim=0))
+        elif isinstance(kind, str):
+            # a rank that has none of it is never the worst of those that have
+            known = torch.where(values >= 0, _badness(slots), -1.0).argmax(dim=0)
+            rows.append(values.gather(0, known.unsqueeze(0))[0])
+        else:
+            rows.append(reference.norm_of_norms(values.T, kind))
+    # the copy that counts: one with NaN or Inf if there is one, else the first
+    copy = torch.where(bad.any(dim=0), worst, 0)
+    copied = slots.gather(0, copy.expand(1, slots.shape[1], -1))[0]
+    return torch.where(sharded, torch.stack(rows), copied)
+
+
+def _exchange(own: Tensor, group: Any) -> Tensor:
+    """``[ranks, k]``: what each rank of the group has in ``own``, ``[k]``, the same bits everywhere."""
+    slots = own.new_zeros((group.size(), len(own)))
+    slots[group.rank()] = own
+    device = _device_for(group, slots.device)
+    sent = slots.to(device)
+    torch.distributed.all_reduce(sent, group=group)
+    return sent.to(own.device)
+
+
+def _device_for(group: Any, device: torch.device) -> torch.device:
+    """Where the group can work: norms of shards that were offloaded to the CPU go through the GPU with NCCL."""
+    types = [own.type for own in group._device_types]
+    if device.type in types or not types:
+        return device
+    accelerator = torch.accelerator.current_accelerator()
+    return torch.device(types[0], torch.accelerator.current_device_index()) if accelerator else torch.device(types[0])
+
+
+def _stage(tables: list[_Table], at: int, group: Any, mark: int, flag: Tensor) -> Tensor:
+    """Joins, over one group, all columns that have to do with it; returns the gravest flag."""
+    chosen = [[c for c, role in enumerate(table.roles) if role[at] != APART] for table in tables]
+    home = tables[0].values
+    own = [table.values[:, columns].reshape(-1).to(home) for table, columns in zip(tables, chosen, strict=True)]
+    slots = _exchange(torch.cat([*own, home.new_tensor([mark]), flag.reshape(1).to(home)]), group)
+    sizes = [len(part) for part in own]
+    for table, columns, part in zip(tables, chosen, torch.split(slots[:, :-2], sizes, dim=1), strict=True):
+        if columns:
+            sharded = on_device([table.roles[c][at] == SHARDED for c in columns], torch.bool, home.device)
+            part = part.reshape(len(slots), len(table.kinds), len(columns))
+            table.values[:, columns] = _joined(part, table.kinds, sharded).to(table.values)
+    differs = (slots[:, -2] != mark).any()
+    return torch.where(differs, float(DIFFERS), slots[:, -1].amax())
+
+
+def join(
+    ties: Ties | None,
+    requests: list[Request],
+    whole: list[bool],
+    read: Callable[[], list[Reading]],
+    penalised: bool = False,
+    skips: bool | Tensor = False,
+) -> Joined:
+    """Reads, and joins that with what all other ranks read: they have to call it in the same order.
+
+    Args:
+        ties: None for nothing to join.
+        requests: what is asked for, one for each list.
+        whole: for each list whether its rows, too, shall be those of whole tensors.
+        read: this rank's own read, one reading for each list. If it raises, the others are told before they go on.
+        penalised: whether it adds a penalty.
+        skips: a reason of this rank to skip the step.
+
+    Raises:
+        RankError: the ranks were given different lists, or one of them failed. On every rank alike.
+    """
+    if ties is None:
+        readings = read()
+        return Joined(readings, skips, [False] * len(readings))
+    kinds = [_kinds_of_rows(r, r.weights or penalised, penalised, w) for r, w in zip(requests, whole, strict=True)]
+    try:
+        readings = read()
+    except (RuntimeError, TypeError, ValueError):
+        columns = [roles if w else list(_buckets(roles)) for roles, w in zip(ties.roles, whole, strict=True)]
+        home = torch.empty(0, dtype=torch.float64)
+        nothing = [_unfilled(*of, home) for of in zip(kinds, columns, strict=True)]
+        _joined_tables(ties, requests, whole, nothing, home.new_tensor(float(FAILED)))
+        raise
+    tables = [_table_of(*of) for of in zip(readings, ties.roles, kinds, whole, strict=True)]
+    flag = torch.as_tensor(skips).to(tables[0].values).ne(0) * float(SKIPS)
+    tops, flag = _joined_tables(ties, requests, whole, tables, flag)
+    if known_to_host(flag):
+        _check(flag)
+    return Joined(
+        [_spread(*of, ties) for of in zip(readings, tables, tops, whole, strict=True)],
+        bool(flag > 0) if known_to_host(flag) else flag > 0,
+        [known_to_host(top.values) and float(top.values[-1, 0]) < 0 for top in tops],
+    )
+
+
+def _joined_tables(
+    ties: Ties, requests: list[Request], whole: list[bool], tables: list[_Table], flag: Tensor
+) -> tuple[list[_Table], Tensor]:
+    """Joins ``tables`` in place; returns the total of each, and the gravest flag of all ranks."""
+    failed_here = known_to_host(flag) and int(flag) == FAILED
+    mark = hash((ties.mark, tuple(whole), tuple(request.norm_type for request in requests))) % MARKS
+    everyone = [*ties.groups, *([] if ties.group is None else [ties.group])]
+    is_new = any((group.group_name, mark) not in _met for group in everyone)
+    agreed = True
+    if is_new and any(w or len(table.roles) > 1 for table, w in zip(tables, whole, strict=True)):
+        flag = _greet(ties, mark, flag)
+        agreed = int(flag) != DIFFERS
+    if agreed:
+        for at, group in enumerate(ties.groups):
+            flag = _stage(tables, at, group, mark, flag)
+    tops = [_top(table, request) for table, request in zip(tables, requests, strict=True)]
+    if ties.group is not None:
+        tops = [_Table(top.values, [(SHARDED,)], top.kinds) for top in tops]
+        flag = _stage(tops, 0, ties.group, _mark_of_stages(requests), flag)
+    if is_new and not failed_here:
+        _check(flag)
+        _met.update((group.group_name, mark) for group in everyone)
+    return tops, flag
+
+
+def _mark_of_stages(requests: list[Request]) -> int:
+    """Of lists that differ by design only what was asked of them has to agree."""
+    return hash(tuple(request.norm_type for request in requests)) % MARKS
+
+
+def _greet(ties: Ties, mark: int, flag: Tensor) -> Tensor:
+    """Before vectors whose lengths depend on the lists: whether these agree. Of the size of the shortest join."""
+    padding = flag.new_zeros(ALWAYS_FIELDS + 1)
+    for group in ties.groups:
+        slots = _exchange(torch.cat([padding, flag.new_tensor([mark]), flag.reshape(1)]), group)
+        flag = torch.where((slots[:, -2] != mark).any(), float(DIFFERS), slots[:, -1].amax())
+    return flag
+
+
+def _check(flag: Tensor) -> None:
+    gravest = int(flag)
+    if gravest == DIFFERS:
+        raise RankError(
+            "the ranks were given different lists of parameters: another number, other shapes or placements, or other "
+            "norms were asked for. Pass the same list in the same order on every rank; pipeline stages, which differ "
+            "by design, take group=. Nothing was written"
+        )
+    if gravest == FAILED:
+        raise RankError("another rank could not read its gradients, and says why there. Nothing was written")
+
+
+def _top(table: _Table, request: Request) -> _Table:
+    """One column for a whole list, in the rows that a total has."""
+    norm = reference.norm_of_norms(table.values[NORM], request.norm_type)
+    counts = table.values[NORM + 1 : ALWAYS_FIELDS].sum(dim=1)
+    kinds: list[float | str] = [request.norm_type, "sum", "sum"]
+    rows = [norm, *counts]
+    if "penalty" in table.kinds:
+        kinds.append("penalty")
+        rows.append(table.values[table.kinds.index("penalty")].sum())
+    worst = table.values[-1]
+    if table.values.shape[1] > 1:
+        worst = worst[torch.where(worst >= 0, _badness(table.values), -1.0).argmax()]
+    return _Table(torch.stack([*rows, worst.reshape(())]).unsqueeze(1), [()], [*kinds, "worst"])
+
+
+def _spread(reading: Reading, table: _Table, top: _Table, whole: bool, ties: Ties) -> Reading:
+    """What this rank gets to see: the totals of all ranks, and where it was asked for the rows of whole tensors."""
+    columns = list(reading.plan.grads.columns)
+    own = table.values[:, columns] if whole else None
+    peers = Peers(
+        rank=torch.distributed.get_rank(),
+        alike=ties.alike,
+        rows=top.values[:ALWAYS_FIELDS].contiguous(),
+        worst=top.values[-1, 0],
+        tensors_worst=None if own is None else own[-1],
+        penalty=top.values[top.kinds.index("penalty"), 0] if "penalty" in top.kinds else None,
+        beyond=ties.group is not None,
+    )
+    rows, weight_rows = reading.rows, reading.weight_rows
+    if own is not None:
+        rows = own[: len(rows)].to(rows).contiguous()
+        if weight_rows is not None:
+            weight_rows = own[len(rows) : len(rows) + len(WEIGHT_FIELDS)].to(weight_rows)
+    return refinished(replace(reading, rows=rows, weight_rows=weight_rows, peers=peers), peers.rows.to(reading.rows))
