@@ -26,9 +26,10 @@ sharded, as in DistributedDataParallel, nothing travels.
 
 from __future__ import annotations
 
+import itertools
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -37,7 +38,7 @@ from torch import Tensor
 
 from fastclip.backends import reference
 from fastclip.stats import PLACES, Peers, Reading, refinished
-from fastclip.tensors import Grads, sharded_class
+from fastclip.tensors import Grads, is_sharded, local, placements_of, sharded_class
 from fastclip.types import (
     ALWAYS_FIELDS,
     INFS,
@@ -49,6 +50,7 @@ from fastclip.types import (
     known_to_host,
     on_device,
 )
+from fastclip.units import unit_dims
 
 SHARDED, REPLICATED, APART = range(3)  # what a tensor is to a process group
 FINE, SKIPS, FAILED, DIFFERS = range(4)  # what a rank has to say before the join; the gravest counts
@@ -65,6 +67,7 @@ class Ties:
     """How some lists of gradients hang together over ranks.
 
     Attributes:
+        lists: the lists.
         groups: process groups in the order of their collectives.
         roles: for each list, for each tensor that the caller listed: what it is to each of the groups.
         group: the one over which the lists' totals add up at last; or None.
@@ -73,6 +76,7 @@ class Ties:
         cut: a list holds pieces of FSDP1's flat parameters, whose borders no tensor has.
     """
 
+    lists: Sequence[Grads]
     groups: list[Any]
     roles: list[list[Role]]
     group: Any
@@ -266,6 +270,7 @@ def ties_of(lists: Sequence[Grads], group: Any = None) -> Ties | None:
         if isinstance(kind, tuple) and kind[0] in meshes:
             alike.update(kind[0].mesh.flatten().tolist())
     return Ties(
+        lists,
         list(groups.values()),
         [[roles[kind] for kind in own] for own in kinds],
         last,
@@ -348,13 +353,13 @@ def _badness(rows: Tensor) -> Tensor:
     return torch.where(rows[..., NANS, :] > 0, torch.inf, score)
 
 
-def _buckets(roles: list[Role]) -> dict[Role, int]:
+def _buckets(roles: list[Role], groups: int) -> dict[Role, int]:
     """Different roles and their columns; one column at least."""
-    different = dict.fromkeys(roles) or {(): None}
+    different = dict.fromkeys(roles) or {(APART,) * groups: None}
     return {role: column for column, role in enumerate(different)}
 
 
-def _table_of(reading: Reading, roles: list[Role], kinds: list[float | str], whole: bool) -> _Table:
+def _table_of(reading: Reading, roles: list[Role], kinds: list[float | str], whole: bool, groups: int) -> _Table:
     """One column per tensor if ``whole``, else one for all tensors of the same role."""
     grads, rows, rank = reading.plan.grads, reading.rows, torch.distributed.get_rank()
     codes = on_device([place * PLACES + rank for place in grads.columns], rows.dtype, rows.device)
@@ -365,7 +370,7 @@ def _table_of(reading: Reading, roles: list[Role], kinds: list[float | str], who
         of_penalty = [] if penalties is None else [penalties.unsqueeze(0)]
         table.values[:, list(grads.columns)] = torch.cat([rows, *of_weights, *of_penalty, codes.unsqueeze(0)])
         return table
-    buckets = _buckets(roles)
+    buckets = _buckets(roles, groups)
     table = _unfilled(kinds, list(buckets), rows)
     for role, bucket in buckets.items():
         columns = [i for i, place in enumerate(grads.columns) if roles[place] == role]
@@ -381,6 +386,79 @@ def _table_of(reading: Reading, roles: list[Role], kinds: list[float | str], who
         penalty = [] if penalties is None else [penalties[columns].sum()]
         table.values[:, bucket] = torch.stack([norm, *counts, *penalty, worst])
     return table
+
+
+@dataclass(frozen=True, slots=True)
+class _CutUnits:
+    """The units of one list that have elements on several ranks, such as rows of a tensor cut by columns.
+
+    Attributes:
+        of_list: which list.
+        places: of each tensor with such units, its place in the list.
+        counts: how many each has on this rank.
+        roles: of each unit.
+    """
+
+    of_list: int
+    places: list[int]
+    counts: list[int]
+    roles: list[Role]
+
+
+def _cut_units(ties: Ties, requests: list[Request]) -> list[_CutUnits]:
+    """What units the ranks have to join, from what they were asked to list alone: the same on all of a group."""
+    names = [group.group_name for group in ties.groups]
+    found = []
+    for i, (grads, request) in enumerate(zip(ties.lists, requests, strict=True)):
+        if request.units is None:
+            continue
+        own = _CutUnits(i, [], [], [])
+        listed = list(_listed(grads))
+        all_dims = unit_dims(Grads(listed, None, grads.names, grads.noun), request.units)
+        for place, (tensor, dims) in enumerate(zip(listed, all_dims, strict=True)):
+            if not is_sharded(tensor) or tensor.device_mesh.get_coordinate() is None:  # type: ignore[attr-defined]
+                continue
+            cut = {
+                group.group_name
+                for group, p in zip(_groups_of(tensor.device_mesh), placements_of(tensor), strict=True)  # type: ignore[attr-defined]
+                if not p.is_replicate() and p.dim in dims
+            }
+            if cut & set(names):
+                own.places.append(place)
+                own.counts.append(reference.count_units(local(tensor), dims))
+                own.roles.extend([tuple(SHARDED if name in cut else APART for name in names)] * own.counts[-1])
+        if own.places:
+            found.append(own)
+    return found
+
+
+def _table_of_units(reading: Reading, cut: _CutUnits, kinds: list[float | str]) -> _Table:
+    assert reading.units is not None
+    table = _unfilled(kinds, cut.roles, reading.units.rows)
+    for theirs, ours in _spans(reading, cut):
+        table.values[:ALWAYS_FIELDS, theirs] = reading.units.rows[:, ours]
+        table.values[ALWAYS_FIELDS, theirs] = reading.units.weight_norms[ours]
+    return table
+
+
+def _with_units(reading: Reading, cut: _CutUnits, table: _Table) -> Reading:
+    assert reading.units is not None
+    rows, weight_norms = reading.units.rows.clone(), reading.units.weight_norms.clone()
+    for theirs, ours in _spans(reading, cut):
+        rows[:, ours] = table.values[:ALWAYS_FIELDS, theirs]
+        weight_norms[ours] = table.values[ALWAYS_FIELDS, theirs]
+    return replace(reading, units=replace(reading.units, rows=rows, weight_norms=weight_norms))
+
+
+def _spans(reading: Reading, cut: _CutUnits) -> Iterator[tuple[slice, slice]]:
+    """Of each tensor with cut units and a gradient here: its columns in the table, and among the reading's units."""
+    assert reading.units is not None
+    ends = list(itertools.accumulate(reading.units.counts))
+    columns = {place: i for i, place in enumerate(reading.plan.grads.columns)}
+    for place, count, end in zip(cut.places, cut.counts, itertools.accumulate(cut.counts), strict=True):
+        if place in columns:
+            own = ends[columns[place]]
+            yield slice(end - count, end), slice(own - count, own)
 
 
 def _joined(slots: Tensor, kinds: list[float | str], sharded: Tensor) -> Tensor:
@@ -466,17 +544,25 @@ def join(
         readings = read()
         return Joined(readings, skips, [False] * len(readings))
     kinds = [_kinds_of_rows(r, r.weights or penalised, penalised, w) for r, w in zip(requests, whole, strict=True)]
+    cut, groups = _cut_units(ties, requests), len(ties.groups)
+    kinds_of_units: list[list[float | str]] = [[requests[c.of_list].norm_type, "sum", "sum"] for c in cut]
+    for rows in kinds_of_units:
+        rows.append(rows[NORM])
     try:
         readings = read()
     except (RuntimeError, TypeError, ValueError):
-        columns = [roles if w else list(_buckets(roles)) for roles, w in zip(ties.roles, whole, strict=True)]
+        columns = [roles if w else list(_buckets(roles, groups)) for roles, w in zip(ties.roles, whole, strict=True)]
         home = torch.empty(0, dtype=torch.float64)
         nothing = [_unfilled(*of, home) for of in zip(kinds, columns, strict=True)]
+        nothing += [_unfilled(k, c.roles, home) for k, c in zip(kinds_of_units, cut, strict=True)]
         _joined_tables(ties, requests, whole, nothing, home.new_tensor(float(FAILED)))
         raise
-    tables = [_table_of(*of) for of in zip(readings, ties.roles, kinds, whole, strict=True)]
+    tables = [_table_of(*of, groups) for of in zip(readings, ties.roles, kinds, whole, strict=True)]
+    units = [_table_of_units(readings[c.of_list], c, k) for c, k in zip(cut, kinds_of_units, strict=True)]
     flag = torch.as_tensor(skips).to(tables[0].values).ne(0) * float(SKIPS)
-    tops, flag = _joined_tables(ties, requests, whole, tables, flag)
+    tops, flag = _joined_tables(ties, requests, whole, [*tables, *units], flag)
+    for c, table in zip(cut, units, strict=True):
+        readings[c.of_list] = _with_units(readings[c.of_list], c, table)
     if known_to_host(flag):
         _check(flag)
     return Joined(
@@ -489,19 +575,23 @@ def join(
 def _joined_tables(
     ties: Ties, requests: list[Request], whole: list[bool], tables: list[_Table], flag: Tensor
 ) -> tuple[list[_Table], Tensor]:
-    """Joins ``tables`` in place; returns the total of each, and the gravest flag of all ranks."""
+    """Joins ``tables`` in place, those of the lists and after them those of cut units.
+
+    Returns:
+        The total of each list, and the gravest flag of all ranks.
+    """
     failed_here = known_to_host(flag) and int(flag) == FAILED
     mark = hash((ties.mark, tuple(whole), tuple(request.norm_type for request in requests))) % MARKS
     everyone = [*ties.groups, *([] if ties.group is None else [ties.group])]
     is_new = any((group.group_name, mark) not in _met for group in everyone)
     agreed = True
-    if is_new and any(w or len(table.roles) > 1 for table, w in zip(tables, whole, strict=True)):
+    if is_new and (any(whole) or len(tables) > 1 or len(tables[0].roles) > 1):
         flag = _greet(ties, mark, flag)
         agreed = int(flag) != DIFFERS
     if agreed:
         for at, group in enumerate(ties.groups):
             flag = _stage(tables, at, group, mark, flag)
-    tops = [_top(table, request) for table, request in zip(tables, requests, strict=True)]
+    tops = [_top(table, request) for table, request in zip(tables, requests, strict=False)]
     if ties.group is not None:
         tops = [_Table(top.values, [(SHARDED,)], top.kinds) for top in tops]
         flag = _stage(tops, 0, ties.group, _mark_of_stages(requests), flag)

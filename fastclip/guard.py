@@ -338,7 +338,7 @@ class Guard(Reports):
         entries = list(enumerate(groups))
         alone = [entry for entry in entries if "policy" in entry[1] or "group_max_norm" in entry[1]]
         joint = [entry for entry in entries if entry not in alone] if alone else entries
-        found = [(*grads_of_groups(joint), self.policy)] if joint else []
+        found = [(*grads_of_groups(joint), self.policy)] if joint or not alone else []
         found += [(*grads_of_groups([entry]), self._own_rule(*entry)) for entry in alone]
         twice = any(twice for _, twice, _ in found)
         if twice or alone:

@@ -195,6 +195,11 @@ def grads_of(parameters: TensorOrTensors) -> Grads:
     """
     listed = _listed(parameters, "parameters")
     grads = _gathered(listed, True, "parameters", adopt=True)
+    if not grads.tensors and any(hasattr(p, "ds_id") for p in listed):
+        raise TypeError(
+            "parameters: DeepSpeed's ZeRO keeps the gradients of these to itself, and clips them in its own step: set "
+            '"gradient_clipping" in its config instead'
+        )
     if not grads.tensors and listed and not any(p.requires_grad for p in listed):
         warnings.warn(
             f"none of the {len(listed)} tensors has a .grad and none requires one, so nothing was clipped: "

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import atexit
 import multiprocessing
+import pickle
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -32,7 +34,7 @@ class RankError(AssertionError):
 class Failure:
     """What a rank raised."""
 
-    def __init__(self, error: BaseException) -> None:
+    def __init__(self, error: Exception) -> None:
         self.name, self.message = type(error).__name__, str(error)
         self.trace = traceback.format_exc()
 
@@ -60,7 +62,7 @@ class Ranks:
     def outcomes(self, work: Callable[..., Any], *args: Any, within: float = 90.0) -> list[Any]:
         """What each rank returned, or the :class:`Failure` it raised. Kills them all if one takes longer."""
         for pipe in self._pipes:
-            pipe.send((work, args))
+            pipe.send_bytes(pickle.dumps((work, args)))
         end = time.monotonic() + within
         answers: list[Any] = []
         for rank, pipe in enumerate(self._pipes):
@@ -68,7 +70,7 @@ class Ranks:
                 self.close()
                 raise RankError(f"rank {rank} of {self.world} is still in {work.__name__} after {within:g} s")
             try:
-                answers.append(pipe.recv())
+                answers.append(pickle.loads(pipe.recv_bytes()))
             except EOFError:
                 answers.append(None)  # it has died
         return answers
@@ -113,6 +115,7 @@ def close_all() -> None:
 def _serve(pipe: Connection, store: str, rank: int, world: int, group_timeout: float) -> None:
     import torch
 
+    warnings.simplefilter("ignore")  # torch.distributed warns of itself
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo",
@@ -123,11 +126,12 @@ def _serve(pipe: Connection, store: str, rank: int, world: int, group_timeout: f
     )
     while True:
         try:
-            work, args = pipe.recv()
+            work, args = pickle.loads(pipe.recv_bytes())
         except EOFError:
             return
         torch.manual_seed(0)
         try:
-            pipe.send(work(*args))
-        except BaseException as error:
-            pipe.send(Failure(error))
+            answer = work(*args)
+        except Exception as error:
+            answer = Failure(error)
+        pipe.send_bytes(pickle.dumps(answer))  # not send(), which torch teaches to share memory

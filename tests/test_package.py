@@ -37,6 +37,7 @@ FLOORS = {
     "compiled": 6,
     "functional": 6,
     "riding": 6,
+    "several": 7,
     "step_arguments": 1,
     "regularisation": 6,
     "ladder": 6,
