@@ -205,15 +205,10 @@ def _groups_of(mesh: Any) -> list[Any]:
 
 
 def _listed(grads: Grads) -> Sequence[Tensor]:
-    """What the caller listed: gradients where there are some, else their parameters."""
-    if grads.parameters is None:
-        return grads.tensors if grads.wholes is None else grads.wholes
-    if grads.wholes is None:
+    """What the caller listed, which is the same on all ranks that hold shares of it; gradients may be missing."""
+    if grads.parameters is not None:
         return grads.parameters
-    listed = list(grads.parameters)
-    for column, whole in zip(grads.columns, grads.wholes, strict=True):
-        listed[column] = whole
-    return listed
+    return grads.tensors if grads.wholes is None else grads.wholes
 
 
 _PLAIN, _FLAT = "plain", "flat"
@@ -559,7 +554,8 @@ def join(
         raise
     tables = [_table_of(*of, groups) for of in zip(readings, ties.roles, kinds, whole, strict=True)]
     units = [_table_of_units(readings[c.of_list], c, k) for c, k in zip(cut, kinds_of_units, strict=True)]
-    flag = torch.as_tensor(skips).to(tables[0].values).ne(0) * float(SKIPS)
+    home = tables[0].values
+    flag = torch.as_tensor(skips).to(home).ne(0).to(home) * SKIPS
     tops, flag = _joined_tables(ties, requests, whole, [*tables, *units], flag)
     for c, table in zip(cut, units, strict=True):
         readings[c.of_list] = _with_units(readings[c.of_list], c, table)

@@ -107,26 +107,28 @@ def local(tensor: Any) -> Tensor:
     return own.wait() if hasattr(own, "wait") else own  # a collective may be under way
 
 
-def _summed(grad: Any, parameter: Any) -> Tensor:
-    """A gradient without open sums: shares that only together are the gradient have no norms that could be joined.
+def _settled(grad: Any, parameter: Any) -> Tensor:
+    """A gradient that lies as its parameter does; without one, a gradient without open sums.
 
-    It gets the placements of ``parameter``, as the optimizer would ask for them; without one as little as possible is
-    moved.
+    Shares that only together are the gradient (Partial) have no norms that could be joined, and the optimizer would ask
+    for the sum anyway.
     """
     placements = placements_of(grad)
-    if not any(placement.is_partial() for placement in placements):
-        summed: Tensor = grad
-        return summed
     if parameter is not None:
-        wanted: Any = placements_of(parameter)
-    else:
+        wanted = placements_of(parameter)
+    elif any(placement.is_partial() for placement in placements):
         from torch.distributed.tensor import Replicate, Shard
 
-        closed: Any = Shard(0) if grad.dim() else Replicate()
-        wanted = [closed if placement.is_partial() else placement for placement in placements]
+        closed: Any = Shard(0) if grad.dim() else Replicate()  # as little as possible is moved
+        wanted = tuple(closed if placement.is_partial() else placement for placement in placements)
+    else:
+        wanted = placements
+    if wanted == placements:
+        settled: Tensor = grad
+        return settled
     with torch.no_grad():
-        summed = grad.redistribute(placements=wanted)
-    return summed
+        settled = grad.redistribute(placements=wanted)
+    return settled
 
 
 def _listed(tensors: TensorOrTensors, noun: str) -> list[Tensor]:
@@ -166,7 +168,7 @@ def _gather(listed: list[Tensor], take_grad: bool) -> tuple[list[Tensor], list[i
 def _gathered(
     listed: list[Tensor], take_grad: bool, noun: str, names: Sequence[str] | None = None, adopt: bool = False
 ) -> Grads:
-    """With ``adopt`` a gradient of open sums is replaced, at its parameter, by what they sum up to."""
+    """With ``adopt`` a gradient that lies otherwise than its parameter is replaced, there, by one that doesn't."""
     try:
         grads, positions, native = C.gather(listed, take_grad) if C is not None else _gather(listed, take_grad)
     except TypeError as error:
@@ -177,7 +179,7 @@ def _gathered(
     wholes = list(grads)
     for i, position in enumerate(range(len(grads)) if positions is None else positions):
         if is_sharded(grads[i]):
-            wholes[i] = _summed(grads[i], listed[position] if adopt else None)
+            wholes[i] = _settled(grads[i], listed[position] if take_grad else None)
             if adopt and wholes[i] is not grads[i]:
                 listed[position].grad = wholes[i]
     return Grads([local(whole) for whole in wholes], positions, names, noun, None, parameters, wholes)
