@@ -13,6 +13,11 @@ A slot has 48 bytes where all tensors of the list are sharded alike: norm, NaN, 
 and a flag; 32 more for each further way of sharding that the list holds. A rule that looks at single tensors needs its
 rows joined: then it is 32 bytes and more for each tensor. bench/NOTES.md has what that comes to on 16,384 ranks.
 
+Ranks that were given different lists see each other's marks, and all raise alike. Where the length of the vector
+depends on the list, the ranks compare marks in an all-reduce of its own the first time they meet a list, before they
+send it. (One rank that later passes another list than the one they have agreed upon may send another length: then the
+backend has to notice.)
+
 What counts how often, for each process group in turn:
 
 * sharded over it (any placement but Replicate): the shares are different elements, each counts;
