@@ -219,18 +219,16 @@ def _listed(grads: Grads) -> Sequence[Tensor]:
 _PLAIN, _FLAT = "plain", "flat"
 
 
-def _kinds(listed: Sequence[Tensor], cls: Any, with_fsdp1: bool) -> list[Any]:
+def _kinds(listed: Sequence[Tensor], cls: Any, with_fsdp1: bool) -> Iterator[Any]:
     """Of each tensor what decides its roles: mesh and placements, the group it was marked with, or a word."""
-    kinds: list[Any] = []
     for tensor in listed:
         if cls is not None and isinstance(tensor, cls):
             spec: Any = tensor._spec
-            kinds.append((spec.mesh, spec.placements))
+            yield spec.mesh, spec.placements
         elif (group := _marked.group_of(tensor)) is not None:
-            kinds.append(group)
+            yield group
         else:
-            kinds.append(_FLAT if with_fsdp1 and getattr(tensor, "_fsdp_flattened", False) else _PLAIN)
-    return kinds
+            yield _FLAT if with_fsdp1 and getattr(tensor, "_fsdp_flattened", False) else _PLAIN
 
 
 def ties_of(lists: Sequence[Grads], group: Any = None) -> Ties | None:
@@ -247,8 +245,8 @@ def ties_of(lists: Sequence[Grads], group: Any = None) -> Ties | None:
     if group is None and cls is None and not with_fsdp1 and _marked.groups is None:
         return None
     listed = [_listed(grads) for grads in lists]
-    kinds = [_kinds(own, cls, with_fsdp1) for own in listed]
-    different = dict.fromkeys(kind for own in kinds for kind in own)
+    different: dict[Any, int] = {}
+    kinds = [[different.setdefault(k, len(different)) for k in _kinds(own, cls, with_fsdp1)] for own in listed]
     cut = _FLAT in different
     if cut and group is None:
         raise RankError(
@@ -264,7 +262,7 @@ def ties_of(lists: Sequence[Grads], group: Any = None) -> Ties | None:
     last = None if cut or group is None or group.size() == 1 else group
     if not groups and last is None:
         return None
-    roles = {kind: _role(kind, list(groups), meshes, group) for kind in different}
+    roles = [_role(kind, list(groups), meshes, group) for kind in different]
     alike = {torch.distributed.get_rank()}.union(*map(torch.distributed.get_process_group_ranks, groups.values()))
     for kind in different:
         if isinstance(kind, tuple) and kind[0] in meshes:
@@ -274,7 +272,7 @@ def ties_of(lists: Sequence[Grads], group: Any = None) -> Ties | None:
         list(groups.values()),
         [[roles[kind] for kind in own] for own in kinds],
         last,
-        _mark(listed, kinds, roles),
+        _mark(listed, kinds, list(different), roles),
         frozenset(alike),
         cut,
     )
@@ -306,15 +304,16 @@ def _role(kind: Any, names: list[str], meshes: dict[Any, list[Any]], group: Any)
     return tuple(own.get(name, APART) for name in names)
 
 
-def _mark(listed: Sequence[Sequence[Tensor]], kinds: list[list[Any]], roles: dict[Any, Role]) -> int:
+def _mark(listed: Sequence[Sequence[Tensor]], kinds: list[list[int]], different: list[Any], roles: list[Role]) -> int:
     """The same number on every rank with the same lists, whatever the names of groups there."""
-    spelled = {kind: zlib.crc32(repr(kind[1]).encode()) if isinstance(kind, tuple) else 0 for kind in roles}
-    facts = tuple(
-        (tuple(tensor.shape) if kind != _FLAT else (), roles[kind], spelled[kind])
+    spelled = [zlib.crc32(repr(kind[1]).encode()) if isinstance(kind, tuple) else 0 for kind in different]
+    pieces = different.index(_FLAT) if _FLAT in different else -1  # their shapes differ by design
+    shapes = [
+        tuple(tensor.shape if kind != pieces else () for tensor, kind in zip(tensors, own, strict=True))
         for tensors, own in zip(listed, kinds, strict=True)
-        for tensor, kind in zip(tensors, own, strict=True)
-    )
-    return hash((facts, tuple(map(len, listed)))) % MARKS  # of numbers alone: Python hashes them alike in all processes
+    ]
+    # of numbers alone: Python hashes them alike in all processes
+    return hash((*shapes, *map(tuple, kinds), tuple(roles), tuple(spelled))) % MARKS
 
 
 @dataclass(slots=True)

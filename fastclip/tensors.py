@@ -97,14 +97,25 @@ def placements_of(tensor: Any) -> tuple[Any, ...]:
     return placements
 
 
-@torch.no_grad()
 def local(tensor: Any) -> Tensor:
     """This rank's share of a sharded tensor, in shared memory; any other tensor itself."""
     if not is_sharded(tensor):
-        own: Tensor = tensor
-        return own
-    own = tensor.to_local()
-    return own.wait() if hasattr(own, "wait") else own  # a collective may be under way
+        whole: Tensor = tensor
+        return whole
+    with torch.no_grad():
+        return _share(tensor)
+
+
+def _share(tensor: Any) -> Tensor:
+    """Of a sharded tensor; without autograd."""
+    own: Tensor = tensor.to_local()
+    return own if type(own) is Tensor else _arrived(own)
+
+
+def _arrived(share: Any) -> Tensor:
+    """A collective that makes it may be under way."""
+    arrived: Tensor = share.wait() if hasattr(share, "wait") else share
+    return arrived
 
 
 def _settled(grad: Any, parameter: Any) -> Tensor:
@@ -126,8 +137,7 @@ def _settled(grad: Any, parameter: Any) -> Tensor:
     if wanted == placements:
         settled: Tensor = grad
         return settled
-    with torch.no_grad():
-        settled = grad.redistribute(placements=wanted)
+    settled = grad.redistribute(placements=wanted)
     return settled
 
 
@@ -173,16 +183,19 @@ def _gathered(
         grads, positions, native = C.gather(listed, take_grad) if C is not None else _gather(listed, take_grad)
     except TypeError as error:
         raise TypeError(f"{noun}: {error}") from None
-    parameters = listed if take_grad else None
-    if sharded_class() is None or not any(map(is_sharded, grads)):
+    parameters, cls = listed if take_grad else None, sharded_class()
+    if cls is None or not any(isinstance(grad, cls) for grad in grads):
         return Grads(grads, positions, names, noun, native, parameters)
-    wholes = list(grads)
-    for i, position in enumerate(range(len(grads)) if positions is None else positions):
-        if is_sharded(grads[i]):
+    wholes, shares = list(grads), list(grads)
+    with torch.no_grad():
+        for i, position in enumerate(range(len(grads)) if positions is None else positions):
+            if not isinstance(grads[i], cls):
+                continue
             wholes[i] = _settled(grads[i], listed[position] if take_grad else None)
+            shares[i] = _share(wholes[i])
             if adopt and wholes[i] is not grads[i]:
                 listed[position].grad = wholes[i]
-    return Grads([local(whole) for whole in wholes], positions, names, noun, None, parameters, wholes)
+    return Grads(shares, positions, names, noun, None, parameters, wholes)
 
 
 def grads_of(parameters: TensorOrTensors) -> Grads:
