@@ -49,6 +49,7 @@ from fastclip.types import (
     INFS,
     NANS,
     NORM,
+    TOTAL_NORM,
     WEIGHT_FIELDS,
     RankError,
     Request,
@@ -240,6 +241,7 @@ def ties_of(lists: Sequence[Grads], group: Any = None) -> Ties | None:
 
     Raises:
         RankError: no process group joins the ranks of a mesh; FSDP1's parameters without ``group``.
+        ValueError: ``group`` is one over which the gradients are sharded already.
     """
     cls, with_fsdp1 = sharded_class(), "torch.distributed.fsdp._flat_param" in sys.modules
     if group is None and cls is None and not with_fsdp1 and _marked.groups is None:
@@ -267,6 +269,11 @@ def ties_of(lists: Sequence[Grads], group: Any = None) -> Ties | None:
     for kind in different:
         if isinstance(kind, tuple) and kind[0] in meshes:
             alike.update(kind[0].mesh.flatten().tolist())
+    if last is not None and len(alike.intersection(torch.distributed.get_process_group_ranks(last))) > 1:
+        raise ValueError(
+            "group: its ranks hold shares of these very gradients, which would count several times; leave group out, "
+            "or pass the group of the ranks that hold other ones. Nothing was written"
+        )
     return Ties(
         lists,
         list(groups.values()),
@@ -380,8 +387,12 @@ def _table_of(reading: Reading, roles: list[Role], kinds: list[float | str], who
         of_bucket = rows[:ALWAYS_FIELDS, columns]
         counts = of_bucket[NORM + 1 :].sum(dim=1)
         of_all = len(buckets) == 1
-        norm = reading.totals[NORM] if of_all else reference.norm_of_norms(of_bucket[NORM], reading.request.norm_type)
-        worst = codes[columns][_badness(of_bucket).argmax()]
+        norm = (
+            reading.totals[TOTAL_NORM]
+            if of_all
+            else reference.norm_of_norms(of_bucket[NORM], reading.request.norm_type)
+        )
+        worst = _at(codes[columns], _badness(of_bucket).argmax())
         penalty = [] if penalties is None else [penalties[columns].sum()]
         table.values[:, bucket] = torch.stack([norm, *counts, *penalty, worst])
     return table
@@ -507,7 +518,7 @@ def _stage(tables: list[_Table], at: int, group: Any, mark: int, flag: Tensor) -
     chosen = [[c for c, role in enumerate(table.roles) if role[at] != APART] for table in tables]
     home = tables[0].values
     own = [table.values[:, columns].reshape(-1).to(home) for table, columns in zip(tables, chosen, strict=True)]
-    slots = _exchange(torch.cat([*own, home.new_tensor([mark]), flag.reshape(1).to(home)]), group)
+    slots = _exchange(torch.cat([*own, _number(mark, home), flag.reshape(1).to(home)]), group)
     sizes = [len(part) for part in own]
     for table, columns, part in zip(tables, chosen, torch.split(slots[:, :-2], sizes, dim=1), strict=True):
         if columns:
@@ -551,15 +562,15 @@ def join(
         readings = read()
     except (RuntimeError, TypeError, ValueError):
         columns = [roles if w else list(_buckets(roles, groups)) for roles, w in zip(ties.roles, whole, strict=True)]
-        home = torch.empty(0, dtype=torch.float64)
+        home = torch.zeros(1, dtype=torch.float64)
         nothing = [_unfilled(*of, home) for of in zip(kinds, columns, strict=True)]
         nothing += [_unfilled(k, c.roles, home) for k, c in zip(kinds_of_units, cut, strict=True)]
-        _joined_tables(ties, requests, whole, nothing, home.new_tensor(float(FAILED)))
+        _joined_tables(ties, requests, whole, nothing, home + FAILED)
         raise
     tables = [_table_of(*of, groups) for of in zip(readings, ties.roles, kinds, whole, strict=True)]
     units = [_table_of_units(readings[c.of_list], c, k) for c, k in zip(cut, kinds_of_units, strict=True)]
     home = tables[0].values
-    flag = torch.as_tensor(skips).to(home).ne(0).to(home) * SKIPS
+    flag = (skips.to(home).ne(0) if isinstance(skips, Tensor) else _number(skips, home)).to(home) * SKIPS
     tops, flag = _joined_tables(ties, requests, whole, [*tables, *units], flag)
     for c, table in zip(cut, units, strict=True):
         readings[c.of_list] = _with_units(readings[c.of_list], c, table)
@@ -610,9 +621,14 @@ def _greet(ties: Ties, mark: int, flag: Tensor) -> Tensor:
     """Before vectors whose lengths depend on the lists: whether these agree. Of the size of the shortest join."""
     padding = flag.new_zeros(ALWAYS_FIELDS + 1)
     for group in ties.groups:
-        slots = _exchange(torch.cat([padding, flag.new_tensor([mark]), flag.reshape(1)]), group)
+        slots = _exchange(torch.cat([padding, _number(mark, flag), flag.reshape(1)]), group)
         flag = torch.where((slots[:, -2] != mark).any(), float(DIFFERS), slots[:, -1].amax())
     return flag
+
+
+def _number(value: float, like: Tensor) -> Tensor:
+    """``[1]``, on the device and in the dtype of ``like``."""
+    return on_device([float(value)], like.dtype, like.device)
 
 
 def _check(flag: Tensor) -> None:
@@ -636,10 +652,14 @@ def _top(table: _Table, request: Request) -> _Table:
     if "penalty" in table.kinds:
         kinds.append("penalty")
         rows.append(table.values[table.kinds.index("penalty")].sum())
-    worst = table.values[-1]
-    if table.values.shape[1] > 1:
-        worst = worst[torch.where(worst >= 0, _badness(table.values), -1.0).argmax()]
-    return _Table(torch.stack([*rows, worst.reshape(())]).unsqueeze(1), [()], [*kinds, "worst"])
+    codes = table.values[-1]
+    worst = _at(codes, torch.where(codes >= 0, _badness(table.values), -1.0).argmax())
+    return _Table(torch.stack([*rows, worst]).unsqueeze(1), [()], [*kinds, "worst"])
+
+
+def _at(values: Tensor, index: Tensor) -> Tensor:
+    """One of ``values``, 0-d, where only the device knows which."""
+    return values.gather(0, index.reshape(1)).reshape(())
 
 
 def _spread(reading: Reading, table: _Table, top: _Table, whole: bool, ties: Ties) -> Reading:

@@ -815,10 +815,11 @@ def group_arguments():
     p = torch.nn.Parameter(torch.ones(2))
     p.grad = torch.full((2,), 1.0 + dist.get_rank())
     errors = []
-    for group, pp_mesh in ((mesh, None), (mesh["a"], mesh["b"])):
+    shared = with_grad(torch.ones(4), mesh["a"], [Shard(0)])
+    for q, group, pp_mesh in ((p, mesh, None), (p, mesh["a"], mesh["b"]), (shared, dist.group.WORLD, None)):
         try:
-            fastclip.clip_grad_norm_([p], 1.0, group=group, pp_mesh=pp_mesh)
-        except TypeError as error:
+            fastclip.clip_grad_norm_([q], 1.0, group=group, pp_mesh=pp_mesh)
+        except (TypeError, ValueError) as error:
             errors.append(str(error))
     return errors, fastclip.clip_grad_norm_([p], math.inf, pp_mesh=mesh["a"])
 
@@ -827,6 +828,7 @@ def test_group_and_pp_mesh_are_one_dimension():
     for rank, (errors, norm) in enumerate(ranks(4).run(group_arguments)):
         assert errors[0] == "group: expected a mesh of one dimension, got 2; take one by its name"
         assert errors[1] == "group and pp_mesh are two names for the same; pass one of them"
+        assert errors[2].startswith("group: its ranks hold shares of these very gradients")
         assert float(norm) == pytest.approx(math.sqrt(2 * (1 + rank % 2) ** 2 + 2 * (3 + rank % 2) ** 2))
 
 
@@ -1104,3 +1106,86 @@ def test_the_pages_programs_print_what_it_says():
     for printed in ranks(2).run(page):
         assert len(printed) == 4
         assert all(said == expected for said, expected in printed)
+
+
+def stages_of_shards(bad):
+    """Two stages, each sharded over two ranks: the norm joins over the shards, then over the stages."""
+    mesh = mesh_of(2, 2)
+    stage, shards = mesh.get_local_rank("a"), mesh["b"]
+    full = torch.arange(6.0).reshape(3, 2) + 1.0 + 10.0 * stage
+    parameters = [with_grad(full, shards, [Shard(0)]), *([with_grad(full[0], shards, [Replicate()])] if stage else [])]
+    if bad and dist.get_rank() == 3:
+        parameters[0].grad.to_local()[-1, -1] = math.inf
+    try:
+        with counted() as count:
+            norm = fastclip.clip_grad_norm_(parameters, 1.0, nonfinite="raise", group=mesh["a"])
+            norm = fastclip.clip_grad_norm_(parameters, 1.0, nonfinite="raise", group=mesh["a"])
+    except fastclip.NonFiniteGradientError as error:
+        return error.tensor, str(error), [p.grad.to_local() for p in parameters]
+    return norm, count.collectives
+
+
+def test_stages_of_shards_join_twice():
+    for norm, collectives in ranks(4).run(stages_of_shards, False):
+        assert float(norm) == pytest.approx(1.0, rel=1e-5)
+        assert collectives in (4, 5)  # the stage with two ways of sharding compares lists once
+
+
+def test_a_bad_element_of_another_stage_is_named_by_its_rank():
+    results = ranks(4).run(stages_of_shards, True)
+    assert [tensor for tensor, *_ in results] == ["gradient 0 of rank 3's list"] * 2 + ["parameters[0]"] * 2
+    assert all("holds Inf on rank 3" in message for _, message, _ in results)
+    for rank, (*_, grads) in enumerate(results):
+        assert all(bool((grad >= 1.0).all()) for grad in grads), rank  # nothing was written
+
+
+def other_functions():
+    mesh = mesh_of(2)
+    grads = fulls()
+    parameters = [with_grad(full, mesh, [Shard(0) if full.dim() else Replicate()]) for full in grads]
+    fastclip.clip_grad_value_(parameters, 0.5)
+    clamped = whole([p.grad for p in parameters])
+    fastclip.clip_grads_with_norm_(parameters, 1.0, 2.0)
+    scaled = whole([p.grad for p in parameters])
+    described = ""
+    try:
+        parameters[0].grad.to_local().fill_(math.nan)
+        fastclip.get_total_norm([p.grad for p in parameters], error_if_nonfinite=True)
+    except fastclip.NonFiniteGradientError as error:
+        described = str(error)
+    return clamped, scaled, described, fastclip.backends.explain(parameters)
+
+
+def test_functions_without_a_norm_work_on_the_shares():
+    for clamped, scaled, described, explained in ranks(2).run(other_functions):
+        for got, half, full in zip(clamped, scaled, fulls(), strict=True):
+            assert torch.equal(got, full.clamp(-0.5, 0.5))
+            torch.testing.assert_close(half, got * (1.0 / (2.0 + 1e-6)))
+        assert described.startswith("the gradient of tensors[0] holds NaN on rank 0")
+        assert "serves 7 of 7 gradients" in explained
+
+
+class Group:
+    def __init__(self, *types):
+        self._device_types = [torch.device(kind) for kind in types]
+
+
+def test_a_vector_goes_where_the_group_can_work():
+    cpu = torch.device("cpu")
+    assert distributed._device_for(Group("cuda", "cpu"), cpu) == cpu
+    assert distributed._device_for(Group("cuda"), cpu).type == "cuda"
+
+
+def bad_parameters():
+    """A snapshot is taken only of parameters that are finite on all ranks."""
+    model = sharded("fsdp")
+    opt = fastclip.ClippedOptimizer(OPTIMIZERS["loop"](model.parameters()), 1.0, rollback=fastclip.Rollback(every=1))
+    if dist.get_rank() == 0:
+        with torch.no_grad():
+            next(model.parameters()).to_local()[0, 0] = math.nan
+    train(model, opt, 1)
+    return opt._ladder.rollback.snapshot.taken_at
+
+
+def test_no_rank_takes_a_snapshot_of_a_model_with_nan_on_one():
+    assert ranks(2).run(bad_parameters) == [None, None]
