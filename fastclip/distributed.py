@@ -243,12 +243,15 @@ def ties_of(lists: Sequence[Grads], group: Any = None) -> Ties | None:
         RankError: no process group joins the ranks of a mesh; FSDP1's parameters without ``group``.
         ValueError: ``group`` is one over which the gradients are sharded already.
     """
-    cls, with_fsdp1 = sharded_class(), "torch.distributed.fsdp._flat_param" in sys.modules
-    if group is None and cls is None and not with_fsdp1 and _marked.groups is None:
+    # torch.compile imports the module too, but only in a job of several ranks it is used
+    with_fsdp1 = "torch.distributed.fsdp._flat_param" in sys.modules and torch.distributed.is_initialized()
+    if group is None and not with_fsdp1 and _marked.groups is None and not any(of.may_be_sharded for of in lists):
         return None
     listed = [_listed(grads) for grads in lists]
     different: dict[Any, int] = {}
-    kinds = [[different.setdefault(k, len(different)) for k in _kinds(own, cls, with_fsdp1)] for own in listed]
+    kinds = [
+        [different.setdefault(k, len(different)) for k in _kinds(own, sharded_class(), with_fsdp1)] for own in listed
+    ]
     cut = _FLAT in different
     if cut and group is None:
         raise RankError(

@@ -68,6 +68,14 @@ class Grads:
         return self.tensors[index] if self.wholes is None else self.wholes[index]
 
     @property
+    def may_be_sharded(self) -> bool:
+        """Whether something that the caller listed lies on several ranks."""
+        if self.native is not None and not self.native.refused:
+            listed = self.parameters  # a parameter without a gradient is unknown to the native core
+            return listed is not None and len(listed) > len(self.tensors) and any_sharded(listed)
+        return self.wholes is not None or any_sharded(self.tensors if self.parameters is None else self.parameters)
+
+    @property
     def sizes(self) -> list[int]:
         """Elements in each gradient, on all ranks together."""
         return [grad.numel() for grad in (self.tensors if self.wholes is None else self.wholes)]
@@ -83,6 +91,12 @@ class Grads:
 def sharded_class() -> Any:
     """The class of tensors that lie on several ranks; None as long as nobody has imported it: then there are none."""
     return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+
+
+def any_sharded(tensors: Iterable[Tensor]) -> bool:
+    """Whether one of them lies on several ranks."""
+    cls = sharded_class()
+    return cls is not None and any(issubclass(kind, cls) for kind in set(map(type, tensors)))
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -184,7 +198,7 @@ def _gathered(
     except TypeError as error:
         raise TypeError(f"{noun}: {error}") from None
     parameters, cls = listed if take_grad else None, sharded_class()
-    if cls is None or not any(isinstance(grad, cls) for grad in grads):
+    if (native is not None and not native.refused) or not any_sharded(grads):  # what it takes is plain memory
         return Grads(grads, positions, names, noun, native, parameters)
     wholes, shares = list(grads), list(grads)
     with torch.no_grad():

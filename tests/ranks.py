@@ -13,7 +13,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -59,13 +59,19 @@ class Ranks:
             self._pipes.append(here)
             self._processes.append(process)
 
-    def outcomes(self, work: Callable[..., Any], *args: Any, within: float = 90.0) -> list[Any]:
-        """What each rank returned, or the :class:`Failure` it raised. Kills them all if one takes longer."""
+    def outcomes(
+        self, work: Callable[..., Any], *args: Any, within: float = 90.0, of: Sequence[int] | None = None
+    ) -> list[Any]:
+        """What each rank returned, or the :class:`Failure` it raised. Kills them all if one takes longer.
+
+        Waits for the ranks ``of`` alone, if given; after that the pool can only be closed.
+        """
         for pipe in self._pipes:
             pipe.send_bytes(pickle.dumps((work, args)))
         end = time.monotonic() + within
         answers: list[Any] = []
-        for rank, pipe in enumerate(self._pipes):
+        for rank in range(self.world) if of is None else of:
+            pipe = self._pipes[rank]
             if not pipe.poll(max(end - time.monotonic(), 0.0)):
                 self.close()
                 raise RankError(f"rank {rank} of {self.world} is still in {work.__name__} after {within:g} s")

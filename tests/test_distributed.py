@@ -758,28 +758,23 @@ def lonely_rank(dies):
     if dist.get_rank() == 0:
         if dies:
             os._exit(1)
-        time.sleep(8.0)
-        return None
-    start = time.monotonic()
+        time.sleep(3600.0)
     try:
         fastclip.clip_grad_norm_(parameters, 1e-3)
-    except RuntimeError:
-        return time.monotonic() - start, all(
-            torch.equal(p.grad.to_local(), b) for p, b in zip(parameters, before, strict=True)
-        )
-    return "no error"
+    finally:
+        assert all(torch.equal(p.grad.to_local(), b) for p, b in zip(parameters, before, strict=True))
 
 
 @pytest.mark.parametrize("dies", [True, False])
-def test_nobody_waits_longer_than_the_group_for_a_rank_that_is_gone(dies):
+def test_nobody_waits_for_ever_for_a_rank_that_is_gone(dies):
     """gloo notices a dead peer at once, and a silent one after the group's timeout."""
     pool = Ranks(2, group_timeout=3.0)
     try:
-        waited, untouched = pool.outcomes(lonely_rank, dies, within=60.0)[1]
+        (error,) = pool.outcomes(lonely_rank, dies, of=[1])
     finally:
         pool.close()
-    assert waited < 7.0
-    assert untouched
+    assert error.name == "RuntimeError"
+    assert dies or "Timed out" in error.message
 
 
 def without_groups():
