@@ -2,7 +2,6 @@
 
 from fastclip.amp import GradScaler
 from fastclip.boundary import clip_boundary
-from fastclip.distributed import mark_sharded
 from fastclip.functional import (
     adaptive_clip_grad_,
     clip_grad_norm_,
@@ -16,6 +15,7 @@ from fastclip.guard import Guard
 from fastclip.ladder import Event, LossWatch, Rollback, SpikeBackoff
 from fastclip.optim import ClipGroup, ClippedOptimizer, attach, clipped
 from fastclip.stats import GradStats
+from fastclip.ties import mark_sharded
 from fastclip.types import (
     BackendUnavailableError,
     FastclipError,

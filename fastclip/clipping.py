@@ -12,10 +12,10 @@ from torch import Tensor
 
 from fastclip import distributed
 from fastclip.backends import Plan, plan
-from fastclip.distributed import Ties
 from fastclip.policies import Decision, Policy
 from fastclip.stats import GradStats, Reading, any_of, check_may_wait, read, stats_of
 from fastclip.tensors import Grads
+from fastclip.ties import Ties, ties_of
 from fastclip.types import MAX_ABS, Request, Strengths, UnsupportedGradientError, known_to_host, wide_dtype
 from fastclip.units import unit_dims
 
@@ -205,14 +205,14 @@ def _checked_plans(
 
 def all_finite(tensors: Grads, group: Any = None) -> bool:
     """Whether the host knows of no NaN and no Inf in them, on any rank."""
-    ties, request = distributed.ties_of([tensors], group), Request()
+    ties, request = ties_of([tensors], group), Request()
     (reading,), *_ = distributed.join(ties, [request], [False], lambda: [read(plan(tensors), request)])
     return reading.found_inf is not True
 
 
 def clip_(grads: Grads, policy: Policy, nonfinite: str, group: Any = None) -> Tensor:
     """Clips under one of the rules of NONFINITE; returns the total norm before clipping."""
-    ties = distributed.ties_of([grads], group)
+    ties = ties_of([grads], group)
     if ties is None and not grads.tensors:
         return torch.tensor(0.0)
     findings = examine([(grads, policy)], nonfinite, ties=ties).each
@@ -245,7 +245,7 @@ def clamp_(grads: Grads, bound: float) -> None:
 
 def total_norm(grads: Grads, request: Request, error_if_nonfinite: bool, group: Any = None) -> Tensor:
     """The joint norm alone."""
-    ties = distributed.ties_of([grads], group)
+    ties = ties_of([grads], group)
     if ties is None and not grads.tensors:
         return torch.tensor(0.0)
     (reading,), *_ = distributed.join(ties, [request], [False], lambda: [read(plan(grads), request)])
@@ -273,7 +273,7 @@ def scale_by_norm_(grads: Grads, request: Request, total_norm: Tensor | float) -
 
 def grad_stats(grads: Grads, request: Request, group: Any = None) -> GradStats:
     """Statistics alone; writes nothing."""
-    ties = distributed.ties_of([grads], group)
+    ties = ties_of([grads], group)
     whole = ties is not None and not ties.cut
     (reading,), *_ = distributed.join(ties, [request], [whole], lambda: [read(plan(grads), request)])
     return stats_of(reading)

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from fastclip import clipping, compiled
 from fastclip.checks import nonfinite_rule, norm_type_number, number, real
-from fastclip.distributed import process_group
 from fastclip.policies import GlobalNorm, Policy, Unitwise, policy_of
 from fastclip.stats import GradStats
 from fastclip.tensors import TensorOrTensors, grads_among, grads_of, grads_or_parameters
+from fastclip.ties import process_group
 from fastclip.types import Request
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo  # torch.compiler.disable, but without importing Dynamo now (2 s)
 from torch.optim import Optimizer
 
-from fastclip import amp, distributed, riding
+from fastclip import amp, riding
 from fastclip.checks import nonfinite_rule, real, whole
 from fastclip.clipping import Finding, all_finite, examine
 from fastclip.ladder import Ladder, LossWatch, Rollback, SpikeBackoff, reduced_lr
@@ -22,6 +22,7 @@ from fastclip.regularisation import Penalty
 from fastclip.stats import any_of, check_may_wait
 from fastclip.step_arguments import step_arguments_of
 from fastclip.tensors import Grads, check_groups_disjoint, grads_among, grads_of_groups
+from fastclip.ties import group_named, group_of_caller, process_group, ties_of
 from fastclip.types import TOTAL_NORM, known_to_host
 
 ATTACHED = ("step", amp.GUARD, "_step_supports_amp_scaling")  # what an attached guard sets on its optimizer
@@ -67,7 +68,7 @@ class Guard(Reports):
                 raise TypeError(f"{name}: expected a fastclip.{kind.__name__}, got {given!r}")
         self.optimizer = optimizer
         self.policy = policy
-        self.group = distributed.process_group(group) or distributed.group_of_caller()
+        self.group = process_group(group) or group_of_caller()
         self.nonfinite = nonfinite
         self._takes = step_arguments_of(optimizer)
         self._record = Record()
@@ -100,7 +101,7 @@ class Guard(Reports):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.group = distributed.group_named(state["group"])  # a group can't be copied, but called by its name
+        self.group = group_named(state["group"])  # a group can't be copied, but called by its name
 
     @property
     def can_unscale(self) -> bool:
@@ -221,7 +222,7 @@ class Guard(Reports):
         observed, self._observed = self._observed, False
         groups = self.optimizer.param_groups
         shares, twice = self._shares(groups)
-        ties = distributed.ties_of([grads for grads, _ in shares], self.group)
+        ties = ties_of([grads for grads, _ in shares], self.group)
         if ties is None:
             shares = [(grads, policy) for grads, policy in shares if grads.tensors]
             if not shares:

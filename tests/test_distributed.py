@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastclip
-from fastclip import distributed, policies
+from fastclip import distributed, policies, ties
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
@@ -995,7 +995,7 @@ def test_a_copy_joins_the_same_group_and_nothing_at_all_is_no_step():
 
 def test_a_copy_without_its_group_says_so():
     with pytest.raises(fastclip.RankError, match="joins its norm over the process group 'gone'"):
-        distributed.group_named("gone")
+        ties.group_named("gone")
 
 
 def of_groups():
@@ -1184,3 +1184,18 @@ def bad_parameters():
 
 def test_no_rank_takes_a_snapshot_of_a_model_with_nan_on_one():
     assert ranks(2).run(bad_parameters) == [None, None]
+
+
+def test_several_optimizers_under_a_loss_scale():
+    results = []
+    for scaler in (None, fastclip.GradScaler("cpu", init_scale=1024.0), torch.amp.GradScaler("cpu", init_scale=1024.0)):
+        model = network()
+        opts = [torch.optim.AdamW(layer.parameters(), lr=0.05, fused=True) for layer in (model[0], model[2], model[4])]
+        opt = fastclip.ClipGroup(opts, max_norm=1.0)
+        norms = train(model, opt, 6, scaler)
+        results.append((whole(model.parameters()), torch.stack(norms)))
+        assert not any(name in vars(part) for part in opts for name in ("grad_scale", "found_inf"))
+    for parameters, norms in results[1:]:
+        torch.testing.assert_close(norms, results[0][1], rtol=1e-5, atol=0)
+        for a, b in zip(parameters, results[0][0], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

@@ -28,6 +28,7 @@ FLOORS = {
     "_native": 0,
     "checks": 1,
     "tensors": 1,
+    "ties": 2,
     "backends": 2,
     "units": 2,
     "stats": 3,
