@@ -236,6 +236,8 @@ class Guard(Reports):
         penalties = None
         if self._penalty.is_wanted(groups):
             penalties = self._penalty.strengths(groups, [grads for grads, _ in shares])
+            if penalties is None and ties is not None:  # none here, but all ranks have to speak of the same
+                penalties = [[(0.0, 0.0)] * len(grads.tensors) for grads, _ in shares]
         reasons = [False if given_inf is None else given_inf]
         if not again:  # in the middle of a step it is too late for anything but an error
             reasons.append(observed)

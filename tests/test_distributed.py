@@ -1199,3 +1199,21 @@ def test_several_optimizers_under_a_loss_scale():
         torch.testing.assert_close(norms, results[0][1], rtol=1e-5, atol=0)
         for a, b in zip(parameters, results[0][0], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def penalised_stages():
+    """The first rank has no parameters at all."""
+    p = torch.nn.Parameter(torch.full((2,), 2.0))
+    p.grad = torch.full((2,), 3.0)
+    opts = [torch.optim.SGD([p], lr=1.0)] if dist.get_rank() else []
+    opt = fastclip.ClipGroup(opts, max_norm=100.0, group=mesh_of(2), l2=0.5)
+    opt.step()
+    return opt.last_norm, opt.penalty, p.detach()
+
+
+def test_a_stage_without_parameters_joins_penalties_too():
+    results = ranks(2).run(penalised_stages)
+    for norm, penalty, _ in results:
+        assert float(norm) == pytest.approx(math.sqrt(2 * 4.0**2))
+        assert float(penalty) == pytest.approx(0.5 / 2 * 2 * 2.0**2)
+    assert torch.equal(results[1][2], torch.full((2,), -2.0))
