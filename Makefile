@@ -10,7 +10,7 @@ demo: $(VENV)/.installed
 	$(BIN)/fastclip demo
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n auto --maxprocesses 4
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
 
 # 20,000 steps under each clipping rule, with faults thrown in; about ten minutes
 soak: $(VENV)/.installed

@@ -13,12 +13,14 @@ from fastclip.functional import (
 )
 from fastclip.guard import Guard
 from fastclip.ladder import Event, LossWatch, Rollback, SpikeBackoff
-from fastclip.optim import ClippedOptimizer, attach, clipped
+from fastclip.optim import ClipGroup, ClippedOptimizer, attach, clipped
 from fastclip.stats import GradStats
+from fastclip.ties import mark_sharded
 from fastclip.types import (
     BackendUnavailableError,
     FastclipError,
     NonFiniteGradientError,
+    RankError,
     SkipLimitError,
     UnsupportedGradientError,
 )
@@ -26,6 +28,7 @@ from fastclip.version import __version__
 
 __all__ = [
     "BackendUnavailableError",
+    "ClipGroup",
     "ClippedOptimizer",
     "Event",
     "FastclipError",
@@ -34,6 +37,7 @@ __all__ = [
     "Guard",
     "LossWatch",
     "NonFiniteGradientError",
+    "RankError",
     "Rollback",
     "SkipLimitError",
     "SpikeBackoff",
@@ -49,4 +53,5 @@ __all__ = [
     "clipped",
     "get_total_norm",
     "grad_stats",
+    "mark_sharded",
 ]

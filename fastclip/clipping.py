@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastclip.backends import plan
+from fastclip import distributed
+from fastclip.backends import Plan, plan
 from fastclip.policies import Decision, Policy
 from fastclip.stats import GradStats, Reading, any_of, check_may_wait, read, stats_of
 from fastclip.tensors import Grads
-from fastclip.types import MAX_ABS, Request, Strengths, known_to_host, wide_dtype
+from fastclip.ties import Ties, ties_of
+from fastclip.types import MAX_ABS, Request, Strengths, UnsupportedGradientError, known_to_host, wide_dtype
 from fastclip.units import unit_dims
 
 
@@ -104,61 +108,117 @@ class Finding:
         return Verdict(self.reading, decision)
 
 
+class Findings(NamedTuple):
+    """What was read for all policies.
+
+    Attributes:
+        each: one for each share of which a rank has a gradient.
+        skips: whether this rank, or another one, had a reason of its own to skip the step; a 0-d tensor where the host
+            would have to wait for it.
+    """
+
+    each: list[Finding]
+    skips: bool | Tensor
+
+
 def examine(
     shares: list[tuple[Grads, Policy]],
     nonfinite: str,
     grad_scale: float | Tensor | None = None,
     penalties: list[Strengths] | None = None,
-) -> list[Finding]:
-    """Reads for each policy its own gradients, under one of the rules of NONFINITE for all. No share is empty.
+    ties: Ties | None = None,
+    skips: bool | Tensor = False,
+) -> Findings:
+    """Reads for each policy its own gradients, under one of the rules of NONFINITE for all.
 
     With ``penalties``, one for each share, they are added in the same pass. Every check comes before the first write:
     with "raise" and penalties that takes a read more. Without penalties "zero" is the only rule that writes here.
 
+    With ``ties`` what is read is joined with what other ranks read, and all of them have to call this; without them no
+    share is empty. ``skips`` is a reason of the caller's own to skip the step.
+
     Raises:
         UnsupportedGradientError: a gradient can't be read, or can't be written though that might be needed.
         NonFiniteGradientError: with "raise".
+        RankError: other ranks can't go on.
     """
-    for grads, policy in shares:
-        if policy.clamps:
-            check_real(grads)
-    asked = [(plan(grads), policy.request()) for grads, policy in shares]
-    for (work, _), (_, policy) in zip(asked, shares, strict=True):
-        if policy.writes or grad_scale is not None or nonfinite == "zero" or penalties is not None:
-            work.check_writable()
-    if nonfinite == "raise":
-        check_may_wait('nonfinite="raise"', 'use "skip" or "propagate"')
-    if any(len({part.table.grads[0].device for part in work.parts}) > 1 for work, _ in asked if len(work.parts) > 1):
-        check_may_wait("a list of gradients on several devices", "clip each device's own in its own graph")
-    if penalties is None:
-        readings = [read(work, request, grad_scale) for work, request in asked]
-    else:
-        for work, request in asked:
-            if request.units is not None:
-                unit_dims(work.grads, request.units)  # raises where they don't fit
-            if nonfinite == "raise":
-                read(work, Request()).check_finite()
-        readings = [read(work, request, grad_scale, own) for (work, request), own in zip(asked, penalties, strict=True)]
+    asked = [policy.request() for _, policy in shares]
+    whole = [ties is not None and not policy.total_only for _, policy in shares]
+    may_write = grad_scale is not None or nonfinite == "zero" or penalties is not None
+    plans: list[Plan] = []
+
+    def joined(
+        requests: list[Request], grad_scale: float | Tensor | None, penalties: list[Strengths] | None
+    ) -> distributed.Joined:
+        def own() -> list[Reading]:
+            if not plans:
+                plans.extend(_checked_plans(shares, asked, nonfinite, may_write, ties))
+            strengths: Sequence[Strengths | None] = [None] * len(shares) if penalties is None else penalties
+            return [read(w, r, grad_scale, s) for w, r, s in zip(plans, requests, strengths, strict=True)]
+
+        return distributed.join(ties, requests, whole, own, penalties is not None, skips)
+
+    if penalties is not None and nonfinite == "raise":
+        for reading in joined([Request()] * len(shares), None, None).readings:
+            reading.check_finite()
+    readings, skips, nobody = joined(asked, grad_scale, penalties)
     if nonfinite == "raise":
         for reading in readings:
             reading.check_finite()
     found = [reading.found_inf for reading in readings]
-    if nonfinite == "zero":
-        for i, (work, request) in enumerate(asked):
-            if found[i] is not False:
-                work.zero_nonfinite_()
-                seen = readings[i]
-                readings[i] = replace(
-                    read(work, request, grad_scale), weight_rows=seen.weight_rows, strengths=seen.strengths
-                )
-    return [Finding(policy, r, f) for (_, policy), r, f in zip(shares, readings, found, strict=True)]
+    if nonfinite == "zero" and any(of is not False for of in found):
+        for reading, of in zip(readings, found, strict=True):
+            if of is not False:
+                reading.plan.zero_nonfinite_()
+        readings = [
+            again.with_penalty_of(seen)
+            for again, seen in zip(joined(asked, grad_scale, None).readings, readings, strict=True)
+        ]
+    each = [Finding(policy, r, f) for (_, policy), r, f in zip(shares, readings, found, strict=True)]
+    return Findings([of for of, nobodys in zip(each, nobody, strict=True) if not nobodys], skips)
 
 
-def clip_(grads: Grads, policy: Policy, nonfinite: str) -> Tensor:
+def _checked_plans(
+    shares: list[tuple[Grads, Policy]], requests: list[Request], nonfinite: str, may_write: bool, ties: Ties | None
+) -> list[Plan]:
+    """Whatever may raise before the first read."""
+    for grads, policy in shares:
+        if policy.clamps:
+            check_real(grads)
+    plans = [plan(grads) for grads, _ in shares]
+    for work, request, (grads, policy) in zip(plans, requests, shares, strict=True):
+        if policy.writes or may_write:
+            work.check_writable()
+        if request.units is not None:
+            unit_dims(grads, request.units)  # raises where they don't fit
+        if ties is not None and ties.cut and (request.units is not None or not policy.total_only):
+            raise UnsupportedGradientError(
+                f"{policy!r} looks at single tensors, of which FullyShardedDataParallel holds pieces; shard with "
+                "fully_shard(), or take a rule that looks at the total norm. Nothing was written"
+            )
+    if nonfinite == "raise":
+        check_may_wait('nonfinite="raise"', 'use "skip" or "propagate"')
+    if any(len({part.table.grads[0].device for part in work.parts}) > 1 for work in plans if len(work.parts) > 1):
+        check_may_wait("a list of gradients on several devices", "clip each device's own in its own graph")
+    return plans
+
+
+def all_finite(tensors: Grads, group: Any = None) -> bool:
+    """Whether the host knows of no NaN and no Inf in them, on any rank."""
+    ties, request = ties_of([tensors], group), Request()
+    (reading,), *_ = distributed.join(ties, [request], [False], lambda: [read(plan(tensors), request)])
+    return reading.found_inf is not True
+
+
+def clip_(grads: Grads, policy: Policy, nonfinite: str, group: Any = None) -> Tensor:
     """Clips under one of the rules of NONFINITE; returns the total norm before clipping."""
-    if not grads.tensors:
+    ties = ties_of([grads], group)
+    if ties is None and not grads.tensors:
         return torch.tensor(0.0)
-    (finding,) = examine([(grads, policy)], nonfinite)
+    findings = examine([(grads, policy)], nonfinite, ties=ties).each
+    if not findings:  # nor does any other rank have one
+        return torch.tensor(0.0)
+    (finding,) = findings
     verdict = finding.decide()
     skip = any_of([verdict.decision.skip, finding.found_inf if nonfinite == "skip" else False])
     verdict.apply(skip=skip)
@@ -183,11 +243,12 @@ def clamp_(grads: Grads, bound: float) -> None:
     work.clamp_(bound)
 
 
-def total_norm(grads: Grads, request: Request, error_if_nonfinite: bool) -> Tensor:
+def total_norm(grads: Grads, request: Request, error_if_nonfinite: bool, group: Any = None) -> Tensor:
     """The joint norm alone."""
-    if not grads.tensors:
+    ties = ties_of([grads], group)
+    if ties is None and not grads.tensors:
         return torch.tensor(0.0)
-    reading = read(plan(grads), request)
+    (reading,), *_ = distributed.join(ties, [request], [False], lambda: [read(plan(grads), request)])
     if error_if_nonfinite:
         reading.check_finite()
     return reading.total_norm
@@ -210,6 +271,9 @@ def scale_by_norm_(grads: Grads, request: Request, total_norm: Tensor | float) -
         work.scale_(float(clip_coef) if on_host else clip_coef)
 
 
-def grad_stats(grads: Grads, request: Request) -> GradStats:
+def grad_stats(grads: Grads, request: Request, group: Any = None) -> GradStats:
     """Statistics alone; writes nothing."""
-    return stats_of(read(plan(grads), request))
+    ties = ties_of([grads], group)
+    whole = ties is not None and not ties.cut
+    (reading,), *_ = distributed.join(ties, [request], [whole], lambda: [read(plan(grads), request)])
+    return stats_of(reading)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from fastclip.checks import nonfinite_rule, norm_type_number, number, real
 from fastclip.policies import GlobalNorm, Policy, Unitwise, policy_of
 from fastclip.stats import GradStats
 from fastclip.tensors import TensorOrTensors, grads_among, grads_of, grads_or_parameters
+from fastclip.ties import process_group
 from fastclip.types import Request
 
 
@@ -24,6 +26,8 @@ def clip_grad_norm_(
     *,
     eps: float = 1e-6,
     nonfinite: str = "propagate",
+    group: Any = None,
+    pp_mesh: Any = None,
 ) -> Tensor:
     """Scales all gradients in place so that their joint norm is at most ``max_norm``.
 
@@ -44,6 +48,10 @@ def clip_grad_norm_(
             gradient NaN, Inf makes the finite ones 0). ``"skip"``: gradients stay untouched, the norm is
             returned. ``"zero"``: they become 0, the rest is clipped by the norm of what is left, which is
             returned. ``"raise"``: raises before anything is written.
+        group: a process group, or a mesh of one dimension, whose other ranks pass other parameters that count in the
+            norm: pipeline stages, or FSDP1's ``model.process_group``. Sharded gradients (DTensor) need none: their
+            norm is that of the whole tensors, and every rank of their mesh has to call this.
+        pp_mesh: the same as ``group``, as torchtitan calls it.
 
     Writes: each ``p.grad``, only if the norm exceeds ``max_norm`` (or for ``"zero"``, if there is something to zero).
 
@@ -68,14 +76,19 @@ def clip_grad_norm_(
         tensor([0.6000, 0.8000])
     """
     nonfinite = nonfinite_rule(nonfinite, error_if_nonfinite)
+    if group is not None and pp_mesh is not None:
+        raise TypeError("group and pp_mesh are two names for the same; pass one of them")
+    group = process_group(pp_mesh if group is None else group)
     if torch.compiler.is_compiling():
         request = Request(norm_type_number(norm_type), number("max_norm", max_norm), number("eps", eps))
         return compiled.clip_grad_norm_(parameters, request, nonfinite)
     policy = GlobalNorm(number("max_norm", max_norm), norm_type=norm_type, eps=eps)
-    return clipping.clip_(grads_of(parameters), policy, nonfinite)
+    return clipping.clip_(grads_of(parameters), policy, nonfinite, group)
 
 
-def clip_grads_(parameters: TensorOrTensors, policy: Policy | str, *, nonfinite: str = "propagate") -> Tensor:
+def clip_grads_(
+    parameters: TensorOrTensors, policy: Policy | str, *, nonfinite: str = "propagate", group: Any = None
+) -> Tensor:
     """Clips all gradients in place by a rule of :mod:`fastclip.policies`.
 
     Args:
@@ -83,7 +96,7 @@ def clip_grads_(parameters: TensorOrTensors, policy: Policy | str, *, nonfinite:
             place in this list, so keep its order.
         policy: the rule, or its name for one with its defaults; one that learns does so at each call. It can't skip
             a step here: a policy that would leaves the gradients untouched.
-        nonfinite: as in :func:`clip_grad_norm_`.
+        nonfinite, group: as in :func:`clip_grad_norm_`.
 
     Writes: each ``p.grad`` that the policy clips.
 
@@ -103,7 +116,7 @@ def clip_grads_(parameters: TensorOrTensors, policy: Policy | str, *, nonfinite:
         >>> p.grad
         tensor([3., 4.])
     """
-    return clipping.clip_(grads_of(parameters), policy_of(policy), nonfinite_rule(nonfinite))
+    return clipping.clip_(grads_of(parameters), policy_of(policy), nonfinite_rule(nonfinite), process_group(group))
 
 
 def adaptive_clip_grad_(
@@ -154,6 +167,8 @@ def get_total_norm(
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
+    *,
+    group: Any = None,
 ) -> Tensor:
     """The p-norm of all ``tensors`` as one vector; reads every element once and writes nothing.
 
@@ -165,14 +180,15 @@ def get_total_norm(
         norm_type: p of the p-norm, as in :func:`clip_grad_norm_`.
         error_if_nonfinite: raise ``NonFiniteGradientError`` if an element is NaN or Inf.
         foreach: accepted for compatibility.
+        group: as in :func:`clip_grad_norm_`.
 
     Returns:
         0-d float32 (float64 if a tensor is float64 or complex128), on the first tensor's device.
     """
-    request = Request(norm_type_number(norm_type))
+    request, group = Request(norm_type_number(norm_type)), process_group(group)
     if torch.compiler.is_compiling():
         return compiled.get_total_norm(tensors, request, error_if_nonfinite)
-    return clipping.total_norm(grads_among(tensors), request, error_if_nonfinite)
+    return clipping.total_norm(grads_among(tensors), request, error_if_nonfinite, group)
 
 
 def clip_grads_with_norm_(
@@ -209,6 +225,7 @@ def grad_stats(
     norm_type: float = 2.0,
     extras: bool = True,
     weights: bool = False,
+    group: Any = None,
 ) -> GradStats:
     """Per-tensor and total norms, NaN and Inf counts of all gradients, in one read and without a sync.
 
@@ -220,6 +237,8 @@ def grad_stats(
         extras: also find the largest magnitude and count zeros, which takes more work per element.
         weights: also read the weights, the parameters that have these gradients: their 2-norms, largest magnitudes and
             sums of magnitudes.
+        group: as in :func:`clip_grad_norm_`. Of sharded gradients all ranks are told of the whole tensors, so all have
+            to call this.
 
     Returns:
         :class:`GradStats`; ``print()`` it, or ask it for its ``worst()`` tensors.
@@ -234,6 +253,7 @@ def grad_stats(
         'b'
     """
     request = Request(norm_type_number(norm_type), extras=extras, weights=weights)
+    group = process_group(group)
     if torch.compiler.is_compiling():
         return compiled.grad_stats(params_or_grads, names, request)
-    return clipping.grad_stats(grads_or_parameters(params_or_grads, names), request)
+    return clipping.grad_stats(grads_or_parameters(params_or_grads, names), request, group)

@@ -13,17 +13,17 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable, but withou
 from torch.optim import Optimizer
 
 from fastclip import amp, riding
-from fastclip.backends import plan
 from fastclip.checks import nonfinite_rule, real, whole
-from fastclip.clipping import Finding, examine
+from fastclip.clipping import Finding, all_finite, examine
 from fastclip.ladder import Ladder, LossWatch, Rollback, SpikeBackoff, reduced_lr
 from fastclip.policies import GlobalNorm, Policy, policy_of
 from fastclip.record import IN_A_ROW, SKIPPED, STEPS, Record, Reports, Seen
 from fastclip.regularisation import Penalty
-from fastclip.stats import any_of, check_may_wait, read
+from fastclip.stats import any_of, check_may_wait
 from fastclip.step_arguments import step_arguments_of
 from fastclip.tensors import Grads, check_groups_disjoint, grads_among, grads_of_groups
-from fastclip.types import TOTAL_NORM, Request, known_to_host
+from fastclip.ties import group_named, group_of_caller, process_group, ties_of
+from fastclip.types import TOTAL_NORM, known_to_host
 
 ATTACHED = ("step", amp.GUARD, "_step_supports_amp_scaling")  # what an attached guard sets on its optimizer
 OWN_RULES = ("policy", "group_max_norm")  # keys of a param group that take it out of the joint norm
@@ -44,6 +44,7 @@ class Guard(Reports):
         optimizer: the guarded optimizer.
         policy: the rule for all its gradients, but those of groups with a rule of their own.
         max_norm, nonfinite, skip_limit: as they were given; may be set at any time.
+        group: process group whose other ranks step other parameters, which count in the norms; or None.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Guard(Reports):
         backoff: SpikeBackoff | None = None,
         rollback: Rollback | None = None,
         watch: LossWatch | None = None,
+        group: Any = None,
     ) -> None:
         for name, given, kind in (
             ("backoff", backoff, SpikeBackoff),
@@ -66,6 +68,7 @@ class Guard(Reports):
                 raise TypeError(f"{name}: expected a fastclip.{kind.__name__}, got {given!r}")
         self.optimizer = optimizer
         self.policy = policy
+        self.group = process_group(group) or group_of_caller()
         self.nonfinite = nonfinite
         self._takes = step_arguments_of(optimizer)
         self._record = Record()
@@ -92,6 +95,13 @@ class Guard(Reports):
     @skip_limit.setter
     def skip_limit(self, value: int | None) -> None:
         self._record.skip_limit = None if value is None else whole("skip_limit", value, least=1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "group": None if self.group is None else self.group.group_name}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.group = group_named(state["group"])  # a group can't be copied, but called by its name
 
     @property
     def can_unscale(self) -> bool:
@@ -212,8 +222,11 @@ class Guard(Reports):
         observed, self._observed = self._observed, False
         groups = self.optimizer.param_groups
         shares, twice = self._shares(groups)
-        if not shares:
-            return Clearance(True)
+        ties = ties_of([grads for grads, _ in shares], self.group)
+        if ties is None:
+            shares = [(grads, policy) for grads, policy in shares if grads.tensors]
+            if not shares:
+                return Clearance(True)
         grad_scale, given_inf = self._given(owner)
         nonfinite = self.nonfinite
         if report is not None or given_inf is not None:
@@ -223,7 +236,14 @@ class Guard(Reports):
         penalties = None
         if self._penalty.is_wanted(groups):
             penalties = self._penalty.strengths(groups, [grads for grads, _ in shares])
-        findings = examine(shares, nonfinite, grad_scale, penalties)
+            if penalties is None and ties is not None:  # none here, but all ranks have to speak of the same
+                penalties = [[(0.0, 0.0)] * len(grads.tensors) for grads, _ in shares]
+        reasons = [False if given_inf is None else given_inf]
+        if not again:  # in the middle of a step it is too late for anything but an error
+            reasons.append(observed)
+        findings, held = examine(shares, nonfinite, grad_scale, penalties, ties, any_of(reasons))
+        if not findings:  # nor has any other rank a gradient
+            return Clearance(True)
         if self._is_rehearsal(groups, findings):
             return Clearance(True)
         if not again and self._ladder.wants_snapshot() and self._parameters_are_finite():
@@ -232,9 +252,9 @@ class Guard(Reports):
         found_inf = any_of(finding.found_inf for finding in findings)
         if report is not None:
             report.copy_(torch.as_tensor(found_inf))
-        reasons = [False if given_inf is None else given_inf]
-        if not again:  # in the middle of a step it is too late for anything but an error
-            reasons += [observed, *(verdict.decision.skip for verdict in verdicts)]
+        reasons = [held]
+        if not again:
+            reasons += [verdict.decision.skip for verdict in verdicts]
         skip = any_of([*reasons, found_inf] if nonfinite == "skip" else reasons)
         clipped = any_of(verdict.clipped for verdict in verdicts)
 
@@ -243,7 +263,7 @@ class Guard(Reports):
             check_may_wait("a step that only the host can hold back", "use an optimizer with fused=True")
             skip = bool(skip)
         self._record.note([Seen(finding.reading) for finding in findings], clipped, skip)
-        if (not again and self._has_gone_back(observed, found_inf)) or skip is True:
+        if (not again and self._has_gone_back(observed, held, found_inf)) or skip is True:
             return Clearance(False)
         riding_inf = skip.to(torch.float32) if isinstance(skip, Tensor) else None
         only = verdicts[0]
@@ -262,7 +282,7 @@ class Guard(Reports):
             verdict.apply(grad_scale, skip)
         return Clearance(True, None, riding_inf)
 
-    def _has_gone_back(self, observed: bool | Tensor, found_inf: bool | Tensor) -> bool:
+    def _has_gone_back(self, observed: bool | Tensor, held: bool | Tensor, found_inf: bool | Tensor) -> bool:
         """Climbs the ladder with what the host knows by now; True after a roll back."""
         news = self._record.news()
         self._lr_factor = self._ladder.lr_factor
@@ -277,6 +297,8 @@ class Guard(Reports):
                 return "NaN or Inf in the gradients", bad
             if observed is True:
                 return "the loss that was observed", ()
+            if held is True:
+                return "found by a GradScaler, or by another rank", ()
             return f"decided by {self.policy!r}", ()
 
         before = self._ladder.lr_factor
@@ -288,7 +310,7 @@ class Guard(Reports):
     def _parameters_are_finite(self) -> bool:
         """As far as the host knows without waiting."""
         parameters = [p.detach() for group in self.optimizer.param_groups for p in group["params"]]
-        return read(plan(grads_among(parameters)), Request()).found_inf is not True
+        return all_finite(grads_among(parameters), self.group)
 
     def state_dict(self) -> dict[str, Any]:
         """What the ladder and the watch over the loss know, where there is something to know."""
@@ -314,17 +336,17 @@ class Guard(Reports):
         self._observed = any_of([self._observed, self._watch.is_bad(loss)])
 
     def _shares(self, groups: list[dict[str, Any]]) -> tuple[list[tuple[Grads, Policy]], bool]:
-        """Each rule with its gradients, none empty; and whether a gradient is at two parameters."""
+        """Each rule with its gradients; and whether a gradient is at two parameters."""
         self._adopt_bound(groups)
         entries = list(enumerate(groups))
         alone = [entry for entry in entries if "policy" in entry[1] or "group_max_norm" in entry[1]]
         joint = [entry for entry in entries if entry not in alone] if alone else entries
-        found = [(*grads_of_groups(joint), self.policy)] if joint else []
+        found = [(*grads_of_groups(joint), self.policy)] if joint or not alone else []
         found += [(*grads_of_groups([entry]), self._own_rule(*entry)) for entry in alone]
         twice = any(twice for _, twice, _ in found)
         if twice or alone:
             check_groups_disjoint(groups)
-        return [(grads, policy) for grads, _, policy in found if grads.tensors], twice
+        return [(grads, policy) for grads, _, policy in found], twice
 
     def _adopt_bound(self, groups: list[dict[str, Any]]) -> None:
         """A ``max_norm`` in the param groups is the joint bound: hyperparameter tools write it into every group."""

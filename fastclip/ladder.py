@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from fastclip.checks import number, positive, real, whole
 from fastclip.policies.moments import Learner
+from fastclip.tensors import local
 
 
 class Event(NamedTuple):
@@ -171,11 +172,11 @@ def _tensors(optimizer: Optimizer) -> Iterator[tuple[Any, Tensor]]:
     """Everything a step moves, by identity of the parameter and name: the parameters, then their state."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            yield (id(parameter), ""), parameter.detach()
+            yield (id(parameter), ""), local(parameter.detach())
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
             if isinstance(value, Tensor):
-                yield (id(parameter), name), value
+                yield (id(parameter), name), local(value)
 
 
 class Rollback:

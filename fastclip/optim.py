@@ -7,7 +7,7 @@ import copyreg
 import functools
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor
@@ -21,6 +21,7 @@ from fastclip.policies import Bound, GlobalNorm, Policy, policy_of
 from fastclip.record import Reports
 from fastclip.regularisation import Penalty
 from fastclip.riding import RIDERS
+from fastclip.several import Several
 from fastclip.tensors import GroupNames
 
 BOUNDS = ("max_norm", *OWN_RULES)  # keys of a param group that are fastclip's
@@ -42,6 +43,11 @@ def _check_optimizer(optimizer: Any) -> None:
             raise TypeError(
                 f"optimizer: {cls.__name__} of {cls.__module__.split('.')[0]} is around it already, and decides when "
                 f"it steps. Put fastclip inside: {FOREIGN[cls.__name__]}"
+            )
+        if cls.__module__.startswith("deepspeed.runtime"):
+            raise TypeError(
+                f"optimizer: DeepSpeed's {cls.__name__} steps each group and rank by itself, so that no norm seen from "
+                'outside is that of all gradients. Set "gradient_clipping" in DeepSpeed\'s config instead'
             )
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
@@ -90,6 +96,9 @@ class ClippedOptimizer(Reports, Optimizer):
         loss_watch: a :class:`fastclip.LossWatch` for :meth:`observe`; without one it minds only NaN and Inf.
         skip_limit: after so many skipped steps in a row ``SkipLimitError`` is raised; None never does. (On an
             accelerator nothing is waited for, so it comes some steps late.)
+        group: a process group, or a mesh of one dimension, whose other ranks step other parameters that count in the
+            norm, as with pipeline stages. Sharded parameters (FSDP2, tensor parallel) and a
+            ``ZeroRedundancyOptimizer`` around this one need none; FSDP1 needs ``model.process_group``.
 
     Raises:
         TypeError: ``optimizer`` is not a ``torch.optim.Optimizer``, or accelerate's or Lightning's wrapper of one.
@@ -120,13 +129,14 @@ class ClippedOptimizer(Reports, Optimizer):
         backoff: SpikeBackoff | None = None,
         rollback: Rollback | None = None,
         loss_watch: LossWatch | None = None,
+        group: Any = None,
     ) -> None:
         # Optimizer.__init__ is not called: it would build param_groups and state of its own.
         _check_optimizer(optimizer)
         self._inner = optimizer
         penalty = Penalty(l1, l2, convention)
         chosen = _policy(max_norm, norm_type, policy)
-        self._fastclip = Guard(optimizer, chosen, nonfinite, skip_limit, penalty, backoff, rollback, loss_watch)
+        self._fastclip = Guard(optimizer, chosen, nonfinite, skip_limit, penalty, backoff, rollback, loss_watch, group)
         self._start()
 
     def _start(self) -> None:
@@ -213,8 +223,9 @@ class ClippedOptimizer(Reports, Optimizer):
             "guard": self._fastclip.state_dict(),
             "inner": state_dict.pop(STATE, {}),
         }
-        for group in state_dict.get("param_groups", ()):
-            group.pop("policy", None)  # the object stays here; what it knows travels
+        for saved in state_dict.get("optimizers", [state_dict]):
+            for group in saved.get("param_groups", ()):
+                group.pop("policy", None)  # the object stays here; what it knows travels
         known |= {whose: policy.state_dict() for whose, policy in self._policies().items()}
         known = {whose: state for whose, state in known.items() if state}
         if any(policy.per_tensor for policy in self._policies().values()):
@@ -321,6 +332,42 @@ class ClippedOptimizer(Reports, Optimizer):
     step.hooked = True  # type: ignore[attr-defined]  # global hooks run in the wrapped optimizer's step, once
 
 
+class ClipGroup(ClippedOptimizer):
+    """Several optimizers that are clipped by one norm over all their parameters, and step together or not at all.
+
+    For models whose parameters are spread over optimizers, as torchtitan does it, or the stages of a pipeline on one
+    rank. With ``group`` the optimizers of other ranks join in. It is a :class:`ClippedOptimizer` over all their param
+    groups; its ``state_dict`` holds ``{"optimizers": [...]}``, the state dict of each.
+
+    Args:
+        optimizers: two or more ``torch.optim.Optimizer``, bare ones, with different parameters.
+        settings: those of :class:`ClippedOptimizer`.
+
+    Raises:
+        TypeError, ValueError: as :class:`ClippedOptimizer`, and for one that fastclip clips already.
+
+    Example:
+        >>> import torch, fastclip
+        >>> a, b = torch.nn.Linear(3, 1), torch.nn.Linear(1, 1)
+        >>> opts = [torch.optim.SGD(a.parameters(), lr=0.1), torch.optim.AdamW(b.parameters(), lr=0.1)]
+        >>> opt = fastclip.ClipGroup(opts, max_norm=1.0)
+        >>> b(a(torch.ones(2, 3))).sum().backward()
+        >>> opt.step()
+        >>> opt.steps
+        tensor(1)
+    """
+
+    def __init__(self, optimizers: Iterable[Optimizer], max_norm: Bound | None = None, **settings: Any) -> None:
+        parts = list(optimizers)
+        for part in parts:
+            _check_optimizer(part)
+            if isinstance(part, ClippedOptimizer) or GUARD in vars(part):
+                raise TypeError(
+                    f"optimizers: {type(part).__name__} is clipped by fastclip already; pass what is inside"
+                )
+        super().__init__(Several(parts), max_norm, **settings)
+
+
 class _ClippedClass(type):
     """The class of the classes that :func:`clipped` makes: they pickle by what they were made of."""
 
@@ -392,6 +439,7 @@ def attach(
     backoff: SpikeBackoff | None = None,
     rollback: Rollback | None = None,
     loss_watch: LossWatch | None = None,
+    group: Any = None,
 ) -> Guard:
     """Clips inside every ``optimizer.step`` of this very object, for code that checks ``type(optimizer)``.
 
@@ -418,6 +466,6 @@ def attach(
         raise ValueError("fastclip is in this optimizer's step already; remove() that guard first, or use it")
     penalty = Penalty(l1, l2, convention)
     chosen = _policy(max_norm, norm_type, policy)
-    guard = Guard(optimizer, chosen, nonfinite, skip_limit, penalty, backoff, rollback, loss_watch)
+    guard = Guard(optimizer, chosen, nonfinite, skip_limit, penalty, backoff, rollback, loss_watch, group)
     guard.attach()
     return guard

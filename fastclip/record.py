@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,9 +12,9 @@ from torch import Tensor
 from fastclip.backends import reference
 from fastclip.backends.reference import narrowed
 from fastclip.ladder import Event, Ladder
-from fastclip.stats import GradStats, Reading, stats_from
+from fastclip.stats import GradStats, Peers, Reading, penalties, stats_from
 from fastclip.tensors import GroupNames
-from fastclip.types import INFS, NANS, TOTAL_NORM, WEIGHT_NORM, WEIGHT_SUM_ABS, SkipLimitError, on_device
+from fastclip.types import INFS, NANS, NORM, TOTAL_NORM, SkipLimitError, on_device
 
 STEPS, CLIPPED, SKIPPED, IN_A_ROW = range(4)
 
@@ -31,6 +32,7 @@ class Seen:
             reading.norm_dtype,
         )
         self.weight_rows, self.strengths = reading.weight_rows, reading.strengths
+        self.peers = reading.peers
         self._names, self._positions = grads.names, grads.positions
 
     @property
@@ -49,19 +51,20 @@ class Seen:
     @property
     def penalty(self) -> Tensor | None:
         """What the penalty adds to the loss, 0-d, in the dtype of ``rows``; None without one."""
+        if self.peers is not None:
+            return self.peers.penalty
         if self.weight_rows is None or self.strengths is None:
             return None
-        rows = self.weight_rows
-        sums = torch.stack(
-            [rows[WEIGHT_SUM_ABS], rows[WEIGHT_NORM].square() / 2]
-        )  # their derivatives are sign(w) and w
-        strengths = torch.tensor(self.strengths, dtype=rows.dtype).reshape(-1, 2).T.to(rows.device, non_blocking=True)
-        return torch.where(strengths != 0.0, strengths * sums, 0.0).sum()
+        return penalties(self.weight_rows, self.strengths).sum()
 
     def bad(self) -> list[str]:
         """Names of the gradients that hold NaN or Inf. Synchronises."""
         found = (self.rows[NANS] + self.rows[INFS] > 0).tolist()
-        return [name for name, is_bad in zip(self.names, found, strict=True) if is_bad]
+        names = [name for name, is_bad in zip(self.names, found, strict=True) if is_bad]
+        if self.peers is None or float(self.peers.rows[NANS : INFS + 1].sum()) == 0.0:
+            return names
+        worst, rank = self.peers.worst_of_all(self._names.__getitem__)
+        return [f"{worst} on rank {rank}", *(name for name in names if name != worst)]
 
 
 class Echo:
@@ -183,7 +186,22 @@ class Record:
         names = [name for seen in self.seen for name in seen.names]
         weight_rows = [seen.weight_rows.to(rows) for seen in self.seen if seen.weight_rows is not None]
         joined = torch.cat(weight_rows, dim=1) if weight_rows else None  # of all or of none
-        return stats_from(rows, self.norm.clone(), request, sizes, names, joined)
+        peers, name_at = self._peers()
+        return stats_from(rows, self.norm.clone(), request, sizes, names, joined, peers, name_at)
+
+    def _peers(self) -> tuple[Peers | None, Callable[[int], str] | None]:
+        """What other ranks said: of several readings all counts, and the one that looks worst."""
+        own = [(seen.peers, seen._names.__getitem__) for seen in self.seen if seen.peers is not None]
+        if len(own) < 2:
+            return own[0] if own else (None, None)
+        rows = torch.stack([peers.rows.to(own[0][0].rows) for peers, _ in own])
+        each = [peers.tensors_worst for peers, _ in own]
+        bad = [float(peers.rows[NANS, 0]) * 2 + float(peers.rows[INFS, 0]) for peers, _ in own]
+        peers, name_at = own[bad.index(max(bad))]
+        whole = None if any(worst is None for worst in each) else torch.cat([w for w in each if w is not None])
+        counted = rows.sum(dim=0)
+        counted[NORM] = reference.norm_of_norms(rows[:, NORM].T, self.seen[0].request.norm_type)
+        return replace(peers, rows=counted, tensors_worst=whole), name_at
 
     @property
     def penalty(self) -> Tensor | None:

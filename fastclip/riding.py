@@ -23,9 +23,15 @@ FLOAT32 = torch.finfo(torch.float32)
 
 def rides(optimizer: Optimizer) -> bool:
     """Whether this optimizer's step is one of torch's fused ones, in all its groups."""
-    return type(optimizer).step.__module__ in FUSED_STEPS and all(
+    return all(type(part).step.__module__ in FUSED_STEPS for part in parts_of(optimizer)) and all(
         group.get("fused") for group in optimizer.param_groups
     )
+
+
+def parts_of(optimizer: Optimizer) -> list[Optimizer]:
+    """The optimizers that step where several do it as one."""
+    parts: list[Optimizer] = vars(optimizer).get("parts", [optimizer])
+    return parts
 
 
 def first_step_is_lost(optimizer: Optimizer) -> bool:
@@ -33,9 +39,11 @@ def first_step_is_lost(optimizer: Optimizer) -> bool:
 
     Fused SGD allocates its momentum buffers, and then leaves it to the kernel to fill them.
     """
-    return type(optimizer).step.__module__ == "torch.optim.sgd" and any(
-        parameter.grad is not None and optimizer.state.get(parameter, {}).get("momentum_buffer") is None
-        for group in optimizer.param_groups
+    return any(
+        parameter.grad is not None and part.state.get(parameter, {}).get("momentum_buffer") is None
+        for part in parts_of(optimizer)
+        if type(part).step.__module__ == "torch.optim.sgd"
+        for group in part.param_groups
         if group["momentum"]
         for parameter in group["params"]
     )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from fastclip.backends import Part, Plan, reference
 from fastclip.backends import plan as plan_of
 from fastclip.backends.reference import FLOAT32_MAX, narrowed
-from fastclip.tensors import first_nonfinite, grads_among
+from fastclip.tensors import first_nonfinite, grads_among, local
 from fastclip.types import (
     ALWAYS_FIELDS,
     CLIP_COEF,
@@ -35,6 +35,7 @@ from fastclip.types import (
     WEIGHT_SUM_ABS,
     ZEROS,
     NonFiniteGradientError,
+    RankError,
     Request,
     Strengths,
     cuda_in_use,
@@ -67,6 +68,37 @@ class Units:
         return self.rows[NORM]
 
 
+PLACES = 1 << 20  # a place in a list and a rank are one number: place * PLACES + rank, exact in float64
+
+
+@dataclass(frozen=True, slots=True)
+class Peers:
+    """What other ranks had to do with a reading.
+
+    Attributes:
+        rank: this one's, among all.
+        alike: the ranks that were given the same list.
+        rows: ``[ALWAYS_FIELDS, 1]``: of all ranks together, what the totals came from.
+        worst: 0-d: the gradient that looks worst on any rank, ``place * PLACES + rank``; -1 if no rank has one.
+        tensors_worst: ``[n]``: the same of each gradient; None where the rows are of this rank's shares alone.
+        penalty: 0-d: what a penalty adds to the loss on all ranks; None without one.
+        beyond: ranks with other lists count in the totals.
+    """
+
+    rank: int
+    alike: frozenset[int]
+    rows: Tensor
+    worst: Tensor
+    tensors_worst: Tensor | None
+    penalty: Tensor | None
+    beyond: bool
+
+    def worst_of_all(self, name_at: Callable[[int], str]) -> tuple[str, int]:
+        """Name of the gradient that looks worst, and the rank where it does. Synchronises."""
+        place, rank = divmod(int(self.worst), PLACES)
+        return name_at(place) if rank in self.alike else f"gradient {place} of rank {rank}'s list", rank
+
+
 @dataclass(frozen=True, slots=True)
 class Reading:
     """One read of a list of gradients.
@@ -82,6 +114,8 @@ class Reading:
         weight_rows: ``[len(WEIGHT_FIELDS), n]``, of the gradients' weights, same device and dtype, if the request asks
             for them or a penalty was added; else None.
         strengths: of the penalty that was added to the gradients before they were read, unscaled; None without one.
+        peers: what other ranks added to ``totals``, and to ``rows`` where whole tensors were asked for; None if nothing
+            lies on other ranks.
     """
 
     plan: Plan
@@ -93,6 +127,7 @@ class Reading:
     units: Units | None = None
     weight_rows: Tensor | None = None
     strengths: Strengths | None = None
+    peers: Peers | None = None
 
     @property
     def columns(self) -> Tensor | None:
@@ -110,10 +145,19 @@ class Reading:
     @property
     def sizes(self) -> list[int]:
         """Elements in each gradient."""
-        return [grad.numel() for grad in self.plan.grads.tensors]
+        return self.plan.grads.sizes
+
+    @property
+    def penalties(self) -> Tensor | None:
+        """``[n]``: what the penalty of each gradient adds to the loss; None without one."""
+        if self.weight_rows is None or self.strengths is None:
+            return None
+        return penalties(self.weight_rows, self.strengths)
 
     def after(self, clip_coef: float | Tensor, unit_coefs: Tensor | None, request: Request) -> Reading:
         """What another read would give after a multiplication, for a request of the same norm type."""
+        if self.peers is not None:
+            return self._after_on_all_ranks(clip_coef, unit_coefs, request)
         rows, units = self.rows.clone(), self.units
         if unit_coefs is not None and units is not None:
             unit_rows = units.rows.clone()
@@ -123,6 +167,30 @@ class Reading:
         elif isinstance(clip_coef, Tensor) or clip_coef != 1.0:
             map_magnitudes(rows, request, lambda magnitudes: magnitudes * clip_coef)
         return _finished(self.plan, request, rows, units, self.weight_rows, self.strengths)
+
+    def _after_on_all_ranks(self, clip_coef: float | Tensor, unit_coefs: Tensor | None, request: Request) -> Reading:
+        assert self.peers is not None
+        rows, of_all = self.rows.clone(), self.peers.rows.clone()
+        of_each = isinstance(clip_coef, Tensor) and clip_coef.dim() > 0
+        if unit_coefs is not None or (of_each and self.peers.beyond):
+            raise RankError(
+                "Chain: what is left after clipping units, or single tensors while other ranks hold others, is known "
+                "only after another read. Put a rule that looks at the total norm first. Nothing was written"
+            )
+        for of in (rows, of_all):
+            if not of_each or of is rows:
+                map_magnitudes(of, request, lambda magnitudes: magnitudes * clip_coef)
+        if of_each:
+            of_all[NORM] = reference.norm_of_norms(rows[NORM], request.norm_type)
+        peers = replace(self.peers, rows=of_all)
+        return refinished(replace(self, request=request, rows=rows, peers=peers), of_all)
+
+    def with_penalty_of(self, seen: Reading) -> Reading:
+        """The same, read anew after a penalty had been added and read."""
+        peers = self.peers
+        if peers is not None and seen.peers is not None:
+            peers = replace(peers, penalty=seen.peers.penalty)
+        return replace(self, weight_rows=seen.weight_rows, strengths=seen.strengths, peers=peers)
 
     @property
     def norm_dtype(self) -> torch.dtype:
@@ -152,18 +220,45 @@ class Reading:
 
     def check_finite(self) -> None:
         """Raises ``NonFiniteGradientError`` naming the first bad element. Synchronises."""
+        grads = self.plan.grads
+        written = "nothing was written" if self.strengths is None else "the weight penalty is in it already"
+        if self.peers is not None:
+            self._check_finite_on_all_ranks(self.peers, written)
+            return
         bad = ((self.rows[NANS] + self.rows[INFS]) > 0).nonzero()
         if not len(bad):
             return
-        grads, first = self.plan.grads, int(bad[0])
+        first = int(bad[0])
         index, value = first_nonfinite(grads.tensors[first])
         kind = "NaN" if value != value else "Inf"
         where = f"index {index}" if index else "its only element"
-        written = "nothing was written" if self.strengths is None else "the weight penalty is in it already"
         raise NonFiniteGradientError(
             f"the gradient of {grads.describe(first)} holds {kind} at {where} "
             f"({len(bad)} of {len(grads.tensors)} gradients are not finite); {written}",
             grads.label(first),
+            index,
+            value,
+        )
+
+    def _check_finite_on_all_ranks(self, peers: Peers, written: str) -> None:
+        """Every rank names the same gradient and rank; the element only the rank that has it."""
+        nans, infs = peers.rows[NANS : INFS + 1, 0].tolist()
+        if nans + infs == 0:
+            return
+        name, rank = peers.worst_of_all(self.plan.grads.name_at)
+        index: tuple[int, ...] = ()
+        value: complex = math.nan if nans else math.inf
+        where = ""
+        if rank == peers.rank:
+            place = int(peers.worst) // PLACES
+            own = list(self.plan.grads.columns).index(place)
+            index, value = first_nonfinite(self.plan.grads.tensors[own])
+            where = f" at index {index} of that rank's share"
+        kind = "NaN" if value != value else "Inf"
+        raise NonFiniteGradientError(
+            f"the gradient of {name} holds {kind} on rank {rank}{where} ({nans:.0f} NaN and {infs:.0f} Inf on all "
+            f"ranks); {written}",
+            name,
             index,
             value,
         )
@@ -248,6 +343,21 @@ def _finished(
     return Reading(plan, request, rows, totals, _on_host(totals), heads, units, weight_rows, strengths)
 
 
+def refinished(reading: Reading, rows: Tensor) -> Reading:
+    """The same with totals that come from other rows."""
+    totals, heads = _empty_totals(rows)
+    reading.plan.finish(rows, reading.request, totals, heads)
+    return replace(reading, totals=totals, on_host=_on_host(totals), heads=heads)
+
+
+def penalties(weight_rows: Tensor, strengths: Strengths) -> Tensor:
+    """``[n]``: what the penalty of each gradient adds to the loss, in the dtype of ``weight_rows``."""
+    # their derivatives are sign(w) and w
+    sums = torch.stack([weight_rows[WEIGHT_SUM_ABS], weight_rows[WEIGHT_NORM].square() / 2])
+    of_each = torch.tensor(strengths, dtype=sums.dtype).reshape(-1, 2).T.to(sums.device, non_blocking=True)
+    return torch.where(of_each != 0.0, of_each * sums, 0.0).sum(dim=0)
+
+
 def _empty_totals(rows: Tensor) -> tuple[Tensor, Tensor | None]:
     totals = rows.new_empty(len(TOTALS))
     return totals, None if known_to_host(totals) else rows.new_empty(len(HEADS), dtype=torch.float32)
@@ -273,7 +383,7 @@ def _weights_of(plan: Plan) -> list[Tensor]:
     parameters = plan.grads.parameters
     if parameters is None:
         raise ValueError("the weights of gradients are not known: pass parameters, not gradients")
-    return [parameters[i] for i in plan.grads.columns]
+    return [local(parameters[i]) for i in plan.grads.columns]
 
 
 def _read_weights(plan: Plan) -> Tensor:
@@ -346,6 +456,7 @@ class Worst(NamedTuple):
     max_abs: float | None
     nans: int
     infs: int
+    rank: int | None = None
 
 
 @dataclass(frozen=True)
@@ -366,6 +477,11 @@ class GradStats:
         norm_type: the p of the norms.
         weight_norms, weight_max_abs, weight_sum_abs: ``[n]``, dtype of ``total_norm``: 2-norm, largest magnitude and
             sum of magnitudes of each gradient's weight, NaN if it holds one; None where they were not asked for.
+        ranks: ``[n]`` int64: where gradients lie on several ranks, the one whose share of each looks worst; else None.
+            :func:`fastclip.grad_stats` tells of whole gradients, a wrapper's ``last_stats`` of this rank's shares,
+            beside the ``total_norm`` and ``found_inf`` of all.
+        peers: what other ranks added; None if nothing lies on other ranks.
+        name_at: place in the caller's list -> name, for what other ranks say.
     """
 
     total_norm: Tensor
@@ -381,6 +497,9 @@ class GradStats:
     weight_norms: Tensor | None = None
     weight_max_abs: Tensor | None = None
     weight_sum_abs: Tensor | None = None
+    ranks: Tensor | None = None
+    peers: Peers | None = None
+    name_at: Callable[[int], str] | None = None
 
     @property
     def max_abs(self) -> Tensor | None:
@@ -400,13 +519,17 @@ class GradStats:
             "weight_norm": self.weight_norms,
             "weight_max_abs": self.weight_max_abs,
             "weight_sum_abs": self.weight_sum_abs,
+            "rank": self.ranks,
         }
         given = {name: row for name, row in rows.items() if row is not None}
         columns = torch.stack([row.to(wide_dtype(row.device)) for row in given.values()])
         total = self.total_norm.to(columns.dtype).expand(len(given), 1)
         table = torch.cat([columns, total], dim=1).tolist()
         host = dict(zip(given, (row[:-1] for row in table), strict=True))
-        return {**host, "total_norm": [table[0][-1]]}
+        of_all = [sum(host["nans"]), sum(host["infs"])]
+        if self.peers is not None:
+            of_all = self.peers.rows[NANS : INFS + 1, 0].tolist()
+        return {**host, "total_norm": [table[0][-1]], "of_all": of_all}
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as Python numbers. Synchronises once.
@@ -414,7 +537,7 @@ class GradStats:
         Returns:
             ``total_norm``, ``found_inf``, ``nans``, ``infs`` (sums), ``max_abs`` and ``zeros`` with extras, and
             ``tensors``: name -> the same of each gradient, with its ``size``; with weights also ``weight_norm``,
-            ``weight_max_abs`` and ``weight_sum_abs``.
+            ``weight_max_abs`` and ``weight_sum_abs``, and of sharded ones ``rank``, as in ``ranks``.
         """
         host = self._host()
         extras = "max_abs" in host
@@ -425,8 +548,9 @@ class GradStats:
             if extras:
                 facts |= {"max_abs": host["max_abs"][i], "zeros": int(host["zeros"][i])}
             facts |= {key: values[i] for key, values in host.items() if key.startswith("weight_")}
+            facts |= {key: int(host[key][i]) for key in ("rank",) if key in host}
             per_tensor[name] = facts
-        nans, infs = int(sum(host["nans"])), int(sum(host["infs"]))
+        nans, infs = map(int, host["of_all"])
         total: dict[str, Any] = {
             "total_norm": host["total_norm"][0],
             "norm_type": self.norm_type,
@@ -440,21 +564,41 @@ class GradStats:
         return {**total, "tensors": per_tensor}
 
     def worst(self, k: int = 5) -> list[Worst]:
-        """The ``k`` gradients to look at first: those with NaN, then with Inf, then by norm. Synchronises once."""
+        """The ``k`` gradients to look at first: those with NaN, then with Inf, then by norm. Synchronises once.
+
+        Where gradients lie on several ranks each comes with the rank whose share looks worst. If the rows tell of this
+        rank's shares alone and the worst of all is elsewhere, it comes first, with the counts of all ranks.
+        """
         return self._worst(self._host(), k)
 
     def _worst(self, host: dict[str, list[float]], k: int) -> list[Worst]:
-        largest = host.get("max_abs")
+        largest, ranks = host.get("max_abs"), host.get("rank")
         lines = [
-            Worst(name, norm, None if largest is None else largest[i], int(host["nans"][i]), int(host["infs"][i]))
+            Worst(
+                name,
+                norm,
+                None if largest is None else largest[i],
+                int(host["nans"][i]),
+                int(host["infs"][i]),
+                None if ranks is None else int(ranks[i]),
+            )
             for i, (name, norm) in enumerate(zip(self.names, host["norms"], strict=True))
         ]
+        lines += self._elsewhere(host)
         lines.sort(key=lambda w: (w.nans > 0, w.infs > 0, -math.inf if w.norm != w.norm else w.norm), reverse=True)
         return lines[:k]
 
+    def _elsewhere(self, host: dict[str, list[float]]) -> list[Worst]:
+        """A gradient with NaN or Inf of which only another rank's rows tell."""
+        nans, infs = map(int, host["of_all"])
+        if self.peers is None or self.name_at is None or self.peers.tensors_worst is not None or nans + infs == 0:
+            return []
+        name, rank = self.peers.worst_of_all(self.name_at)
+        return [] if rank == self.peers.rank else [Worst(name, math.nan if nans else math.inf, None, nans, infs, rank)]
+
     def __str__(self) -> str:
         host = self._host()
-        nans, infs = int(sum(host["nans"])), int(sum(host["infs"]))
+        nans, infs = map(int, host["of_all"])
         state = f"{nans} NaN, {infs} Inf" if nans + infs else "all finite"
         lines = [
             f"{len(self.names)} gradients, {sum(self.sizes):,} elements: "
@@ -471,6 +615,8 @@ class GradStats:
                 line += f"  weight norm {weights[w.name]:<12.6g}"
             if w.nans or w.infs:
                 line += f"  {w.nans} NaN, {w.infs} Inf"
+            if w.rank is not None:
+                line += f"  on rank {w.rank}"
             lines.append(line.rstrip())
         if len(self.names) > len(worst):
             lines.append(f"  ... and {len(self.names) - len(worst)} more")
@@ -480,9 +626,17 @@ class GradStats:
 def stats_of(reading: Reading) -> GradStats:
     """What callers see of a reading."""
     grads = reading.plan.grads
-    sizes = [grad.numel() for grad in grads.tensors]
     names = [grads.label(i) for i in range(len(grads.tensors))]
-    return stats_from(reading.rows, reading.total_norm, reading.request, sizes, names, reading.weight_rows)
+    return stats_from(
+        reading.rows,
+        reading.total_norm,
+        reading.request,
+        reading.sizes,
+        names,
+        reading.weight_rows,
+        reading.peers,
+        grads.name_at,
+    )
 
 
 def stats_from(
@@ -492,14 +646,22 @@ def stats_from(
     sizes: list[int],
     names: list[str],
     weight_rows: Tensor | None,
+    peers: Peers | None = None,
+    name_at: Callable[[int], str] | None = None,
 ) -> GradStats:
     """The same of a reading whose gradients are gone."""
     dtype, extras = total_norm.dtype, request.extras
     nans, infs = rows[NANS].to(torch.int64), rows[INFS].to(torch.int64)
+    found = nans.sum() + infs.sum() if peers is None else peers.rows[NANS : INFS + 1].sum()
+    ranks = None
+    if peers is not None:
+        ranks = torch.full_like(nans, peers.rank)
+        if peers.tensors_worst is not None:
+            ranks = peers.tensors_worst.to(torch.int64) % PLACES
     return GradStats(
         total_norm=total_norm,
         tensor_norms=narrowed(rows[NORM], dtype),
-        found_inf=(nans.sum() + infs.sum() > 0).to(torch.float32),
+        found_inf=(found > 0).to(torch.float32),
         nans=nans,
         infs=infs,
         tensor_max_abs=rows[MAX_ABS].to(dtype, copy=True) if extras else None,
@@ -510,4 +672,7 @@ def stats_from(
         weight_norms=narrowed(weight_rows[WEIGHT_NORM], dtype) if weight_rows is not None else None,
         weight_max_abs=narrowed(weight_rows[WEIGHT_MAX_ABS], dtype) if weight_rows is not None else None,
         weight_sum_abs=narrowed(weight_rows[WEIGHT_SUM_ABS], dtype) if weight_rows is not None else None,
+        ranks=ranks,
+        peers=peers,
+        name_at=name_at,
     )

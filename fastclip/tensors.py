@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ class Grads:
         noun: how the caller's list is called in messages.
         native: the native core's table over exactly these tensors, made on the way; None without one.
         parameters: the caller's list, where it holds parameters.
+        wholes: the caller's gradients, where some of them are sharded (DTensor): ``tensors`` then holds this rank's
+            share of those.
     """
 
     tensors: list[Tensor]
@@ -45,6 +48,7 @@ class Grads:
     noun: str = "parameters"
     native: Any = None
     parameters: list[Tensor] | None = None
+    wholes: list[Tensor] | None = None
 
     @property
     def columns(self) -> Sequence[int]:
@@ -53,13 +57,102 @@ class Grads:
 
     def label(self, index: int) -> str:
         """The name of gradient ``index`` in words that the caller knows."""
-        position = index if self.positions is None else self.positions[index]
+        return self.name_at(index if self.positions is None else self.positions[index])
+
+    def name_at(self, position: int) -> str:
+        """The name of what stood at ``position`` in the caller's list."""
         return self.names[position] if self.names is not None else f"{self.noun}[{position}]"
 
+    def whole(self, index: int) -> Tensor:
+        """Gradient ``index`` as the caller has it, of its full shape."""
+        return self.tensors[index] if self.wholes is None else self.wholes[index]
+
+    @property
+    def may_be_sharded(self) -> bool:
+        """Whether something that the caller listed lies on several ranks."""
+        if self.native is not None and not self.native.refused:
+            listed = self.parameters  # a parameter without a gradient is unknown to the native core
+            return listed is not None and len(listed) > len(self.tensors) and any_sharded(listed)
+        return self.wholes is not None or any_sharded(self.tensors if self.parameters is None else self.parameters)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Elements in each gradient, on all ranks together."""
+        return [grad.numel() for grad in (self.tensors if self.wholes is None else self.wholes)]
+
     def describe(self, index: int) -> str:
-        grad = self.tensors[index]
+        grad = self.whole(index)
         kind = f", {grad.layout}" if grad.layout != torch.strided else ""
+        if is_sharded(grad):
+            kind = f", {', '.join(map(str, placements_of(grad)))}"
         return f"{self.label(index)} ({grad.dtype}, shape {tuple(grad.shape)}, {grad.device}{kind})"
+
+
+def sharded_class() -> Any:
+    """The class of tensors that lie on several ranks; None as long as nobody has imported it: then there are none."""
+    return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+
+
+def any_sharded(tensors: Iterable[Tensor]) -> bool:
+    """Whether one of them lies on several ranks."""
+    cls = sharded_class()
+    return cls is not None and any(issubclass(kind, cls) for kind in set(map(type, tensors)))
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor lies on several ranks, whatever its placements."""
+    cls = sharded_class()
+    return cls is not None and isinstance(tensor, cls)
+
+
+def placements_of(tensor: Any) -> tuple[Any, ...]:
+    """One for each dimension of the mesh of a sharded tensor."""
+    placements: tuple[Any, ...] = tensor.placements
+    return placements
+
+
+def local(tensor: Any) -> Tensor:
+    """This rank's share of a sharded tensor, in shared memory; any other tensor itself."""
+    if not is_sharded(tensor):
+        whole: Tensor = tensor
+        return whole
+    with torch.no_grad():
+        return _share(tensor)
+
+
+def _share(tensor: Any) -> Tensor:
+    """Of a sharded tensor; without autograd."""
+    own: Tensor = tensor.to_local()
+    return own if type(own) is Tensor else _arrived(own)
+
+
+def _arrived(share: Any) -> Tensor:
+    """A collective that makes it may be under way."""
+    arrived: Tensor = share.wait() if hasattr(share, "wait") else share
+    return arrived
+
+
+def _settled(grad: Any, parameter: Any) -> Tensor:
+    """A gradient that lies as its parameter does; without one, a gradient without open sums.
+
+    Shares that only together are the gradient (Partial) have no norms that could be joined, and the optimizer would ask
+    for the sum anyway.
+    """
+    placements = placements_of(grad)
+    if parameter is not None:
+        wanted = placements_of(parameter)
+    elif any(placement.is_partial() for placement in placements):
+        from torch.distributed.tensor import Replicate, Shard
+
+        closed: Any = Shard(0) if grad.dim() else Replicate()  # as little as possible is moved
+        wanted = tuple(closed if placement.is_partial() else placement for placement in placements)
+    else:
+        wanted = placements
+    if wanted == placements:
+        settled: Tensor = grad
+        return settled
+    settled = grad.redistribute(placements=wanted)
+    return settled
 
 
 def _listed(tensors: TensorOrTensors, noun: str) -> list[Tensor]:
@@ -96,12 +189,27 @@ def _gather(listed: list[Tensor], take_grad: bool) -> tuple[list[Tensor], list[i
     return grads, None if in_order else positions, None
 
 
-def _gathered(listed: list[Tensor], take_grad: bool, noun: str, names: Sequence[str] | None = None) -> Grads:
+def _gathered(
+    listed: list[Tensor], take_grad: bool, noun: str, names: Sequence[str] | None = None, adopt: bool = False
+) -> Grads:
+    """With ``adopt`` a gradient that lies otherwise than its parameter is replaced, there, by one that doesn't."""
     try:
         grads, positions, native = C.gather(listed, take_grad) if C is not None else _gather(listed, take_grad)
     except TypeError as error:
         raise TypeError(f"{noun}: {error}") from None
-    return Grads(grads, positions, names, noun, native, listed if take_grad else None)
+    parameters, cls = listed if take_grad else None, sharded_class()
+    if (native is not None and not native.refused) or not any_sharded(grads):  # what it takes is plain memory
+        return Grads(grads, positions, names, noun, native, parameters)
+    wholes, shares = list(grads), list(grads)
+    with torch.no_grad():
+        for i, position in enumerate(range(len(grads)) if positions is None else positions):
+            if not isinstance(grads[i], cls):
+                continue
+            wholes[i] = _settled(grads[i], listed[position] if take_grad else None)
+            shares[i] = _share(wholes[i])
+            if adopt and wholes[i] is not grads[i]:
+                listed[position].grad = wholes[i]
+    return Grads(shares, positions, names, noun, None, parameters, wholes)
 
 
 def grads_of(parameters: TensorOrTensors) -> Grads:
@@ -115,7 +223,12 @@ def grads_of(parameters: TensorOrTensors) -> Grads:
     Warns when nothing has a gradient and nothing requires one: gradients were passed by mistake.
     """
     listed = _listed(parameters, "parameters")
-    grads = _gathered(listed, True, "parameters")
+    grads = _gathered(listed, True, "parameters", adopt=True)
+    if not grads.tensors and any(hasattr(p, "ds_id") for p in listed):
+        raise TypeError(
+            "parameters: DeepSpeed's ZeRO keeps the gradients of these to itself, and clips them in its own step: set "
+            '"gradient_clipping" in its config instead'
+        )
     if not grads.tensors and listed and not any(p.requires_grad for p in listed):
         warnings.warn(
             f"none of the {len(listed)} tensors has a .grad and none requires one, so nothing was clipped: "
@@ -158,7 +271,7 @@ def grads_of_groups(groups: list[tuple[int, dict[str, Any]]]) -> tuple[Grads, bo
     """
     names = GroupNames(groups)
     listed = names.parameters
-    grads = _gathered(listed, True, "param_groups", names)
+    grads = _gathered(listed, True, "param_groups", names, adopt=True)
     if len(grads.tensors) == len(listed):
         return grads, False
     return grads, sum(parameter.grad is not None for parameter in listed) > len(grads.tensors)
@@ -219,8 +332,8 @@ def unserved(grad: Tensor) -> str:
         return f"{grad.dtype} gradients have no norm"
     if grad.is_quantized or grad.is_nested or grad.layout not in LAYOUTS:
         return f"tensors that are quantized, nested or of layout {grad.layout} are not served"
-    if type(grad).__name__ == "DTensor":
-        return "sharded gradients (DTensor) are not served; pass local tensors"
+    if is_sharded(grad):
+        return "a sharded gradient (DTensor) is served through this rank's share of it, which torch.compile doesn't see"
     return ""
 
 

@@ -210,6 +210,11 @@ class NonFiniteGradientError(FastclipError, RuntimeError):
         self.tensor, self.index, self.value = tensor, index, value
 
 
+class RankError(FastclipError, RuntimeError):
+    """The ranks of a job can't join what they have read: there is no process group between them, they were given
+    different lists, or one of them has failed. Nothing was written, on any of them."""
+
+
 class SkipLimitError(FastclipError, RuntimeError):
     """So many steps in a row were skipped that this is no training any more. The last one was skipped too."""
 

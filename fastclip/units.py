@@ -42,7 +42,7 @@ def unit_dims(grads: Grads, units: str | tuple[int, ...]) -> list[tuple[int, ...
     for index, grad in enumerate(grads.tensors):
         rank = grad.dim()
         if units == "in" or rank not in of_rank:  # the others depend on nothing but the rank
-            of_rank[rank] = _dims(grads, index, grad.shape, units)
+            of_rank[rank] = _dims(grads, index, grads.whole(index).shape, units)
         found.append(of_rank[rank])
     return found
 

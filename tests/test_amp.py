@@ -1234,7 +1234,7 @@ def test_a_number_keeps_its_bits_where_the_device_decides_about_the_step(far) ->
     """A coefficient that the host knows is not rounded to float32 on its way into a selection on the device."""
     p = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
     p.grad = torch.full((3,), 2.0, dtype=torch.float64)
-    (finding,) = fastclip.clipping.examine(
+    (finding,), _ = fastclip.clipping.examine(
         [(fastclip.tensors.grads_of([p]), fastclip.policies.GlobalNorm(1.0))], "skip"
     )
     verdict = finding.decide()

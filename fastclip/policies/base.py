@@ -45,6 +45,9 @@ class Policy:
         per_tensor: whether they are about single gradients, so that they fit only the same parameters.
         writes: whether it may ever ask for more than statistics.
         clamps: whether it may clamp elements, which complex ones have no order for.
+        total_only: whether it looks at totals, units and largest magnitudes alone, and not at the norms of single
+            gradients. Of sharded gradients then only totals have to be joined. A subclass with a ``decide`` of its own
+            says it anew.
     """
 
     norm_type: float = 2.0
@@ -52,6 +55,12 @@ class Policy:
     per_tensor: bool = False
     writes: bool = True
     clamps: bool = False
+    total_only: bool = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "decide" in vars(cls) and "total_only" not in vars(cls):
+            cls.total_only = False
 
     def request(self) -> Request:
         """What the read of this step shall yield; called once a step, before it."""

@@ -38,6 +38,7 @@ class Chain(Policy):
         self.policies = policies
         self.norm_type = policies[0].norm_type
         self.clamps = policies[-1].clamps
+        self.total_only = all(policy.total_only for policy in policies)
         self.per_tensor = any(policy.per_tensor for policy in policies)
 
     def request(self) -> Request:

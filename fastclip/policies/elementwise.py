@@ -18,6 +18,7 @@ class Value(Policy):
     """
 
     clamps = True
+    total_only = True
 
     def __init__(self, clip_value: float = 1.0) -> None:
         self.clip_value = number("clip_value", clip_value)

@@ -29,6 +29,8 @@ class GlobalNorm(Policy):
     Source: Pascanu et al. 2013, arXiv:1211.5063; torch.nn.utils.clip_grad_norm_.
     """
 
+    total_only = True
+
     def __init__(self, max_norm: Bound = 1.0, *, norm_type: float = 2.0, eps: float = 1e-6) -> None:
         self.norm_type = norm_type_number(norm_type)
         self.eps = number("eps", eps)

@@ -71,6 +71,8 @@ class Percentile(Windowed):
     Source: AutoClip, Seetharaman et al. 2020, arXiv:2007.14469.
     """
 
+    total_only = True
+
     def __init__(self, percentile: float = 10.0, *, window: int = 10_000, eps: float = 1e-6) -> None:
         super().__init__(percentile, window)
         self.eps = number("eps", eps)

@@ -26,6 +26,8 @@ class SkipLarge(Learner):
     Source: Chen et al. 2018 (RNMT+), arXiv:1804.09849.
     """
 
+    total_only = True
+
     def __init__(self, k: float = 4.0, *, alpha: float = 0.97, warmup: int = 25, floor: float = 0.05) -> None:
         super().__init__(alpha, warmup)
         self.k, self.floor = positive("k", k), number("floor", floor)
@@ -52,6 +54,8 @@ class SkipAboveMedian(Windowed):
 
     Source: the rule of OLMo-core's skip-step optimizers, which keep NaN in their window.
     """
+
+    total_only = True
 
     def __init__(self, factor: float = 10.0, *, window: int = 128, warmup: int = 16) -> None:
         super().__init__(50.0, window)

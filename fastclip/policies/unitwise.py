@@ -31,6 +31,8 @@ class Unitwise(Policy):
     Source: AGC, Brock et al. 2021, arXiv:2102.06171.
     """
 
+    total_only = True
+
     def __init__(
         self,
         clip_factor: float = 0.01,

@@ -30,6 +30,8 @@ class ZScore(Learner):
     Source: ZClip, Kumar et al. 2025, arXiv:2504.02507.
     """
 
+    total_only = True
+
     def __init__(
         self,
         z_threshold: float = 2.5,
