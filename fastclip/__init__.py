@@ -14,6 +14,7 @@ from fastclip.functional import (
 from fastclip.guard import Guard
 from fastclip.ladder import Event, LossWatch, Rollback, SpikeBackoff
 from fastclip.optim import ClippedOptimizer, attach, clipped
+from fastclip.patching import patch
 from fastclip.stats import GradStats
 from fastclip.types import (
     BackendUnavailableError,
@@ -49,4 +50,5 @@ __all__ = [
     "clipped",
     "get_total_norm",
     "grad_stats",
+    "patch",
 ]

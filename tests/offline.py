@@ -1,0 +1,31 @@
+"""Imported before a framework: none of them looks for a network, or writes into the home folder."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import matplotlib
+
+HOME = Path(tempfile.gettempdir()) / f"fastclip-tests-{os.getuid()}"
+
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HOME": str(HOME / "huggingface"),
+    "KERAS_BACKEND": "torch",
+    "KERAS_HOME": str(HOME / "keras"),
+    "YOLO_OFFLINE": "true",
+    "YOLO_CONFIG_DIR": str(HOME / "yolo"),
+    "YOLO_AUTOINSTALL": "false",
+    "DS_ACCELERATOR": "cpu",
+}
+os.environ.update(ENVIRONMENT)
+
+
+def font_for_ultralytics() -> None:
+    """It looks for this one whenever it reads a data set, and would download it."""
+    font = HOME / "yolo" / "Ultralytics" / "Arial.ttf"
+    font.parent.mkdir(parents=True, exist_ok=True)
+    if not font.exists():
+        shutil.copy(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", font)
