@@ -1,22 +1,20 @@
-"""torchvision on a CPU build of torch, for what needs it installed and calls little of it.
+"""torchvision beside a CPU build of torch, for what imports it and calls little of it.
 
-The wheel's C++ library loads only beside the CUDA build of torch, and without it ``import torchvision`` fails: it
-describes operators to torch that nobody has defined. Defined here first, they let it in.
+Its wheel on PyPI has a C++ library that loads only beside the CUDA build of torch. Without that, ``import torchvision``
+fails: it describes operators to torch that nobody has defined. It also stops others from being imported, which use
+torchvision wherever it is installed; so ``make`` installs it into a folder apart, and only :func:`admit` lets it in.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
+import importlib.util
+import sys
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-# ultralytics calls nms; the others need only be there.
-DESCRIBED = (
-    *("qnms", "roi_align", "_roi_align_backward", "qroi_align", "roi_pool", "_roi_pool_backward"),
-    *("ps_roi_align", "_ps_roi_align_backward", "ps_roi_pool", "_ps_roi_pool_backward"),
-    *("deform_conv2d", "_deform_conv2d_backward"),
-)
+APART = Path(sys.prefix) / "torchvision"
 
 _library: list[torch.library.Library] = []  # its definitions live as long as it does
 
@@ -37,12 +35,15 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
 
 
 def admit() -> None:
-    """Call it before anything imports torchvision. Where its own library loads, it leaves all to that one."""
-    if _library or torch.version.cuda is not None or importlib.metadata.version("torchvision").endswith("+cpu"):
+    """Makes torchvision importable, with ``nms`` as its only operator, unless it is already."""
+    if importlib.util.find_spec("torchvision") is not None:
         return
+    sys.path.append(str(APART))
     library = torch.library.Library("torchvision", "DEF")
     library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     library.impl("nms", nms, "CPU")
-    for name in DESCRIBED:
-        library.define(f"{name}(Tensor input) -> Tensor")
+    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")  # described, never called
     _library.append(library)
+    import torchvision.extension
+
+    torchvision.extension._has_ops = lambda: True

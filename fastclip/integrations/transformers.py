@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any, ClassVar
 
@@ -41,7 +42,7 @@ class ClippedTrainer:
         trainer: Any = self
         optimizer = super().create_optimizer(model)  # type: ignore[misc]
         if reports_of(optimizer) is None:
-            settings = dict(self.clipping)
+            settings = copy.deepcopy(self.clipping)
             if not settings.keys() & {"max_norm", "policy"}:
                 settings["max_norm"] = trainer.args.max_grad_norm or math.inf
             trainer.optimizer = ClippedOptimizer(optimizer, **settings)

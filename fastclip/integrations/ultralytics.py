@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, ClassVar
 
 from fastclip.integrations.facts import facts, reports_of
@@ -26,7 +27,7 @@ class ClippedTrainer:
     def build_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Wraps what the trainer builds."""
         optimizer = super().build_optimizer(*args, **kwargs)  # type: ignore[misc]
-        return optimizer if reports_of(optimizer) is not None else ClippedOptimizer(optimizer, **self.clipping)
+        return optimizer if reports_of(optimizer) is not None else ClippedOptimizer(optimizer, **copy.deepcopy(self.clipping))
 
     def optimizer_step(self) -> None:
         """As the trainer's own, without its passes over the gradients."""
