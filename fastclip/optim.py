@@ -43,6 +43,11 @@ def _check_optimizer(optimizer: Any) -> None:
                 f"optimizer: {cls.__name__} of {cls.__module__.split('.')[0]} is around it already, and decides when "
                 f"it steps. Put fastclip inside: {FOREIGN[cls.__name__]}"
             )
+    if type(optimizer).__module__.split(".")[0] == "deepspeed" and hasattr(optimizer, "optimizer"):
+        raise TypeError(
+            f"optimizer: {type(optimizer).__name__} of deepspeed scales, shards and clips the gradients by itself: set "
+            "gradient_clipping in DeepSpeed's own configuration"
+        )
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
 

@@ -42,6 +42,7 @@ FLOORS = {
     "boundary": 7,
     "patching": 7,
     "record": 7,
+    "sharded": 7,
     "amp": 7,
     "guard": 8,
     "optim": 9,
