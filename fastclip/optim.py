@@ -46,7 +46,7 @@ def _check_optimizer(optimizer: Any) -> None:
     if type(optimizer).__module__.split(".")[0] == "deepspeed" and hasattr(optimizer, "optimizer"):
         raise TypeError(
             f"optimizer: {type(optimizer).__name__} of deepspeed scales, shards and clips the gradients by itself: set "
-            "gradient_clipping in DeepSpeed's own configuration"
+            "gradient_clipping in its own configuration"
         )
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")

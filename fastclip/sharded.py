@@ -15,8 +15,8 @@ def check_not_in_zero() -> None:
     while frame is not None:
         if str(frame.f_globals.get("__name__")).startswith(ZERO):
             raise RuntimeError(
-                "DeepSpeed's ZeRO steps its optimizer group by group, and on each rank with a part of the gradients, so "
-                "that no norm found here would be that of all. Give it the bare optimizer, and set gradient_clipping in "
-                "DeepSpeed's own configuration. No step was made"
+                "DeepSpeed's ZeRO steps its optimizer group by group, and on each rank with a part of the gradients: "
+                "no norm found here is that of all. Give it the bare optimizer, and set gradient_clipping in its own "
+                "configuration. No step was made"
             )
         frame = frame.f_back

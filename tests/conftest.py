@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import offline  # noqa: F401  # before any framework
 import pytest
 import torch
 from hypothesis import HealthCheck, settings

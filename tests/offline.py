@@ -1,12 +1,10 @@
-"""Imported before a framework: none of them looks for a network, or writes into the home folder."""
+"""Imported by conftest.py, so before any framework: none looks for a network, or writes into the home folder."""
 
 import os
 import shutil
 import socket
 import tempfile
 from pathlib import Path
-
-import matplotlib
 
 HOME = Path(tempfile.gettempdir()) / f"fastclip-tests-{os.getuid()}"
 
@@ -26,6 +24,8 @@ os.environ.update(ENVIRONMENT)
 
 def font_for_ultralytics() -> None:
     """It looks for this one whenever it reads a data set, and would download it."""
+    import matplotlib
+
     font = HOME / "yolo" / "Ultralytics" / "Arial.ttf"
     font.parent.mkdir(parents=True, exist_ok=True)
     if not font.exists():
@@ -37,3 +37,8 @@ def free_port() -> int:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]
         return port
+
+
+def inherited() -> dict[str, str]:
+    """This process's environment without what forces a backend."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("FASTCLIP_")}

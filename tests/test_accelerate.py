@@ -1,7 +1,6 @@
 """fastclip inside what ``accelerator.prepare`` gives back, against accelerate's own clipping."""
 
 import accelerate
-import offline  # noqa: F401
 import pytest
 import torch
 from accelerate.tracking import GeneralTracker
@@ -25,9 +24,7 @@ class Run:
     """A training under accelerate; ``wrap`` puts fastclip inside, else accelerate clips."""
 
     def __init__(self, wrap, accumulation=1, fused=False, log_with=None):
-        self.accelerator = accelerate.Accelerator(
-            cpu=True, gradient_accumulation_steps=accumulation, log_with=log_with
-        )
+        self.accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=accumulation, log_with=log_with)
         self.clips = not wrap
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(6, 12), torch.nn.Tanh(), torch.nn.Linear(12, 6))

@@ -4,7 +4,6 @@ import logging
 import math
 from pathlib import Path
 
-import offline  # noqa: F401
 import lightning
 import pandas
 import pytest
@@ -23,8 +22,8 @@ pytestmark = [
     ),
     pytest.mark.filterwarnings(
         # said of every training on a few small batches
-        "ignore:The '.*' does not have many workers:lightning.pytorch.utilities.warnings.PossibleUserWarning",
-        "ignore:The number of training batches .* is smaller than the logging interval:lightning.pytorch.utilities.warnings.PossibleUserWarning",
+        "ignore:The '.*' does not have many workers:UserWarning",
+        "ignore:The number of training batches .* is smaller than the logging interval:UserWarning",
     ),
 ]
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -97,7 +96,9 @@ def test_it_equals_gradient_clip_val(tmp_path, way, own):
     theirs = trained(tmp_path, Module(**own), gradient_clip_val=MAX_NORM, **accumulation)
     ours = trained(tmp_path, **way(**own), **accumulation)
     assert_alike(ours, theirs)
-    assert not torch.allclose(weights(trained(tmp_path, Module(**own), **accumulation))[0], weights(theirs)[0], atol=1e-3)
+    assert not torch.allclose(
+        weights(trained(tmp_path, Module(**own), **accumulation))[0], weights(theirs)[0], atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
@@ -126,7 +127,7 @@ def test_16_mixed(tmp_path, way, fused):
 
     def short():
         # "16-mixed" by name would become bf16 on a CPU. A fused step rounds in another way, and after some steps a
-        # weight that is cast to 16 bits goes up instead of down. The first step of Adam shows its gradient if eps is large.
+        # weight that is cast to 16 bits goes up instead of down. Adam's first step shows its gradient if eps is large.
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
         return {"plugins": [MixedPrecision("16-mixed", "cpu", scaler)], "max_steps": 1 if fused else 15}
 

@@ -106,7 +106,12 @@ def test_the_history_tells():
 
 @pytest.mark.parametrize(
     "callback",
-    [Clip(), Clip(0.5, nonfinite="zero", skip_limit=None), Clip(policy="ZScore"), Clip(policy=policies.ZScore(warmup=3))],
+    [
+        Clip(),
+        Clip(0.5, nonfinite="zero", skip_limit=None),
+        Clip(policy="ZScore"),
+        Clip(policy=policies.ZScore(warmup=3)),
+    ],
     ids=["defaults", "settings", "by name", "object"],
 )
 def test_the_callback_clones_and_pickles(callback):

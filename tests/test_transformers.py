@@ -2,7 +2,6 @@
 
 import math
 
-import offline  # noqa: F401  # before transformers
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
@@ -154,9 +153,7 @@ def test_a_bad_step_is_skipped_and_logged(tmp_path):
 def test_save_and_resume(tmp_path, cls, optimizer):
     saving = {"save_strategy": "steps", "save_steps": 7, "max_grad_norm": MAX_NORM}
     whole = trained(tmp_path / "whole", cls, optimizer, **saving)
-    resumed = trained(
-        tmp_path / "resumed", cls, optimizer, resume=str(tmp_path / "whole" / "checkpoint-7"), **saving
-    )
+    resumed = trained(tmp_path / "resumed", cls, optimizer, resume=str(tmp_path / "whole" / "checkpoint-7"), **saving)
     torch.testing.assert_close(weights(resumed), weights(whole), atol=1e-6, rtol=0)
     assert logged(resumed, "grad_norm") == pytest.approx(logged(whole, "grad_norm"), rel=1e-4)
     assert reports_of(resumed.optimizer).steps == 5

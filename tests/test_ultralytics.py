@@ -7,7 +7,6 @@ import numpy
 import offline
 import pytest
 import torch
-
 from fastclip.bench import torchvision_cpu
 
 offline.font_for_ultralytics()
@@ -55,7 +54,15 @@ def data(tmp_path_factory):
 
 
 def trained(data, folder, trainer, **own):
-    settings = {"epochs": EPOCHS, "imgsz": 64, "batch": BATCH, "nbs": BATCH, "workers": 0, "device": "cpu", "amp": False}
+    settings = {
+        "epochs": EPOCHS,
+        "imgsz": 64,
+        "batch": BATCH,
+        "nbs": BATCH,
+        "workers": 0,
+        "device": "cpu",
+        "amp": False,
+    }
     settings |= {"plots": False, "verbose": False, "optimizer": "SGD", "lr0": LR, "warmup_epochs": 0, "exist_ok": True}
     model = YOLO("yolov8n.yaml", verbose=False)
     model.train(data=str(data), project=str(folder), name="run", trainer=trainer, **settings | own)

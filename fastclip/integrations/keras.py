@@ -45,7 +45,9 @@ class KerasGuard(Reports):
             apply(grads, trainable_variables)
             if self._skipped and not optimizer.gradient_accumulation_steps:
                 optimizer._iterations.assign_sub(1)
-            elif self._skipped:  # here it counts batches, and Keras empties what it gathered by a product: 0 x NaN = NaN
+            elif (
+                self._skipped
+            ):  # here it counts batches, and Keras empties what it gathered by a product: 0 x NaN = NaN
                 with torch.no_grad():
                     for gathered in optimizer._accumulated_gradients:
                         if gathered is not None:

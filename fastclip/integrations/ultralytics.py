@@ -27,7 +27,11 @@ class ClippedTrainer:
     def build_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Wraps what the trainer builds."""
         optimizer = super().build_optimizer(*args, **kwargs)  # type: ignore[misc]
-        return optimizer if reports_of(optimizer) is not None else ClippedOptimizer(optimizer, **copy.deepcopy(self.clipping))
+        return (
+            optimizer
+            if reports_of(optimizer) is not None
+            else ClippedOptimizer(optimizer, **copy.deepcopy(self.clipping))
+        )
 
     def optimizer_step(self) -> None:
         """As the trainer's own, without its passes over the gradients."""
