@@ -3,8 +3,11 @@
 import inspect
 import threading
 
+import keras
 import pytest
+import pytorch_optimizer.optimizer.sam
 import torch
+from skorch.callbacks import GradientNormClipping
 
 import fastclip
 from fastclip.patching import PLACES, THEIRS
@@ -150,3 +153,36 @@ def test_compiled_code_is_reached():
     with fastclip.patch():
         assert float(step(p)) == pytest.approx(5e20)
         assert p.grad.tolist() == pytest.approx([0.6, 0.8])
+
+
+def through_skorch(p):
+    GradientNormClipping(1.0).on_grad_computed(None, named_parameters=[("p", p)])
+
+
+def through_pytorch_optimizer(p):
+    pytorch_optimizer.optimizer.sam.clip_grad_norm_([p], 1.0)
+
+
+def through_keras(p):
+    (p.grad,) = keras.optimizers.SGD(global_clipnorm=1.0)._clip_gradients([p.grad])
+
+
+def through_the_optimizers_own(p):
+    """Some optimizers clip inside of their step, by code of their own."""
+    pytorch_optimizer.Lamb([p], lr=1.0, max_grad_norm=1.0).step()
+
+
+@pytest.mark.parametrize("clip", [through_skorch, through_pytorch_optimizer, through_keras, through_the_optimizers_own])
+def test_whom_it_cannot_reach(clip, monkeypatch):
+    """They have imported the name, or have a function of their own: docs/frameworks.md has a line for each."""
+
+    def never(*args, **kwargs):
+        raise AssertionError("fastclip was reached")
+
+    monkeypatch.setattr(fastclip.functional, "clip_grad_norm_", never)
+    with fastclip.patch():
+        p = torch.nn.Parameter(torch.zeros(2))
+        p.grad = torch.tensor([3.0, 4.0])
+        clip(p)
+        with pytest.raises(AssertionError, match="fastclip was reached"):
+            through_torch(p)
