@@ -212,7 +212,8 @@ def test_an_unknown_backend_is_named_with_the_known_ones():
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+# frameworks.md is run by test_frameworks_page.py
+@pytest.mark.parametrize("page", [p for p in PAGES if p.stem != "frameworks"], ids=lambda page: page.name)
 def test_snippets_print_what_the_page_says(page):
     """Each python block runs in order, in one namespace; a text block after it is its output."""
     blocks = re.findall(r"```python\n(.*?)```(?:\s*```text\n(.*?)```)?", page.read_text(), re.DOTALL)
