@@ -115,7 +115,11 @@ def test_public_things_are_documented(name):
     assert inspect.getdoc(getattr(fastclip, name))
 
 
-@pytest.mark.parametrize("module", ["fastclip.functional", "fastclip.optim", "fastclip.amp"])
+DOCTESTS = ["fastclip.functional", "fastclip.optim", "fastclip.amp", "fastclip.patching"]
+DOCTESTS += [f"fastclip.integrations.{name}" for name in ("facts", "keras", "skorch")]
+
+
+@pytest.mark.parametrize("module", DOCTESTS)
 def test_docstring_examples_run(module):
     results = doctest.testmod(importlib.import_module(module))
     assert results.failed == 0
