@@ -341,6 +341,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     os.environ.setdefault("KERAS_BACKEND", "torch")
     os.environ.setdefault("YOLO_OFFLINE", "true")
+    os.environ.setdefault("YOLO_VERBOSE", "false")
     settings = Settings.quick() if args.quick else Settings()
     torch.set_num_threads(1)  # as ultralytics does by itself, and as on a machine with other work
     rows, failed = [], False
