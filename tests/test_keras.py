@@ -87,11 +87,19 @@ def test_last_norm_is_that_before_clipping():
     assert guard.last_stats.names == [variable.path for variable in model.trainable_weights]
 
 
-@pytest.mark.parametrize("make", [OPTIMIZERS["SGD"], OPTIMIZERS["AdamW, EMA"]], ids=["SGD", "AdamW, EMA"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        OPTIMIZERS["SGD"],
+        OPTIMIZERS["AdamW, EMA"],
+        lambda: keras.optimizers.Adam(0.01, use_ema=True, ema_overwrite_frequency=4),
+    ],
+    ids=["SGD", "AdamW, EMA", "EMA written back"],
+)
 def test_a_bad_batch_leaves_no_trace(make):
     """Weights, moments, averages and the count of steps are those of a run without it."""
     poisoned = INPUTS.copy()
-    poisoned[4:8] = math.nan
+    poisoned[12:16] = math.nan
     optimizer = make()
     guard = clip(optimizer, max_norm=0.3)
     model = model_with(optimizer)
@@ -101,12 +109,24 @@ def test_a_bad_batch_leaves_no_trace(make):
     for first in range(0, 32, 4):
         batch = slice(first, first + 4)
         model.train_on_batch(poisoned[batch], TARGETS[batch])
-        if first != 4:
+        if first != 12:
             other.train_on_batch(INPUTS[batch], TARGETS[batch])
     assert guard.skipped_steps == 1
     assert all(map(torch.equal, weights(model), weights(other)))
     both = zip(model.optimizer.variables, other.optimizer.variables, strict=True)
     assert all(torch.equal(ours.value, theirs.value) for ours, theirs in both)
+
+
+def test_a_bad_last_batch_does_not_keep_the_average_from_being_taken():
+    """``fit`` ends by writing the average into the weights."""
+    poisoned = INPUTS.copy()
+    poisoned[-1] = math.nan
+    optimizer = keras.optimizers.SGD(0.1, use_ema=True)
+    guard = clip(optimizer, max_norm=0.3)
+    model = fit(optimizer, poisoned, epochs=1)
+    assert guard.skipped_steps == 1
+    averages = [average.value for average in optimizer._model_variables_moving_average]
+    assert all(map(torch.equal, weights(model), averages))
 
 
 def test_a_bad_batch_costs_an_accumulated_step_and_no_more():

@@ -18,6 +18,14 @@ from fastclip.record import IN_A_ROW, Record, Reports, Seen
 from fastclip.stats import any_of
 from fastclip.tensors import GroupNames, grads_among
 
+# Everything that a Keras optimizer does with the gradients once it has clipped them.
+AFTER_CLIPPING = (
+    "_apply_weight_decay",
+    "_backend_update_step",
+    "_update_model_variables_moving_average",
+    "_overwrite_model_variables_with_average_value",
+)
+
 
 class KerasGuard(Reports):
     """What :func:`clip` returns: ``last_norm``, ``clip_rate``, ``skipped_steps`` and so on.
@@ -43,11 +51,10 @@ class KerasGuard(Reports):
         def guarded_apply(grads: Any, trainable_variables: Any = None) -> None:
             self._skipped = False
             apply(grads, trainable_variables)
-            if self._skipped and not optimizer.gradient_accumulation_steps:
+            skipped, self._skipped = self._skipped, False  # fit() ends with a method that is held back below
+            if skipped and not optimizer.gradient_accumulation_steps:
                 optimizer._iterations.assign_sub(1)
-            elif (
-                self._skipped
-            ):  # here it counts batches, and Keras empties what it gathered by a product: 0 x NaN = NaN
+            elif skipped:  # the count is one of batches, and Keras empties what it gathered by a product: 0 x NaN = NaN
                 with torch.no_grad():
                     for gathered in optimizer._accumulated_gradients:
                         if gathered is not None:
@@ -60,8 +67,7 @@ class KerasGuard(Reports):
         optimizer.apply = guarded_apply
         optimizer._backend_apply_gradients = guarded_update
         optimizer._clip_gradients = self.look
-        # Everything that Keras does with the gradients after it has clipped them.
-        for name in ("_apply_weight_decay", "_backend_update_step", "_update_model_variables_moving_average"):
+        for name in AFTER_CLIPPING:
             setattr(optimizer, name, self._unless_skipped(getattr(optimizer, name)))
 
     def _unless_skipped(self, method: Callable[..., None]) -> Callable[..., None]:
