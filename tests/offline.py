@@ -6,7 +6,8 @@ import socket
 import tempfile
 from pathlib import Path
 
-HOME = Path(tempfile.gettempdir()) / f"fastclip-tests-{os.getuid()}"
+# One for each worker: they would write into each other's settings.
+HOME = Path(tempfile.gettempdir()) / f"fastclip-tests-{os.getuid()}-{os.environ.get('PYTEST_XDIST_WORKER', 'alone')}"
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
