@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 demo: $(VENV)/.installed
 	$(BIN)/fastclip demo
 
-test: $(VENV)/.installed
+test: $(VENV)/.installed $(VENV)/.frameworks
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
 
 # 20,000 steps under each clipping rule, with faults thrown in; about ten minutes
@@ -37,8 +37,18 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(shell find csrc -ty
 	$(BIN)/python -m fastclip
 	touch $@
 
+# What fastclip is tested inside of. The installed package's name adds its extra without another build. ultralytics and
+# timm come by themselves: they ask for torchvision, whose wheel wants the CUDA build of torch. torchvision and DeepSpeed
+# lie in folders apart: others import either wherever it is installed.
+$(VENV)/.frameworks: $(VENV)/.installed
+	$(PIP) 'torch-fastclip[integrations]'
+	$(PIP) --no-deps ultralytics timm
+	$(PIP) --no-deps --upgrade --target $(VENV)/torchvision torchvision
+	DS_BUILD_OPS=0 $(PIP) --no-deps --no-build-isolation --upgrade --target $(VENV)/deepspeed deepspeed einops hjson msgpack
+	touch $@
+
 # The tests of every backend over the CUDA kernels, compiled for the CPU: each of a kernel's threads is a fiber.
-emulator: $(VENV)/.installed
+emulator: $(VENV)/.installed $(VENV)/.frameworks
 	FASTCLIP_CUDA=emulated $(PIP) --no-deps --upgrade --target build/emulated .
 	cd build && env -u FASTCLIP_BACKEND PYTHONPATH=emulated ../$(BIN)/python -m pytest -c ../pyproject.toml --rootdir .. \
 	-p no:cacheprovider -q -n auto --maxprocesses 4 -k "cuda or every_unit" ../tests

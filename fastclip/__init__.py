@@ -14,6 +14,7 @@ from fastclip.functional import (
 from fastclip.guard import Guard
 from fastclip.ladder import Event, LossWatch, Rollback, SpikeBackoff
 from fastclip.optim import ClipGroup, ClippedOptimizer, attach, clipped
+from fastclip.patching import patch
 from fastclip.stats import GradStats
 from fastclip.ties import mark_sharded
 from fastclip.types import (
@@ -54,4 +55,5 @@ __all__ = [
     "get_total_norm",
     "grad_stats",
     "mark_sharded",
+    "patch",
 ]

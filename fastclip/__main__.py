@@ -1,4 +1,4 @@
-"""``python -m fastclip``: what runs here and why; ``fastclip demo``; ``fastclip bench``."""
+"""``python -m fastclip``: what runs here and why; ``fastclip demo``, ``fastclip grid-search``, ``fastclip bench``."""
 
 from __future__ import annotations
 
@@ -33,12 +33,17 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command")
     commands.add_parser("info", help="versions, threads, and each backend with available or why not (the default)")
     commands.add_parser("demo", help="train a network that explodes without fastclip, on real weather", add_help=False)
+    commands.add_parser("grid-search", help="where training is stable, over lr and max_norm", add_help=False)
     commands.add_parser("bench", help="a quick table of torch's and fastclip's times here", add_help=False)
     arguments, rest = parser.parse_known_args(argv)
     if arguments.command == "demo":
         from fastclip.examples import weather
 
         return int(weather.main(rest))
+    if arguments.command == "grid-search":
+        from fastclip.examples import grid_search
+
+        return int(grid_search.main(rest))
     if arguments.command == "bench":
         from fastclip.bench import compare
 

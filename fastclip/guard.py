@@ -19,6 +19,7 @@ from fastclip.ladder import Ladder, LossWatch, Rollback, SpikeBackoff, reduced_l
 from fastclip.policies import GlobalNorm, Policy, policy_of
 from fastclip.record import IN_A_ROW, SKIPPED, STEPS, Record, Reports, Seen
 from fastclip.regularisation import Penalty
+from fastclip.sharded import check_not_in_zero
 from fastclip.stats import any_of, check_may_wait
 from fastclip.step_arguments import step_arguments_of
 from fastclip.tensors import Grads, check_groups_disjoint, grads_among, grads_of_groups
@@ -227,6 +228,8 @@ class Guard(Reports):
             shares = [(grads, policy) for grads, policy in shares if grads.tensors]
             if not shares:
                 return Clearance(True)
+        if not self._record.seen:  # a walk up the stack, at the first step only
+            check_not_in_zero()
         grad_scale, given_inf = self._given(owner)
         nonfinite = self.nonfinite
         if report is not None or given_inf is not None:

@@ -44,11 +44,11 @@ def _check_optimizer(optimizer: Any) -> None:
                 f"optimizer: {cls.__name__} of {cls.__module__.split('.')[0]} is around it already, and decides when "
                 f"it steps. Put fastclip inside: {FOREIGN[cls.__name__]}"
             )
-        if cls.__module__.startswith("deepspeed.runtime"):
-            raise TypeError(
-                f"optimizer: DeepSpeed's {cls.__name__} steps each group and rank by itself, so that no norm seen from "
-                'outside is that of all gradients. Set "gradient_clipping" in DeepSpeed\'s config instead'
-            )
+    if type(optimizer).__module__.split(".")[0] == "deepspeed" and hasattr(optimizer, "optimizer"):
+        raise TypeError(
+            f"optimizer: {type(optimizer).__name__} of deepspeed scales, shards and clips the gradients by itself: set "
+            "gradient_clipping in its own configuration"
+        )
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
+import offline  # noqa: F401  # before any framework
 import pytest
 import torch
 from hypothesis import HealthCheck, settings

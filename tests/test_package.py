@@ -43,14 +43,17 @@ FLOORS = {
     "regularisation": 6,
     "ladder": 6,
     "boundary": 7,
+    "patching": 7,
     "record": 7,
+    "sharded": 7,
     "amp": 7,
     "guard": 8,
     "optim": 9,
-    "examples": 10,
+    "integrations": 10,
+    "examples": 11,
     "bench": 10,
-    "__main__": 11,
-    "__init__": 11,
+    "__main__": 12,
+    "__init__": 12,
 }
 SAME_FLOOR = {("functional", "compiled"), ("tensors", "types"), ("_native", "types")}
 
@@ -75,7 +78,9 @@ def test_imports_point_downwards(path):
 
 
 def test_importing_fastclip_imports_no_extra():
-    code = "import sys, fastclip; print(sorted({'pandas', 'matplotlib', 'vega_datasets', 'triton'} & set(sys.modules)))"
+    extras = {"pandas", "matplotlib", "vega_datasets", "triton", "torchvision", "sklearn", "deepspeed"}
+    extras |= {"accelerate", "transformers", "lightning", "pytorch_lightning", "keras", "ultralytics", "skorch"}
+    code = f"import sys, fastclip; print(sorted({extras!r} & set(sys.modules)))"
     assert run(code) == "[]"
 
 
@@ -113,7 +118,11 @@ def test_public_things_are_documented(name):
     assert inspect.getdoc(getattr(fastclip, name))
 
 
-@pytest.mark.parametrize("module", ["fastclip.functional", "fastclip.optim", "fastclip.amp"])
+DOCTESTS = ["fastclip.functional", "fastclip.optim", "fastclip.amp", "fastclip.patching"]
+DOCTESTS += [f"fastclip.integrations.{name}" for name in ("facts", "keras", "skorch")]
+
+
+@pytest.mark.parametrize("module", DOCTESTS)
 def test_docstring_examples_run(module):
     results = doctest.testmod(importlib.import_module(module))
     assert results.failed == 0
@@ -211,7 +220,10 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 ON_RANKS = ("distributed.md",)  # whose programs run on several processes, in test_distributed.py
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if p.name not in ON_RANKS], ids=lambda page: page.name)
+# frameworks.md is run by test_frameworks_page.py
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if p.name not in (*ON_RANKS, "frameworks.md")], ids=lambda page: page.name
+)
 def test_snippets_print_what_the_page_says(page):
     """Each python block runs in order, in one namespace; a text block after it is its output."""
     blocks = re.findall(r"```python\n(.*?)```(?:\s*```text\n(.*?)```)?", page.read_text(), re.DOTALL)

@@ -1,1 +1,1 @@
-"""Runnable examples: ``python -m fastclip.examples.weather``."""
+"""Runnable examples: ``python -m fastclip.examples.weather``, ``python -m fastclip.examples.grid_search``."""

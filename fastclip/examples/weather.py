@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import math
 import statistics
 import sys
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import fastclip
+from fastclip.examples.extras import extra
 
 FEATURES = ("temp_max", "temp_min", "precipitation", "wind")
 TARGET = FEATURES.index("temp_max")
@@ -149,13 +149,7 @@ class Forecaster(nn.Module):
 
 
 def _extra(module: str) -> Any:
-    """Imports an optional dependency, and says how to get it where it is missing."""
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"the weather example needs {error.name}: pip install 'torch-fastclip[examples]'", name=error.name
-        ) from error
+    return extra(module, "weather")
 
 
 @contextlib.contextmanager

@@ -1,0 +1,66 @@
+"""Lightning: a callback that puts fastclip into the trainer's optimizers, and logs what it finds."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from fastclip.amp import GUARD
+from fastclip.guard import Guard
+from fastclip.integrations.facts import facts, reports_of
+from fastclip.optim import attach
+
+
+class Clip(Callback):  # type: ignore[misc]
+    """``Trainer(callbacks=[Clip(max_norm=1.0)])`` instead of ``Trainer(gradient_clip_val=1.0)``.
+
+    It attaches to each optimizer of the trainer while it trains; one that ``configure_optimizers`` has wrapped in
+    :class:`fastclip.ClippedOptimizer` is left as it is. After each batch ``grad_norm`` (before clipping), ``clip_rate``
+    and ``skipped_steps`` are logged, with ``/0``, ``/1``, ... behind the name where there are several optimizers. It
+    works with fused optimizers under ``precision="16-mixed"``, which ``gradient_clip_val`` refuses. What a policy has
+    learned is in the checkpoint.
+
+    Args:
+        settings: those of :func:`fastclip.attach`; each optimizer gets a policy of its own.
+
+    Raises:
+        ValueError: at the start of training, if the trainer has a ``gradient_clip_val`` too.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = settings
+        self.guards: list[Guard] = []
+        self._loaded: list[Any] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.gradient_clip_val:
+            raise ValueError(
+                f"Trainer(gradient_clip_val={trainer.gradient_clip_val}) would clip before fastclip looks: leave it out"
+            )
+        self.guards = [
+            attach(optimizer, **copy.deepcopy(self.settings))
+            for optimizer in trainer.optimizers
+            if reports_of(optimizer) is None
+        ]
+        for guard, (policy, known) in zip(self.guards, self._loaded, strict=False):
+            guard.policy.load_state_dict(policy)
+            guard.load_state_dict(known)
+        self._loaded = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
+        several = len(trainer.optimizers) > 1
+        for index, optimizer in enumerate(trainer.optimizers):
+            pl_module.log_dict({f"{k}/{index}" if several else k: v for k, v in facts(optimizer).items()})
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        for guard in self.guards:
+            if vars(guard.optimizer).get(GUARD) is guard:
+                guard.remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"guards": [(guard.policy.state_dict(), guard.state_dict()) for guard in self.guards]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._loaded = state_dict["guards"]

@@ -1,0 +1,135 @@
+"""skorch: a callback that clips and records, and scorers of stability for grid search."""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from skorch.callbacks import Callback
+
+from fastclip.guard import Guard
+from fastclip.integrations.facts import facts, reports_of
+from fastclip.ladder import Rollback, SpikeBackoff
+from fastclip.optim import attach
+from fastclip.policies import Bound, Policy
+
+SPIKE_FACTOR = 10.0
+SPIKE_WINDOW = 50
+
+
+class Clip(Callback):  # type: ignore[misc]
+    """``NeuralNetClassifier(..., callbacks=[("clip", Clip(max_norm=1.0))])`` instead of ``GradientNormClipping``.
+
+    It attaches to the net's optimizers, and records ``grad_norm`` (before clipping) of each training batch, and after
+    each epoch ``clip_rate`` and ``skipped_steps``, in ``net.history``. An optimizer of the class form,
+    ``optimizer=fastclip.clipped(torch.optim.SGD)``, clips by itself, and the callback only records. Its parameters can
+    be cloned and searched over: ``callbacks__clip__max_norm``. With several optimizers those of the first are recorded.
+
+    Args:
+        max_norm, policy, nonfinite, skip_limit, backoff, rollback: as in :class:`fastclip.ClippedOptimizer`; each
+            optimizer gets copies of the objects that learn.
+    """
+
+    def __init__(
+        self,
+        max_norm: Bound | None = None,
+        policy: Policy | str | None = None,
+        nonfinite: str = "skip",
+        skip_limit: int | None = 100,
+        backoff: SpikeBackoff | None = None,
+        rollback: Rollback | None = None,
+    ) -> None:
+        self.max_norm = max_norm
+        self.policy = policy
+        self.nonfinite = nonfinite
+        self.skip_limit = skip_limit
+        self.backoff = backoff
+        self.rollback = rollback
+
+    def on_train_begin(self, net: Any, X: Any = None, y: Any = None, **kwargs: Any) -> None:
+        for name in net._optimizers:
+            optimizer = getattr(net, f"{name}_")
+            if reports_of(optimizer) is None:
+                attach(optimizer, **copy.deepcopy(self.get_params(deep=False)))
+            elif isinstance(guard := reports_of(optimizer), Guard):  # further training, maybe after set_params
+                guard.nonfinite, guard.skip_limit = self.nonfinite, self.skip_limit
+                if self.policy is None:
+                    guard.max_norm = 1.0 if self.max_norm is None else self.max_norm
+
+    def on_batch_end(self, net: Any, batch: Any = None, training: bool | None = None, **kwargs: Any) -> None:
+        if training:
+            norm = reports_of(net.optimizer_).last_norm  # type: ignore[union-attr]
+            net.history.record_batch("grad_norm", math.nan if norm is None else float(norm))
+
+    def on_epoch_end(self, net: Any, dataset_train: Any = None, dataset_valid: Any = None, **kwargs: Any) -> None:
+        known = facts(net.optimizer_)
+        net.history.record("clip_rate", known["clip_rate"])
+        net.history.record("skipped_steps", int(known["skipped_steps"]))
+
+
+def spike_rate(norms: Sequence[float], factor: float = SPIKE_FACTOR, window: int = SPIKE_WINDOW) -> float:
+    """Share of the steps whose norm was not finite, or more than ``factor`` times the median of the steps before it.
+
+    Args:
+        norms: total norms before clipping, in order.
+        factor: from which on it counts.
+        window: how many finite norms before it make the median; the very first step has none, and counts only if it
+            isn't finite.
+
+    Returns:
+        From 0 to 1; 0 for no steps.
+
+    Example:
+        >>> from fastclip.integrations.skorch import spike_rate
+        >>> spike_rate([1.0, 1.2, 0.9, 30.0])
+        0.25
+    """
+    before: list[float] = []
+    spikes = 0
+    for norm in norms:
+        if not math.isfinite(norm):
+            spikes += 1
+            continue
+        spikes += bool(before) and norm > factor * statistics.median(before[-window:])
+        before.append(norm)
+    return spikes / len(norms) if norms else 0.0
+
+
+def _net(estimator: Any) -> Any:
+    """The fitted net, which may be the last step of pipelines."""
+    while hasattr(estimator, "steps"):
+        estimator = estimator.steps[-1][1]
+    return estimator
+
+
+def neg_spike_rate(estimator: Any, X: Any = None, y: Any = None) -> float:
+    """Scorer for scikit-learn: minus the :func:`spike_rate` of the training that made ``estimator``.
+
+    Args:
+        estimator: a fitted skorch net with the callback :class:`Clip`, or a pipeline that ends with one.
+        X, y: not looked at: how a network was trained is no matter of the fold that it is judged on.
+
+    Raises:
+        ValueError: nothing has recorded the norms.
+    """
+    net = _net(estimator)
+    steps = [batch for epoch in net.history for batch in epoch["batches"] if "train_loss" in batch]
+    if any("grad_norm" not in batch for batch in steps):
+        raise ValueError(f"{type(net).__name__} has no norms in its history: give it callbacks=[('clip', Clip())]")
+    return -spike_rate([batch["grad_norm"] for batch in steps])
+
+
+def neg_skipped_steps(estimator: Any, X: Any = None, y: Any = None) -> float:
+    """Scorer for scikit-learn: minus the number of steps that did not happen while ``estimator`` was trained.
+
+    Args:
+        estimator: a fitted skorch net with fastclip in its optimizer, or a pipeline that ends with one.
+        X, y: not looked at.
+
+    Raises:
+        TypeError: fastclip is not in the optimizer.
+    """
+    return -facts(_net(estimator).optimizer_)["skipped_steps"]

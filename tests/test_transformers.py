@@ -1,0 +1,176 @@
+"""fastclip in transformers' Trainer, on a model built from its configuration, against the trainer's own clipping."""
+
+import math
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+
+import fastclip
+from fastclip import policies
+from fastclip.integrations.facts import reports_of
+from fastclip.integrations.transformers import ClippedTrainer
+
+pytestmark = pytest.mark.filterwarnings(
+    # the trainer asks for pinned memory whatever the machine has
+    "ignore:'pin_memory' argument is set as true but no accelerator is found:UserWarning",
+)
+MAX_NORM = 0.5
+VOCABULARY, LENGTH = 32, 8
+EPS = 1e-3  # the keys' biases in an attention have no gradient but rounding errors; torch's 1e-8 would blow these up
+
+
+class Tokens(torch.utils.data.Dataset):
+    def __init__(self, count=24):
+        tokens = torch.randint(VOCABULARY, (count, LENGTH), generator=torch.Generator().manual_seed(0))
+        self.rows = [{"input_ids": row, "labels": row} for row in tokens]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+
+class Clipped(ClippedTrainer, Trainer):
+    pass
+
+
+def model():
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=VOCABULARY, n_positions=LENGTH, n_embd=16, n_layer=2, n_head=2,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config)
+
+
+def arguments(folder, **own):
+    settings = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 4,
+        "num_train_epochs": 2,
+        "learning_rate": 0.01,
+        "adam_epsilon": EPS,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "max_grad_norm": MAX_NORM,
+        "seed": 0,
+    }
+    return TrainingArguments(**settings | own)
+
+
+def trained(folder, cls=Trainer, optimizer=None, resume=None, made=None, **own):
+    made = made or model()
+    optimizers = (None, None) if optimizer is None else (optimizer(made), None)
+    trainer = cls(model=made, args=arguments(folder, **own), train_dataset=Tokens(), optimizers=optimizers)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def weights(trainer):
+    return [parameter.detach().cpu() for parameter in trainer.model.parameters()]
+
+
+def logged(trainer, name):
+    return [line[name] for line in trainer.state.log_history if name in line]
+
+
+def wrapped_adamw(made):
+    return fastclip.ClippedOptimizer(torch.optim.AdamW(made.parameters(), lr=0.01, eps=EPS), max_norm=MAX_NORM)
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("theirs"))
+
+
+def test_the_mixin_equals_the_trainers_own(theirs, tmp_path):
+    """Its bound is ``max_grad_norm``; what it logs is the norm before clipping."""
+    ours = trained(tmp_path, Clipped)
+    torch.testing.assert_close(weights(ours), weights(theirs), atol=1e-6, rtol=0)
+    assert logged(ours, "grad_norm") == pytest.approx(logged(theirs, "grad_norm"), rel=1e-4)
+    assert max(logged(ours, "grad_norm")) > 2 * MAX_NORM
+    assert logged(ours, "clip_rate")[-1] > 0.5
+    assert logged(ours, "skipped_steps") == [0.0] * len(logged(ours, "loss"))
+
+
+@pytest.mark.parametrize("own", [{}, {"gradient_accumulation_steps": 2}, {"lr_scheduler_type": "cosine"}], ids=repr)
+def test_a_given_optimizer_equals_the_trainers_own(tmp_path, own):
+    theirs = trained(tmp_path, optimizer=lambda made: torch.optim.AdamW(made.parameters(), lr=0.01, eps=EPS), **own)
+    for cls, bound in ((Trainer, 0.0), (Clipped, MAX_NORM)):
+        ours = trained(tmp_path, cls, wrapped_adamw, max_grad_norm=bound, **own)
+        torch.testing.assert_close(weights(ours), weights(theirs), atol=1e-6, rtol=0)
+        assert logged(ours, "grad_norm") == pytest.approx(logged(theirs, "grad_norm"), rel=1e-4)
+
+
+def test_the_mixin_reads_the_gradients_once(tmp_path, monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("the trainer clips by itself")
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", never)
+    assert len(logged(trained(tmp_path, Clipped), "grad_norm")) == 12
+    with pytest.raises(AssertionError, match="by itself"):
+        trained(tmp_path)
+
+
+def test_a_bound_of_zero_means_none(tmp_path, monkeypatch):
+    ours = trained(tmp_path, Clipped, max_grad_norm=0.0)
+    assert reports_of(ours.optimizer).max_norm == math.inf
+    assert logged(ours, "clip_rate") == [0.0] * 12
+
+
+def test_settings_of_the_class(tmp_path):
+    class Guarded(ClippedTrainer, Trainer):
+        clipping = {"policy": policies.ZScore(warmup=2), "skip_limit": 7}  # noqa: RUF012
+
+    ours = trained(tmp_path, Guarded)
+    wrapper = reports_of(ours.optimizer)
+    assert isinstance(wrapper.policy, policies.ZScore)
+    assert wrapper.skip_limit == 7
+    assert wrapper.policy is not Guarded.clipping["policy"]
+
+
+def test_a_bad_step_is_skipped_and_logged(tmp_path):
+    made = model()
+    calls = []
+
+    def poison(grad):
+        calls.append(grad)
+        return grad * math.nan if len(calls) == 3 else grad
+
+    made.transformer.ln_f.weight.register_hook(poison)
+    ours = trained(tmp_path, Clipped, made=made)
+    assert all(bool(weight.isfinite().all()) for weight in weights(ours))
+    assert logged(ours, "skipped_steps") == [0.0, 0.0] + [1.0] * 10
+    assert math.isnan(logged(ours, "grad_norm")[2])
+
+
+@pytest.mark.parametrize(("cls", "optimizer"), [(Clipped, None), (Trainer, wrapped_adamw)], ids=["mixin", "given"])
+def test_save_and_resume(tmp_path, cls, optimizer):
+    saving = {"save_strategy": "steps", "save_steps": 7, "max_grad_norm": MAX_NORM}
+    whole = trained(tmp_path / "whole", cls, optimizer, **saving)
+    resumed = trained(tmp_path / "resumed", cls, optimizer, resume=str(tmp_path / "whole" / "checkpoint-7"), **saving)
+    torch.testing.assert_close(weights(resumed), weights(whole), atol=1e-6, rtol=0)
+    assert logged(resumed, "grad_norm") == pytest.approx(logged(whole, "grad_norm"), rel=1e-4)
+    assert reports_of(resumed.optimizer).steps == 5
+
+
+def test_a_patch_reaches_the_trainer(theirs, tmp_path, monkeypatch):
+    calls = []
+    real = fastclip.functional.clip_grad_norm_
+    monkeypatch.setattr(fastclip.functional, "clip_grad_norm_", lambda *a, **k: (calls.append(a), real(*a, **k))[1])
+    with fastclip.patch():
+        ours = trained(tmp_path)
+    assert len(calls) == 12
+    torch.testing.assert_close(weights(ours), weights(theirs), atol=1e-6, rtol=0)
+
+
+def test_the_mixin_wants_a_trainer():
+    with pytest.raises(TypeError, match="Alone: expected ClippedTrainer before a Trainer"):
+
+        class Alone(ClippedTrainer):
+            pass

@@ -1,0 +1,167 @@
+"""fastclip in ultralytics' own trainer, a YOLOv8n on generated images, against the clipping of its own."""
+
+import csv
+import math
+
+import numpy
+import offline
+import pytest
+import torch
+from fastclip.bench import torchvision_cpu
+
+offline.font_for_ultralytics()
+torchvision_cpu.admit()
+
+import cv2  # noqa: E402
+import timm.utils  # noqa: E402
+import torchvision  # noqa: E402
+from ultralytics import YOLO  # noqa: E402
+from ultralytics.models.yolo.detect import DetectionTrainer  # noqa: E402
+
+import fastclip  # noqa: E402
+from fastclip import policies  # noqa: E402
+from fastclip.integrations.facts import reports_of  # noqa: E402
+from fastclip.integrations.ultralytics import ClippedTrainer  # noqa: E402
+
+IMAGES, BATCH, EPOCHS = 8, 4, 2
+LR = 1e-3  # batch norm over four images blows a rounding error up with every step
+
+
+class Clipped(ClippedTrainer, DetectionTrainer):
+    pass
+
+
+class Unclipped(Clipped):
+    clipping = {"max_norm": math.inf}  # noqa: RUF012
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Bright squares on noise, and where they are."""
+    folder = tmp_path_factory.mktemp("squares")
+    random = numpy.random.default_rng(0)
+    for part in ("images", "labels"):
+        (folder / part).mkdir()
+    for index in range(IMAGES):
+        image = random.integers(0, 80, (64, 64, 3), dtype=numpy.uint8)
+        left, top = random.integers(4, 30, 2)
+        image[top : top + 24, left : left + 24] = (40 * (index % 4) + 100, 200, 255)
+        cv2.imwrite(str(folder / "images" / f"{index}.png"), image)
+        box = ((left + 12) / 64, (top + 12) / 64, 24 / 64, 24 / 64)
+        (folder / "labels" / f"{index}.txt").write_text("0 " + " ".join(f"{x:.6f}" for x in box))
+    (folder / "data.yaml").write_text(f"path: {folder}\ntrain: images\nval: images\nnames: [square]\n")
+    return folder / "data.yaml"
+
+
+def trained(data, folder, trainer, **own):
+    settings = {
+        "epochs": EPOCHS,
+        "imgsz": 64,
+        "batch": BATCH,
+        "nbs": BATCH,
+        "workers": 0,
+        "device": "cpu",
+        "amp": False,
+    }
+    settings |= {"plots": False, "verbose": False, "optimizer": "SGD", "lr0": LR, "warmup_epochs": 0, "exist_ok": True}
+    model = YOLO("yolov8n.yaml", verbose=False)
+    model.train(data=str(data), project=str(folder), name="run", trainer=trainer, **settings | own)
+    return model.trainer
+
+
+def weights(trainer):
+    return [parameter.detach() for parameter in trainer.model.parameters()]
+
+
+def results(trainer):
+    with trainer.csv.open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def theirs(data, tmp_path_factory):
+    torch.set_num_threads(1)
+    return trained(data, tmp_path_factory.mktemp("theirs"), DetectionTrainer)
+
+
+def test_it_equals_ultralytics_own(data, tmp_path, theirs):
+    ours = trained(data, tmp_path, Clipped)
+    torch.testing.assert_close(weights(ours), weights(theirs), atol=1e-6, rtol=0)
+    assert reports_of(ours.optimizer).steps == EPOCHS * IMAGES // BATCH
+    unclipped = trained(data, tmp_path / "unclipped", Unclipped)
+    assert max(float((a - b).abs().max()) for a, b in zip(weights(unclipped), weights(theirs), strict=True)) > 1e-4
+    assert float(results(ours)[-1]["clip/clip_rate"]) > 0.5
+    assert float(results(ours)[-1]["clip/grad_norm"]) > 10.0
+    assert results(ours)[-1]["clip/skipped_steps"] == "0"
+    assert "metrics/mAP50(B)" in results(ours)[-1]
+
+
+def poisoned(base, at):
+    """A trainer whose loss is NaN at one batch."""
+
+    class Poisoned(base):
+        seen = 0
+
+        def preprocess_batch(self, batch):
+            Poisoned.seen += 1
+            if Poisoned.seen == at:
+                next(self.model.parameters()).register_hook(self.once)
+            return super().preprocess_batch(batch)
+
+        def once(self, grad):
+            return grad * math.nan if Poisoned.seen == at else grad
+
+    return Poisoned
+
+
+def test_a_bad_step_is_skipped_at_once(data, tmp_path):
+    """Without fastclip the weights are NaN from there on, and ultralytics can't go back in the first epoch."""
+    lost = trained(data, tmp_path, poisoned(DetectionTrainer, 1), epochs=1, val=False)
+    assert not all(bool(weight.isfinite().all()) for weight in weights(lost))
+    ours = trained(data, tmp_path, poisoned(Clipped, 1), epochs=1, val=False)
+    assert all(bool(weight.isfinite().all()) for weight in weights(ours))
+    assert reports_of(ours.optimizer).skipped_steps == 1
+    assert ours.nan_recovery_attempts == 0
+
+
+def test_any_policy(data, tmp_path):
+    class Other(Clipped):
+        clipping = {"policy": policies.Chain(policies.ZScore(warmup=2), policies.GlobalNorm(5.0))}  # noqa: RUF012
+
+    ours = trained(data, tmp_path, Other, epochs=1, val=False)
+    assert isinstance(reports_of(ours.optimizer).policy, policies.Chain)
+    assert reports_of(ours.optimizer).clipped_steps > 0
+
+
+def test_a_patch_reaches_ultralytics(data, tmp_path, monkeypatch, theirs):
+    calls = []
+    real = fastclip.functional.clip_grad_norm_
+    monkeypatch.setattr(fastclip.functional, "clip_grad_norm_", lambda *a, **k: (calls.append(a), real(*a, **k))[1])
+    with fastclip.patch():
+        ours = trained(data, tmp_path, DetectionTrainer)
+    assert len(calls) == EPOCHS * IMAGES // BATCH
+    torch.testing.assert_close(weights(ours), weights(theirs), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("mode", ["norm", "value", "agc"])
+def test_whom_a_patch_reaches_in_timm(monkeypatch, mode):
+    """timm needs torchvision, as ultralytics does. Its AGC is code of its own."""
+    calls = []
+    for name in ("clip_grad_norm_", "clip_grad_value_"):
+        real = getattr(fastclip.functional, name)
+        monkeypatch.setattr(fastclip.functional, name, lambda *a, r=real, **k: (calls.append(a), r(*a, **k))[1])
+    p = torch.nn.Parameter(torch.ones(2, 2))
+    p.grad = torch.full((2, 2), 5.0)
+    with fastclip.patch():
+        timm.utils.dispatch_clip_grad([p], 1.0, mode=mode)
+    assert len(calls) == (mode != "agc")
+
+
+def test_nms_is_that_of_torchvision():
+    """The plain one that stands in for torchvision's, on boxes whose overlaps are known."""
+    boxes = torch.tensor([[0.0, 0, 2, 2], [0, 0, 2, 1.8], [0, 0, 2, 1], [5, 5, 6, 6]])
+    scores = torch.tensor([0.5, 0.9, 0.7, 0.1])
+    assert torchvision.ops.nms(boxes, scores, 0.5).tolist() == [1, 3]
+    assert torchvision.ops.nms(boxes, scores, 0.6).tolist() == [1, 2, 3]
+    assert torchvision.ops.nms(boxes[:0], scores[:0], 0.5).tolist() == []
+    torchvision_cpu.admit()
