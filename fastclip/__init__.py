@@ -13,6 +13,7 @@ from fastclip.functional import (
 )
 from fastclip.guard import Guard
 from fastclip.ladder import Event, LossWatch, Rollback, SpikeBackoff
+from fastclip.monitor import GradMonitor
 from fastclip.optim import ClippedOptimizer, attach, clipped
 from fastclip.stats import GradStats
 from fastclip.types import (
@@ -29,6 +30,7 @@ __all__ = [
     "ClippedOptimizer",
     "Event",
     "FastclipError",
+    "GradMonitor",
     "GradScaler",
     "GradStats",
     "Guard",

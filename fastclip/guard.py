@@ -18,7 +18,7 @@ from fastclip.checks import nonfinite_rule, real, whole
 from fastclip.clipping import Finding, examine
 from fastclip.ladder import Ladder, LossWatch, Rollback, SpikeBackoff, reduced_lr
 from fastclip.policies import GlobalNorm, Policy, policy_of
-from fastclip.record import IN_A_ROW, SKIPPED, STEPS, Record, Reports, Seen
+from fastclip.record import IN_A_ROW, SKIPPED, STEPS, Outcome, Record, Reports, Seen
 from fastclip.regularisation import Penalty
 from fastclip.stats import any_of, check_may_wait, read
 from fastclip.step_arguments import step_arguments_of
@@ -72,6 +72,7 @@ class Guard(Reports):
         self.skip_limit = skip_limit
         self._report: Tensor | None = None
         self._observed: bool | Tensor = False
+        self._loss: Tensor | None = None  # for listeners
         self._penalty, self._watch = penalty, watch or LossWatch()
         self._ladder = Ladder(backoff, rollback)
         self._lr_factor = 1.0  # of this step
@@ -210,6 +211,7 @@ class Guard(Reports):
         """
         report, self._report = self._report, None
         observed, self._observed = self._observed, False
+        loss, self._loss = self._loss, None
         groups = self.optimizer.param_groups
         shares, twice = self._shares(groups)
         if not shares:
@@ -243,7 +245,24 @@ class Guard(Reports):
             check_may_wait("a step that only the host can hold back", "use an optimizer with fused=True")
             skip = bool(skip)
         self._record.note([Seen(finding.reading) for finding in findings], clipped, skip)
-        if (not again and self._has_gone_back(observed, found_inf)) or skip is True:
+        went_back = False
+        try:
+            went_back = not again and self._has_gone_back(observed, found_inf)
+        finally:  # the step that is one too many is told of, too
+            if self._record.listeners:
+                held_back = {"nonfinite": found_inf if nonfinite == "skip" else False}
+                if given_inf is not None:
+                    held_back["scaler"] = given_inf
+                if not again:
+                    held_back["loss"] = observed
+                    held_back["policy"] = any_of(verdict.decision.skip for verdict in verdicts)
+                lrs = [group["lr"] * self._lr_factor for group in groups if "lr" in group]
+                outcome = Outcome(
+                    self._record.seen, verdicts, held_back, clipped, skip, went_back, loss, lrs, grad_scale
+                )
+                for listener in self._record.listeners:
+                    listener(outcome)
+        if went_back or skip is True:
             return Clearance(False)
         riding_inf = skip.to(torch.float32) if isinstance(skip, Tensor) else None
         only = verdicts[0]
@@ -312,6 +331,8 @@ class Guard(Reports):
         if loss.numel() != 1:
             raise TypeError(f"loss: expected one element, got shape {tuple(loss.shape)}")
         self._observed = any_of([self._observed, self._watch.is_bad(loss)])
+        if self._record.listeners:
+            self._loss = loss.detach().reshape(()).clone()
 
     def _shares(self, groups: list[dict[str, Any]]) -> tuple[list[tuple[Grads, Policy]], bool]:
         """Each rule with its gradients, none empty; and whether a gradient is at two parameters."""

@@ -44,6 +44,8 @@ FLOORS = {
     "amp": 7,
     "guard": 8,
     "optim": 9,
+    "monitoring": 9,
+    "monitor": 10,
     "examples": 10,
     "bench": 10,
     "__main__": 11,
