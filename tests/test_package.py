@@ -46,6 +46,7 @@ FLOORS = {
     "optim": 9,
     "monitoring": 9,
     "monitor": 10,
+    "report": 10,
     "examples": 10,
     "bench": 10,
     "__main__": 11,
