@@ -245,23 +245,19 @@ class Guard(Reports):
             check_may_wait("a step that only the host can hold back", "use an optimizer with fused=True")
             skip = bool(skip)
         self._record.note([Seen(finding.reading) for finding in findings], clipped, skip)
-        went_back = False
-        try:
-            went_back = not again and self._has_gone_back(observed, found_inf)
-        finally:  # the step that is one too many is told of, too
-            if self._record.listeners:
-                held_back = {"nonfinite": found_inf if nonfinite == "skip" else False}
-                if given_inf is not None:
-                    held_back["scaler"] = given_inf
-                if not again:
-                    held_back["loss"] = observed
-                    held_back["policy"] = any_of(verdict.decision.skip for verdict in verdicts)
-                lrs = [group["lr"] * self._lr_factor for group in groups if "lr" in group]
-                outcome = Outcome(
-                    self._record.seen, verdicts, held_back, clipped, skip, went_back, loss, lrs, grad_scale
-                )
-                for listener in self._record.listeners:
-                    listener(outcome)
+        went_back, in_a_row = (False, 0) if again else self._climb(observed, found_inf)
+        if self._record.listeners:
+            held_back = {"nonfinite": found_inf if nonfinite == "skip" else False}
+            if given_inf is not None:
+                held_back["scaler"] = given_inf
+            if not again:
+                held_back["loss"] = observed
+                held_back["policy"] = any_of(verdict.decision.skip for verdict in verdicts)
+            lrs = [group["lr"] * self._lr_factor for group in groups if "lr" in group]
+            outcome = Outcome(self._record.seen, verdicts, held_back, clipped, skip, went_back, loss, lrs, grad_scale)
+            for listener in self._record.listeners:
+                listener(outcome)
+        self._record.check_streak(in_a_row)
         if went_back or skip is True:
             return Clearance(False)
         riding_inf = skip.to(torch.float32) if isinstance(skip, Tensor) else None
@@ -281,12 +277,12 @@ class Guard(Reports):
             verdict.apply(grad_scale, skip)
         return Clearance(True, None, riding_inf)
 
-    def _has_gone_back(self, observed: bool | Tensor, found_inf: bool | Tensor) -> bool:
-        """Climbs the ladder with what the host knows by now; True after a roll back."""
+    def _climb(self, observed: bool | Tensor, found_inf: bool | Tensor) -> tuple[bool, int]:
+        """Climbs the ladder with what the host knows by now: whether it went back, and the skips in a row."""
         news = self._record.news()
         self._lr_factor = self._ladder.lr_factor
         if news is None:
-            return False
+            return False, 0
 
         def reason() -> tuple[str, tuple[str, ...]]:
             if not isinstance(found_inf, bool):  # asking which tensor would wait for the device
@@ -301,8 +297,7 @@ class Guard(Reports):
         before = self._ladder.lr_factor
         went_back = self._ladder.climb(self.optimizer, news[STEPS], news[SKIPPED], news[IN_A_ROW], reason)
         self._lr_factor = min(before, self._ladder.lr_factor)  # what is given back counts from the next step on
-        self._record.check_streak(news[IN_A_ROW])
-        return went_back
+        return went_back, news[IN_A_ROW]
 
     def _parameters_are_finite(self) -> bool:
         """As far as the host knows without waiting."""

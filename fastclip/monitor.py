@@ -60,7 +60,7 @@ class Tensors:
         self._parameters: list[Tensor] = []  # kept, so that no other gets the identity of one of them
         self._place: dict[int, int] = {}
         self._taken: set[str] = set()
-        self._latest: tuple[list[Tensor], list[int] | None, Places] = ([], None, slice(0, 0))
+        self._latest: tuple[list[Tensor], tuple[list[int] | None, int], Places] = ([], (None, 0), slice(0, 0))
 
     def add(self, parameters: Sequence[Tensor], names: Iterable[str]) -> None:
         """Those of them that are new."""
@@ -81,16 +81,17 @@ class Tensors:
 
     def places(self, seen: Seen) -> Places:
         """Where the columns of a reading belong; parameters that are new join."""
-        listed, positions, latest = seen.listed, seen.positions, self._latest
-        if positions != latest[1] or len(listed) != len(latest[0]) or not all(map(operator.is_, listed, latest[0])):
-            columns = range(seen.rows.shape[1]) if positions is None else positions
-            own = [listed[i] for i in columns]
+        listed, columns = seen.listed, seen.rows.shape[1]
+        latest, of, places = self._latest
+        if (seen.positions, columns) != of or len(listed) != len(latest) or not all(map(operator.is_, listed, latest)):
+            own = [listed[i] for i in (range(columns) if seen.positions is None else seen.positions)]
             if any(id(parameter) not in self._place for parameter in own):
                 self.add(own, seen.names)
             found = [self._place[id(parameter)] for parameter in own]
-            in_order = found == list(range(len(found)))
-            self._latest = listed, positions, slice(0, len(found)) if in_order else np.array(found, dtype=np.intp)
-        return self._latest[2]
+            in_order = found == list(range(columns))
+            places = slice(0, columns) if in_order else np.array(found, dtype=np.intp)
+            self._latest = listed, (seen.positions, columns), places
+        return places
 
 
 class GradMonitor:

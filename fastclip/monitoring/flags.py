@@ -97,8 +97,9 @@ class History:
     def gather(self, logs: Floats, valid: Bools) -> None:
         """Takes in logarithms of norms, ``[records, tensors]``."""
         logs = logs if valid.all() else np.where(valid, logs, 0.0)
-        self["sum"][:] += logs.sum(axis=0)
-        self["squares"][:] += np.square(logs).sum(axis=0)
+        for name, values in (("sum", logs), ("squares", np.square(logs))):
+            # one after the other, so that it doesn't matter how many come at once
+            self[name][:] = np.add.accumulate(np.concatenate([self[name][None], values]))[-1]
         self["found"][:] += valid.sum(axis=0)
         self.in_block += len(logs)
 

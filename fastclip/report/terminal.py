@@ -78,7 +78,10 @@ class View:
             ("skipped", f"{self.skipped:,}; NaN or Inf in {self.nonfinite:,}"),
         ):
             facts.add_row(Text(name, style="dim"), Text(value))
-        parts: list[RenderableType] = [facts, Text(sparkline([row.total_norm for row in self.rows], max(width - 6, 10)), style="cyan")]
+        parts: list[RenderableType] = [
+            facts,
+            Text(sparkline([row.total_norm for row in self.rows], max(width - 6, 10)), style="cyan"),
+        ]
         for event in self.events:
             which = f" ({', '.join(event.tensors[:2])}{', ...' if event.of > 2 else ''})" if event.tensors else ""
             text = Text(f"{event.step:>9,}  ", style="dim")
