@@ -187,6 +187,7 @@ class GradMonitor:
         known = GroupNames(list(enumerate(holder.param_groups)))
         self._tensors.add(known.parameters, known)
         self._know_tensors()
+        self._policy = repr(self._guarded.policy)  # now: a bound that is a tensor would have to be waited for
         self._record = opt._record
         self._record.listeners.append(self._listen)
 
@@ -251,7 +252,7 @@ class GradMonitor:
                 "fastclip": __version__,
                 "torch": torch.__version__,
                 "time": round(time.time(), 3),
-                "policy": repr(self._guarded.policy),
+                "policy": self._policy,
                 "nonfinite": self._guarded.nonfinite,
                 "norm_type": spelled(float(self._guarded.policy.norm_type)),
                 "every": self._every,

@@ -18,6 +18,7 @@ from fastclip.monitoring.records import Floats
 Bools = NDArray[np.bool_]
 NONFINITE, EXPLODING, VANISHING, DEAD = "non-finite", "exploding", "vanishing", "dead"
 FLAGS = (NONFINITE, EXPLODING, VANISHING, DEAD)
+BACK = math.log(10.0)  # what vanished is back when its norm is ten times what made it vanish, or it would come and go
 BLOCK = 16  # records that are judged by the same history
 
 
@@ -31,8 +32,8 @@ class FlagRules:
         alpha: decay of ``m`` and ``s`` per record; before that matters they are plain mean and deviation.
         warmup: records of a tensor that are only learned from; the history is renewed every 16 records.
         fraction: vanishing if the norm lies below this share of ``exp(m)`` at its highest, or if the root mean square
-            of the elements lies below this share of that of its neighbours in depth: the geometric mean of the tensor
-            before and of the one after it with the same last part of the name and the same number of dimensions.
+            of the elements lies below this share of what is usual, by ``m``, for its neighbours in depth: the tensor
+            before and the one after it with the same last part of the name and the same number of dimensions.
         nonzero: vanishing if the share of elements that aren't 0 falls below this share of its running mean.
         subnormal: vanishing if this share of the elements is subnormal in the gradient's dtype.
         dead_after: dead if the norm was 0 in so many records in a row.
@@ -143,9 +144,9 @@ class Neighbours:
             latest[kind] = i
 
     def mean(self, logs: Floats) -> Floats:
-        """Mean of the neighbours' values, ``[records, tensors]``, of those that aren't NaN."""
-        before = np.where(self.before < 0, np.nan, logs[:, self.before])
-        after = np.where(self.after < 0, np.nan, logs[:, self.after])
+        """Mean of the neighbours' values, of those that aren't NaN."""
+        before = np.where(self.before < 0, np.nan, logs[self.before])
+        after = np.where(self.after < 0, np.nan, logs[self.after])
         return np.fmin(np.fmax(before, after), 0.5 * (before + after))  # fmin and fmax take the one that isn't NaN
 
 
@@ -216,7 +217,7 @@ class Flags:
         exploding = (above > rules.sigmas) & warm
         fallen, aside = logs - h["highest"], self._aside(logs)
         least = math.log(rules.fraction) if rules.fraction > 0 else -math.inf
-        release = least + math.log(2.0)  # what vanished is back when its norm is twice what made it vanish
+        release = least + BACK
         low = ((fallen < release) | (aside < release)) & warm
         events: list[list[Event]] = [[] for _ in steps]
         for record, which in bad.items():
@@ -244,9 +245,9 @@ class Flags:
         return events
 
     def _aside(self, logs: Floats) -> Floats:
-        """Logarithm of the share that each element's root mean square is of that of the neighbours."""
-        rms = logs - self._half_logs
-        return rms - self._neighbours.mean(rms)
+        """Logarithm of the share that each element's root mean square is of what is usual for the neighbours'."""
+        usual = np.where(self.history["count"] >= self.rules.warmup, self.history["mean"], np.nan)
+        return logs - self._half_logs - self._neighbours.mean(usual - self._half_logs)
 
     def _vanishing(
         self, step: int, norms: Floats, alive: Bools, warm: Bools, fallen: Floats, aside: Floats, census: Census | None
@@ -255,7 +256,7 @@ class Flags:
         rules, h = self.rules, self.history
         least = math.log(rules.fraction) if rules.fraction > 0 else -math.inf
         was = h["vanishing"] > 0
-        bound = np.where(was, least + math.log(2.0), least)
+        bound = np.where(was, least + BACK, least)
         own, beside = warm & (fallen < bound), warm & (aside < bound)
         small = own | beside
         new = small & ~was

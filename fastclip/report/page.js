@@ -190,8 +190,8 @@ function drawRate() {
     draw.fillText(`${share * 100}%`, left - 6, y);
   }
   stepAxis(draw, left, inner, height - 14);
-  // over as many bins as lie in six pixels: single steps are clipped or not, their rate is that of a neighbourhood
-  const reach = Math.max(1, Math.ceil((state.to - state.from) / inner * 6), state.to - state.from > 60 && data.width === 1 ? 8 : 1);
+  // over some bins: single steps are clipped or not, their rate is that of a neighbourhood
+  const reach = Math.max(Math.ceil((state.to - state.from) / inner * 6), Math.round((state.to - state.from) / 60), 1);
   draw.fillStyle = css("--clip");
   draw.globalAlpha = 0.75;
   draw.beginPath();
