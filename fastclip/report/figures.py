@@ -94,7 +94,9 @@ def _heat_map(digest: Digest) -> Figure:
             extent=(digest.series()["first"][0] - 0.5, steps[-1] + 0.5, len(names) - 0.5, -0.5),
         )
         bad = np.ma.masked_where(np.isfinite(heat), np.ones_like(heat))
-        axes.imshow(bad, aspect="auto", interpolation="nearest", cmap="autumn", vmin=1, extent=image.get_extent())
+        axes.imshow(
+            bad, aspect="auto", interpolation="nearest", cmap="autumn", vmin=0, vmax=99, extent=image.get_extent()
+        )
         figure.colorbar(image, ax=axes, label="norm; red: NaN or Inf")
         each = -(-len(names) // LABELS)
         places = range(0, len(names), each)

@@ -183,17 +183,19 @@ class Reader:
         return row
 
 
-def _event(step: int, fold: str, content: dict[str, Any]) -> Event:
+def _event(step: int, fold: str, content: Any) -> Event:
+    if not isinstance(content, dict):
+        raise TypeError("not an object")
     tensors = [str(name) for name in content.get("tensors", ())]
     count = int(number(content.get("count", len(tensors))))
     return Event(step, fold, str(content["kind"]), str(content.get("reason", "")), tensors, count)
 
 
 def _why(text: bytes, error: Exception) -> str:
-    if not text.endswith(b"\n"):
-        return "the last line is unfinished: the run was stopped while it was written, or is being written now"
     if len(text) >= LONGEST:
         return "lines that are too long"
+    if not text.endswith(b"\n"):
+        return "the last line is unfinished: the run was stopped while it was written, or is being written now"
     return "lines that are not JSON" if isinstance(error, json.JSONDecodeError) else "records that are damaged"
 
 
