@@ -75,7 +75,7 @@ def test_imports_point_downwards(path):
 
 
 def test_importing_fastclip_imports_no_extra():
-    code = "import sys, fastclip; print(sorted({'pandas', 'matplotlib', 'vega_datasets', 'triton'} & set(sys.modules)))"
+    code = "import sys, fastclip; print(sorted({'pandas', 'matplotlib', 'vega_datasets', 'triton', 'rich'} & set(sys.modules)))"
     assert run(code) == "[]"
 
 
@@ -113,7 +113,7 @@ def test_public_things_are_documented(name):
     assert inspect.getdoc(getattr(fastclip, name))
 
 
-@pytest.mark.parametrize("module", ["fastclip.functional", "fastclip.optim", "fastclip.amp"])
+@pytest.mark.parametrize("module", ["fastclip.functional", "fastclip.optim", "fastclip.amp", "fastclip.monitor"])
 def test_docstring_examples_run(module):
     results = doctest.testmod(importlib.import_module(module))
     assert results.failed == 0

@@ -160,7 +160,7 @@ def _count(value: int) -> str:
 
 
 def _measure(value: float, shown: str) -> str:
-    return f'<td class="num" data-value="{value!r}">{shown}</td>'
+    return f'<td class="num" data-value="{float(value)!r}">{shown}</td>'
 
 
 def _events(digest: Digest) -> str:
