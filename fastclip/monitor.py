@@ -126,7 +126,7 @@ class GradMonitor:
         >>> import torch, fastclip
         >>> model = torch.nn.Linear(3, 1)
         >>> opt = fastclip.ClippedOptimizer(torch.optim.AdamW(model.parameters()), max_norm=1.0)
-        >>> with fastclip.GradMonitor(opt, sinks=[lambda record: print(record.step, record.total_norm)], names=model):
+        >>> with fastclip.GradMonitor(opt, sinks=lambda r: print(r.step, round(r.total_norm, 3)), names=model):
         ...     model(torch.ones(2, 3)).sum().backward()
         ...     opt.step()
         1 4.0
