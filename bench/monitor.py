@@ -1,6 +1,6 @@
 """What watching costs: a step with and without a monitor, beside wandb.watch and Lightning's grad_norm; and the report.
 
-``python -m fastclip.bench.monitor [host] [step] [report] [long]`` measures what is named; without names all but ``long``.
+``python -m fastclip.bench.monitor [host] [step] [report] [long]`` measures what is named, or all but ``long``.
 wandb and Lightning are measured where they are installed. ``long`` is a run of 1,000,000 steps x 1,000 tensors: it
 takes 5.5 GB in ``--folder`` and some minutes.
 """
@@ -29,6 +29,7 @@ from fastclip.monitoring import records
 from . import machine, workloads
 
 TENSORS, ROUNDS, BUFFER = 150, 60, 64
+STEPS = 160  # of GPT-2's size, of each contestant
 
 
 class Scalars(nn.Module):
@@ -121,13 +122,13 @@ def step(folder: Path) -> dict[str, float]:
         opt._record.listeners.clear()
 
     seconds: dict[str, list[float]] = {"plain": [], "watched": []}
-    for i in range(160):
+    for i in range(STEPS):
         for name, call in (("plain", opt.step), ("watched", watched))[:: 1 if i % 2 else -1]:
             start = time.perf_counter()
             call()
             seconds[name].append(time.perf_counter() - start)
     monitor.close()
-    plain, mean = (statistics.fmean(sorted(seconds[name])[:120]) for name in seconds)
+    plain, mean = (statistics.fmean(sorted(seconds[name])[: STEPS * 3 // 4]) for name in seconds)
     own = 1e-6 * host(folder)["the monitor adds"]
     return {
         "step, ms": 1e3 * statistics.median(seconds["plain"]),
