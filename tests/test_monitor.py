@@ -123,6 +123,7 @@ def test_each_reason_is_told(told):
         opt.found_inf = torch.tensor(1.0)
         opt.step()
     assert [record.reason for record in told[-3:]] == ["policy", "loss", "scaler"]
+    assert [record.loss is None for record in told[-3:]] == [True, False, True]
     assert not any(record.skipped for record in told[:-3])
 
 
@@ -345,7 +346,7 @@ def far(request, monkeypatch):
 @pytest.mark.parametrize("policy", ["global_norm", "per_tensor_norm", "unitwise", "zscore", "skip_large"])
 @pytest.mark.parametrize("buffer", [1, 5])
 def test_far_steps_are_told_and_wait_for_nothing(policy, buffer, far, told, tmp_path):
-    parameters = model_of()
+    parameters = model_of((*SIZES, (80, 60)))
     chosen = {
         "global_norm": policies.GlobalNorm(torch.tensor(1.0)),
         "per_tensor_norm": policies.PerTensorNorm(0.5),

@@ -289,6 +289,12 @@ def test_on_small_screens(opened, width):
     page.locator("#heat").tap(position={"x": box["left"] + 0.5 * box["inner"], "y": box["top"] + 0.5 * box["row"]})
     settle(page)
     assert text(page, "heat-readout").startswith("h.0.weight, step 30")
+    page.evaluate("go(0)")
+    settle(page)
+    height = page.evaluate("document.getElementById('heat').clientHeight")
+    y = (box["top"] + 2.5 * box["row"]) / height
+    row = [pixels(page, "heat", (box["left"] + x) / width, y) for x in range(int(box["inner"]))]
+    assert [255, 31, 79] in row  # the one step with NaN, where a pixel is several steps
 
 
 def test_pictures_of_it(opened, tmp_path):
