@@ -3,33 +3,31 @@
 from __future__ import annotations
 
 import atexit
-import math
-import operator
 import os
 import re
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from fastclip.backends import reference
 from fastclip.checks import whole
 from fastclip.guard import Guard
 from fastclip.ladder import Event
-from fastclip.monitoring.flags import Bools, Census, FlagRules, Flags, settings
-from fastclip.monitoring.records import FORMAT, VERSION, Floats, StepRecord, packed, spelled
-from fastclip.monitoring.shipping import PER_READING, Shipment, Sighting, sighting
+from fastclip.monitoring.flags import Census, FlagRules, Flags, settings
+from fastclip.monitoring.found import Found
+from fastclip.monitoring.places import Tensors
+from fastclip.monitoring.records import FORMAT, VERSION, StepRecord, packed, spelled
+from fastclip.monitoring.shipping import Shipment, Sighting, sighting
 from fastclip.monitoring.sinks import Events, Sink, sink_of
-from fastclip.record import Outcome, Reports, Seen
+from fastclip.record import Outcome, Reports
 from fastclip.tensors import GroupNames
-from fastclip.types import INFS, NANS, NORM, cuda_in_use
+from fastclip.types import cuda_in_use
 from fastclip.version import __version__
 
 SECONDS = 1.0  # after which the next step sends what has been gathered, however little it is
@@ -39,59 +37,7 @@ SKIP_REASONS = {
     "policy": "decided by the policy",
     "scaler": "a GradScaler found Inf",
 }
-Places: TypeAlias = "slice | NDArray[np.intp]"
 Names: TypeAlias = "torch.nn.Module | Iterable[tuple[str, Tensor]] | None"
-
-
-class Tensors:
-    """The parameters that a run tells of, each by its place; new ones join at the end.
-
-    Args:
-        include: matches the names of those whose own norms are recorded; None for all.
-        given: identity of a parameter -> its name, where the optimizer's own name for it shall not count.
-    """
-
-    def __init__(self, include: re.Pattern[str] | None, given: dict[int, str]) -> None:
-        self._include, self._given = include, given
-        self.names: list[str] = []
-        self.sizes: list[int] = []
-        self.dims: list[int] = []
-        self.included: list[int] = []
-        self._parameters: list[Tensor] = []  # kept, so that no other gets the identity of one of them
-        self._place: dict[int, int] = {}
-        self._taken: set[str] = set()
-        self._latest: tuple[list[Tensor], tuple[list[int] | None, int], Places] = ([], (None, 0), slice(0, 0))
-
-    def add(self, parameters: Sequence[Tensor], names: Iterable[str]) -> None:
-        """Those of them that are new."""
-        for parameter, name in zip(parameters, names, strict=True):
-            if id(parameter) in self._place:
-                continue
-            own = self._given.get(id(parameter), name)
-            while own in self._taken:
-                own += "'"
-            self._taken.add(own)
-            self._place[id(parameter)] = len(self.names)
-            if self._include is None or self._include.search(own):
-                self.included.append(len(self.names))
-            self.names.append(own)
-            self.sizes.append(parameter.numel())
-            self.dims.append(parameter.dim())
-            self._parameters.append(parameter)
-
-    def places(self, seen: Seen) -> Places:
-        """Where the columns of a reading belong; parameters that are new join."""
-        listed, columns = seen.listed, seen.rows.shape[1]
-        latest, of, places = self._latest
-        if (seen.positions, columns) != of or len(listed) != len(latest) or not all(map(operator.is_, listed, latest)):
-            own = [listed[i] for i in (range(columns) if seen.positions is None else seen.positions)]
-            if any(id(parameter) not in self._place for parameter in own):
-                self.add(own, seen.names)
-            found = [self._place[id(parameter)] for parameter in own]
-            in_order = found == list(range(columns))
-            places = slice(0, columns) if in_order else np.array(found, dtype=np.intp)
-            self._latest = listed, (seen.positions, columns), places
-        return places
 
 
 class GradMonitor:
@@ -175,14 +121,14 @@ class GradMonitor:
         this = weakref.ref(self)
         self._at_exit = atexit.register(lambda: _close(this))
 
-    def _watch(self, opt: Reports, names: Names) -> None:
+    def _watch(self, opt: Any, names: Names) -> None:
+        self._guarded = opt
         if not isinstance(opt, Reports):
             raise TypeError(
                 f"opt: expected a fastclip.ClippedOptimizer or what fastclip.attach returned, got {type(opt).__name__}"
             )
         pairs = names.named_parameters() if isinstance(names, torch.nn.Module) else names or ()
         self._tensors = Tensors(self._include, {id(parameter): name for name, parameter in pairs})
-        self._guarded: Any = opt
         holder: Any = opt.optimizer if isinstance(opt, Guard) else opt
         known = GroupNames(list(enumerate(holder.param_groups)))
         self._tensors.add(known.parameters, known)
@@ -399,101 +345,6 @@ class GradMonitor:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
-
-
-class Found:
-    """What the readings of one step say together; an array has one element for each known tensor.
-
-    Attributes:
-        norms: of the gradients before clipping.
-        bad: which hold NaN or Inf; None for none.
-        zeros, subnormal: counts of zeros and shares of subnormal numbers; None where not counted.
-        is_one_number: whether all gradients were multiplied by the same.
-    """
-
-    def __init__(self, sighting: Sighting, norms: Floats, placed: list[Places], leaves: list[Any]) -> None:
-        self.sighting, self.norms = sighting, norms
-        self.bad: Bools | None = None
-        self._has_nan: Bools | None = None
-        self.zeros: Floats | None = None
-        self.subnormal: Floats = norms
-        self.nans = self.infs = 0
-        self.max_abs: float | None = None
-        self.clip_coef = 1.0
-        self._totals: list[float] = []
-        self._after: list[float | None] = []
-        self.clipped, self.skipped = bool(leaves[0]), bool(leaves[1])
-        self.loss = None if leaves[2] is None else float(leaves[2])
-        begin = 3 + len(sighting.reasons)
-        self.reasons = [name for name, holds in zip(sighting.reasons, leaves[3:begin], strict=True) if holds]
-        self.lrs = [float(lr) for lr in leaves[begin : begin + sighting.lrs]]
-        begin += sighting.lrs
-        for seen, places, is_clamped in zip(sighting.seen, placed, sighting.clamped, strict=True):
-            self._take(seen, places, is_clamped, leaves[begin : begin + PER_READING])
-            begin += PER_READING
-
-    def _take(self, seen: Seen, places: Places, is_clamped: bool, leaves: list[Any]) -> None:
-        """Joins one reading."""
-        rows, totals, coef, after, largest, zeros, subnormal = leaves
-        self._norm_type = seen.request.norm_type
-        self.norms[places] = own = rows[NORM]
-        total, _, nans, infs = totals.tolist()  # in the order of TOTALS
-        if nans or infs:
-            if self.bad is None:
-                self.bad, self._has_nan = np.zeros((2, len(self.norms)), dtype=bool)
-            self._has_nan[places] = rows[NANS] > 0  # type: ignore[index]
-            self.bad[places] = rows[NANS] + rows[INFS] > 0
-        self.nans, self.infs = self.nans + int(nans), self.infs + int(infs)
-        if largest is not None and len(largest):
-            self.max_abs = float(np.max(largest if self.max_abs is None else np.append(largest, self.max_abs)))
-        if zeros is not None:
-            if self.zeros is None:
-                self.zeros, self.subnormal = np.full((2, len(self.norms)), math.nan)
-            self.zeros[places], self.subnormal[places] = zeros, subnormal
-        whole = isinstance(coef, (int, float))
-        if after is None:
-            after = total * coef if whole else self._joined(own * coef)
-        self._after.append(None if is_clamped else float(after))
-        self._totals.append(total)
-        self.clip_coef = min(self.clip_coef, float(coef if whole else np.min(coef, initial=1.0)))
-        self.is_one_number = whole and not is_clamped and len(self._totals) == 1
-        bound = seen.request.max_norm
-        self.max_norm = bound if len(self._totals) == 1 and math.isfinite(bound) else None
-
-    def _joined(self, norms: Floats) -> float:
-        return float(reference.norm_of_norms(torch.from_numpy(np.asarray(norms, dtype=np.float64)), self._norm_type))
-
-    @property
-    def total_norm(self) -> float:
-        return self._totals[0] if len(self._totals) == 1 else self._joined(np.array(self._totals))
-
-    @property
-    def clipped_norm(self) -> float | None:
-        known = [norm for norm in self._after if norm is not None]
-        if len(known) < len(self._after):
-            return None
-        return known[0] if len(known) == 1 else self._joined(np.array(known))
-
-    @property
-    def worst(self) -> int:
-        """NaN first, then Inf, then the largest norm."""
-        for which in (self._has_nan, self.bad):
-            if which is not None and which.any():
-                return int(which.argmax())
-        return int(self.norms.argmax())
-
-    def census(self, sizes: Floats) -> Census:
-        assert self.zeros is not None
-        return Census(1.0 - self.zeros / np.maximum(sizes, 1.0), self.subnormal)
-
-    def shares(self, sizes: Floats) -> tuple[float, float] | tuple[None, None]:
-        """Of zeros and of subnormal numbers among the elements of all counted tensors; None if none was counted."""
-        if self.zeros is None:
-            return None, None
-        known = ~np.isnan(self.zeros)
-        elements = max(float(sizes[known].sum()), 1.0)
-        subnormal = (self.subnormal * sizes)[known].sum()
-        return float(self.zeros[known].sum() / elements), float(subnormal / elements)
 
 
 def _close(this: weakref.ref[GradMonitor]) -> None:

@@ -21,8 +21,8 @@ from test_amp import go_far, no_waiting
 import fastclip
 from fastclip import ClippedOptimizer, GradMonitor, policies
 from fastclip.backends import cuda
-from fastclip.monitor import Found
 from fastclip.monitoring import records, shipping
+from fastclip.monitoring.found import Found
 from fastclip.monitoring.records import decoded, encoded, number, packed, spelled
 
 SIZES = ((4, 3), (4,), (2, 4), (2,))
