@@ -438,7 +438,8 @@ def test_missing_extras_are_named(command, module, extra, tmp_path):
 # --- watch
 
 
-def test_watch_once(tmp_path, capsys):
+def test_watch_once(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")  # the name of the folder may be long
     run = tmp_path / "run.jsonl"
     assert fastclip_command("watch", run, "--once") == 1
     run.write_bytes(b"".join(recorded.run(100)))
@@ -449,7 +450,8 @@ def test_watch_once(tmp_path, capsys):
         assert words in text
 
 
-def test_watch_takes_markup_for_text(tmp_path, capsys):
+def test_watch_takes_markup_for_text(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
     run = tmp_path / "run.jsonl"
     run.write_bytes(b"".join(recorded.run(40, names=("[red]a", "[/]b", "c", "d"))))
     assert fastclip_command("watch", run, "--once") == 0
