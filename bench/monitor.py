@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import resource
+import os
 import statistics
 import subprocess
 import sys
@@ -161,14 +161,17 @@ def report(folder: Path, steps: int, tensors: int) -> dict[str, float]:
     run, page = folder / "run.jsonl", folder / "run.html"
     write_run(run, steps, tensors)
     start = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "fastclip", "report", str(run), "-o", str(page)], check=True)
+    process = subprocess.Popen([sys.executable, "-m", "fastclip", "report", str(run), "-o", str(page)])
+    _, status, used = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - start
-    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"fastclip report ended with status {process.returncode}")
     result = {
         "file, MB": run.stat().st_size / 1e6,
         "report, s": seconds,
-        "its CPU time, s": children.ru_utime + children.ru_stime,
-        "its memory at most, MB": children.ru_maxrss / 1024,
+        "its CPU time, s": used.ru_utime + used.ru_stime,
+        "its memory at most, MB": used.ru_maxrss / 1024,
         "page, MB": page.stat().st_size / 1e6,
     }
     run.unlink()
