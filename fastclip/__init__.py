@@ -13,6 +13,7 @@ from fastclip.functional import (
 )
 from fastclip.guard import Guard
 from fastclip.ladder import Event, LossWatch, Rollback, SpikeBackoff
+from fastclip.monitor import GradMonitor
 from fastclip.optim import ClipGroup, ClippedOptimizer, attach, clipped
 from fastclip.patching import patch
 from fastclip.stats import GradStats
@@ -33,6 +34,7 @@ __all__ = [
     "ClippedOptimizer",
     "Event",
     "FastclipError",
+    "GradMonitor",
     "GradScaler",
     "GradStats",
     "Guard",

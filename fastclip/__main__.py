@@ -1,4 +1,4 @@
-"""``python -m fastclip``: what runs here and why; ``fastclip demo``, ``fastclip grid-search``, ``fastclip bench``."""
+"""``python -m fastclip``: what runs here and why; ``demo``, ``grid-search``, ``bench``, ``report`` and ``watch``."""
 
 from __future__ import annotations
 
@@ -35,6 +35,8 @@ def main(argv: list[str] | None = None) -> int:
     commands.add_parser("demo", help="train a network that explodes without fastclip, on real weather", add_help=False)
     commands.add_parser("grid-search", help="where training is stable, over lr and max_norm", add_help=False)
     commands.add_parser("bench", help="a quick table of torch's and fastclip's times here", add_help=False)
+    commands.add_parser("report", help="a run that a GradMonitor recorded, as one page", add_help=False)
+    commands.add_parser("watch", help="follow such a run in the terminal", add_help=False)
     arguments, rest = parser.parse_known_args(argv)
     if arguments.command == "demo":
         from fastclip.examples import weather
@@ -48,6 +50,10 @@ def main(argv: list[str] | None = None) -> int:
         from fastclip.bench import compare
 
         return int(compare.main(rest or ["--quick"]))
+    if arguments.command in ("report", "watch"):
+        from fastclip.report import command
+
+        return command.report(rest) if arguments.command == "report" else command.watch(rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     print(describe())

@@ -17,7 +17,7 @@ from fastclip.checks import nonfinite_rule, real, whole
 from fastclip.clipping import Finding, all_finite, examine
 from fastclip.ladder import Ladder, LossWatch, Rollback, SpikeBackoff, reduced_lr
 from fastclip.policies import GlobalNorm, Policy, policy_of
-from fastclip.record import IN_A_ROW, SKIPPED, STEPS, Record, Reports, Seen
+from fastclip.record import IN_A_ROW, SKIPPED, STEPS, Outcome, Record, Reports, Seen
 from fastclip.regularisation import Penalty
 from fastclip.sharded import check_not_in_zero
 from fastclip.stats import any_of, check_may_wait
@@ -76,6 +76,7 @@ class Guard(Reports):
         self.skip_limit = skip_limit
         self._report: Tensor | None = None
         self._observed: bool | Tensor = False
+        self._loss: Tensor | None = None  # for listeners
         self._penalty, self._watch = penalty, watch or LossWatch()
         self._ladder = Ladder(backoff, rollback)
         self._lr_factor = 1.0  # of this step
@@ -221,6 +222,7 @@ class Guard(Reports):
         """
         report, self._report = self._report, None
         observed, self._observed = self._observed, False
+        loss, self._loss = self._loss, None
         groups = self.optimizer.param_groups
         shares, twice = self._shares(groups)
         ties = ties_of([grads for grads, _ in shares], self.group)
@@ -266,7 +268,22 @@ class Guard(Reports):
             check_may_wait("a step that only the host can hold back", "use an optimizer with fused=True")
             skip = bool(skip)
         self._record.note([Seen(finding.reading) for finding in findings], clipped, skip)
-        if (not again and self._has_gone_back(observed, held, found_inf)) or skip is True:
+        went_back, in_a_row = (False, 0) if again else self._climb(observed, held, found_inf)
+        if self._record.listeners:
+            held_back = {"nonfinite": found_inf if nonfinite == "skip" else False}
+            if given_inf is not None:
+                held_back["scaler"] = given_inf
+            if not again:
+                held_back["loss"] = observed
+                held_back["policy"] = any_of(verdict.decision.skip for verdict in verdicts)
+            if ties is not None:
+                held_back["rank"] = held
+            lrs = [group["lr"] * self._lr_factor for group in groups if "lr" in group]
+            outcome = Outcome(self._record.seen, verdicts, held_back, clipped, skip, went_back, loss, lrs, grad_scale)
+            for listener in self._record.listeners:
+                listener(outcome)
+        self._record.check_streak(in_a_row)
+        if went_back or skip is True:
             return Clearance(False)
         riding_inf = skip.to(torch.float32) if isinstance(skip, Tensor) else None
         only = verdicts[0]
@@ -285,12 +302,12 @@ class Guard(Reports):
             verdict.apply(grad_scale, skip)
         return Clearance(True, None, riding_inf)
 
-    def _has_gone_back(self, observed: bool | Tensor, held: bool | Tensor, found_inf: bool | Tensor) -> bool:
-        """Climbs the ladder with what the host knows by now; True after a roll back."""
+    def _climb(self, observed: bool | Tensor, held: bool | Tensor, found_inf: bool | Tensor) -> tuple[bool, int]:
+        """Climbs the ladder with what the host knows by now: whether it went back, and the skips in a row."""
         news = self._record.news()
         self._lr_factor = self._ladder.lr_factor
         if news is None:
-            return False
+            return False, 0
 
         def reason() -> tuple[str, tuple[str, ...]]:
             if not isinstance(found_inf, bool):  # asking which tensor would wait for the device
@@ -307,8 +324,7 @@ class Guard(Reports):
         before = self._ladder.lr_factor
         went_back = self._ladder.climb(self.optimizer, news[STEPS], news[SKIPPED], news[IN_A_ROW], reason)
         self._lr_factor = min(before, self._ladder.lr_factor)  # what is given back counts from the next step on
-        self._record.check_streak(news[IN_A_ROW])
-        return went_back
+        return went_back, news[IN_A_ROW]
 
     def _parameters_are_finite(self) -> bool:
         """As far as the host knows without waiting."""
@@ -337,6 +353,8 @@ class Guard(Reports):
         if loss.numel() != 1:
             raise TypeError(f"loss: expected one element, got shape {tuple(loss.shape)}")
         self._observed = any_of([self._observed, self._watch.is_bad(loss)])
+        if self._record.listeners:
+            self._loss = loss.detach().reshape(()).clone()
 
     def _shares(self, groups: list[dict[str, Any]]) -> tuple[list[tuple[Grads, Policy]], bool]:
         """Each rule with its gradients; and whether a gradient is at two parameters."""

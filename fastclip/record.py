@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastclip.backends import reference
 from fastclip.backends.reference import narrowed
+from fastclip.clipping import Verdict
 from fastclip.ladder import Event, Ladder
 from fastclip.stats import GradStats, Peers, Reading, penalties, stats_from
 from fastclip.tensors import GroupNames
@@ -41,6 +42,16 @@ class Seen:
         return range(self.rows.shape[1]) if self._positions is None else self._positions
 
     @property
+    def listed(self) -> list[Tensor]:
+        """The parameters, with and without a gradient."""
+        return self._names.parameters
+
+    @property
+    def positions(self) -> list[int] | None:
+        """Which of them each column of ``rows`` is about; None for 0, 1, 2, ..."""
+        return self._positions
+
+    @property
     def names(self) -> list[str]:
         return [self._names[i] for i in self._columns]
 
@@ -65,6 +76,32 @@ class Seen:
             return names
         worst, rank = self.peers.worst_of_all(self._names.__getitem__)
         return [f"{worst} on rank {rank}", *(name for name in names if name != worst)]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one step, for those who listen; 0-d tensors stand where the host would have to wait.
+
+    Attributes:
+        seen: one reading for each rule.
+        verdicts: what each rule decided. They hold the gradients, not clipped yet: keep none after the call.
+        reasons: reason -> whether it holds the step back.
+        clipped, skipped: whether it is.
+        rolled_back: whether the optimizer went back to a snapshot instead.
+        loss: as it was observed for this step, 0-d; None if it wasn't.
+        lrs: learning rate of each param group in this step.
+        grad_scale: what the gradients are multiplied by; None for 1.
+    """
+
+    seen: list[Seen]
+    verdicts: list[Verdict]
+    reasons: dict[str, bool | Tensor]
+    clipped: bool | Tensor
+    skipped: bool | Tensor
+    rolled_back: bool
+    loss: Tensor | None
+    lrs: list[float | Tensor]
+    grad_scale: float | Tensor | None
 
 
 class Echo:
@@ -111,9 +148,10 @@ class Record:
         self.seen: list[Seen] = []
         self._norm: Tensor | None = None  # of ``seen``, once someone has asked
         self._echo = Echo()
+        self.listeners: list[Callable[[Outcome], None]] = []  # each is told of every step
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_echo": Echo()}  # an event can't be copied
+        return {**self.__dict__, "_echo": Echo(), "listeners": []}  # events and open files can't be copied
 
     def note(self, seen: list[Seen], clipped: bool | Tensor, skipped: bool | Tensor) -> None:
         """Takes in one step: its readings, at least one, and what became of it.

@@ -50,6 +50,9 @@ FLOORS = {
     "guard": 8,
     "optim": 9,
     "integrations": 10,
+    "monitoring": 9,
+    "monitor": 10,
+    "report": 10,
     "examples": 11,
     "bench": 10,
     "__main__": 12,
@@ -80,6 +83,7 @@ def test_imports_point_downwards(path):
 def test_importing_fastclip_imports_no_extra():
     extras = {"pandas", "matplotlib", "vega_datasets", "triton", "torchvision", "sklearn", "deepspeed"}
     extras |= {"accelerate", "transformers", "lightning", "pytorch_lightning", "keras", "ultralytics", "skorch"}
+    extras |= {"rich", "tensorboard", "wandb"}
     code = f"import sys, fastclip; print(sorted({extras!r} & set(sys.modules)))"
     assert run(code) == "[]"
 
@@ -118,7 +122,7 @@ def test_public_things_are_documented(name):
     assert inspect.getdoc(getattr(fastclip, name))
 
 
-DOCTESTS = ["fastclip.functional", "fastclip.optim", "fastclip.amp", "fastclip.patching"]
+DOCTESTS = ["fastclip.functional", "fastclip.optim", "fastclip.amp", "fastclip.monitor", "fastclip.patching"]
 DOCTESTS += [f"fastclip.integrations.{name}" for name in ("facts", "keras", "skorch")]
 
 

@@ -83,7 +83,7 @@ class KerasGuard(Reports):
         variables = [variable.value for variable in self._variables]
         names = GroupNames([(0, {"params": variables, "param_names": [v.path for v in self._variables]})])
         share = replace(grads_among(grads), names=names, parameters=variables)
-        (finding,) = examine([(share, self.policy)], self.nonfinite)
+        (finding,), _ = examine([(share, self.policy)], self.nonfinite)
         verdict = finding.decide()
         skip = any_of([verdict.decision.skip, finding.found_inf if self.nonfinite == "skip" else False])
         self._skipped = bool(skip)

@@ -1,0 +1,355 @@
+"""Watching the gradients of a guarded optimizer: one record a step, flags, and sinks; no step waits for it."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import re
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastclip.checks import whole
+from fastclip.guard import Guard
+from fastclip.ladder import Event
+from fastclip.monitoring.flags import Census, FlagRules, Flags, settings
+from fastclip.monitoring.found import Found
+from fastclip.monitoring.places import Tensors
+from fastclip.monitoring.records import FORMAT, VERSION, StepRecord, packed, spelled
+from fastclip.monitoring.shipping import Shipment, Sighting, sighting
+from fastclip.monitoring.sinks import Events, Sink, sink_of
+from fastclip.record import Outcome, Reports
+from fastclip.tensors import GroupNames
+from fastclip.types import cuda_in_use
+from fastclip.version import __version__
+
+SECONDS = 1.0  # after which the next step sends what has been gathered, however little it is
+SKIP_REASONS = {
+    "nonfinite": "NaN or Inf in the gradients",
+    "loss": "the loss that was observed",
+    "policy": "decided by the policy",
+    "scaler": "a GradScaler found Inf",
+    "rank": "seen by this or another rank",
+}
+Names: TypeAlias = "torch.nn.Module | Iterable[tuple[str, Tensor]] | None"
+
+
+class GradMonitor:
+    """Records what every step of a guarded optimizer saw and did, flags gradients, and passes it all on.
+
+    The numbers are those of the optimizer's one read. They stay on the gradients' device for some steps and then come
+    to the host in one copy; no step waits for it. What a step left behind is sent ``buffer`` records later at most, or
+    with the first step after a second.
+
+    Args:
+        opt: a :class:`fastclip.ClippedOptimizer`, or what :func:`fastclip.attach` returned.
+        every: record each so many-th step.
+        include: a regular expression: only tensors whose names it is found in have their own norms recorded.
+        sinks: one or a list of: a path ending in ``.jsonl`` or ``.csv``, which is appended to; a TensorBoard
+            ``SummaryWriter``; a wandb run; a function that gets each :class:`fastclip.monitoring.StepRecord`.
+        on_event: a function that gets each :class:`fastclip.Event`: flags, skips and roll backs.
+        names: a module, or (name, parameter) pairs, where the optimizer wasn't given named parameters.
+        flags: when a gradient is flagged: a :class:`fastclip.monitoring.FlagRules`.
+        census_every: in each so many-th record the gradients are read once more, for their largest magnitudes and for
+            the shares of zeros and of subnormal numbers; 1 for every record, None for never.
+        buffer: how many records are gathered before they are sent to the host.
+
+    Attributes:
+        step: how many steps it has seen, those before a resume included.
+
+    Raises:
+        TypeError: an ``opt`` or a sink of the wrong kind.
+        ValueError: a path with another ending, or a file there that is not a monitor's.
+        OSError: a path that can't be opened.
+
+    Example:
+        >>> import torch, fastclip
+        >>> model = torch.nn.Linear(3, 1)
+        >>> opt = fastclip.ClippedOptimizer(torch.optim.AdamW(model.parameters()), max_norm=1.0)
+        >>> with fastclip.GradMonitor(opt, sinks=lambda r: print(r.step, round(r.total_norm, 3)), names=model):
+        ...     model(torch.ones(2, 3)).sum().backward()
+        ...     opt.step()
+        1 4.0
+    """
+
+    def __init__(
+        self,
+        opt: Reports,
+        *,
+        every: int = 1,
+        include: str | None = None,
+        sinks: Any = (),
+        on_event: Callable[[Event], object] | None = None,
+        names: Names = None,
+        flags: FlagRules | None = None,
+        census_every: int | None = 100,
+        buffer: int = 64,
+    ) -> None:
+        self._every, self._buffer = whole("every", every, least=1), whole("buffer", buffer, least=1)
+        self._census_every = None if census_every is None else whole("census_every", census_every, least=1)
+        self._include = None if include is None else re.compile(include)
+        if on_event is not None and not callable(on_event):
+            raise TypeError(f"on_event: expected a function, got {type(on_event).__name__}")
+        self._flags = Flags(flags or FlagRules())
+        self.step = 0
+        self._fold: str | None = None
+        self._waiting: list[Sighting] = []
+        self._under_way: deque[Shipment] = deque()
+        self._sent_at = time.monotonic()
+        self._resumed_at: int | None = None
+        self._announced = -1  # tensors that the sinks know of; -1: not even the header
+        self._record = opt._record if isinstance(opt, Reports) else None
+        self._sinks: list[Sink] = []
+        try:
+            for each in sinks if isinstance(sinks, (list, tuple)) else [sinks]:
+                self._sinks.append(sink_of(each))
+            self._watch(opt, names)
+        except BaseException:
+            for sink in self._sinks:
+                sink.close()
+            raise
+        if on_event is not None:
+            self._sinks.append(Events(on_event))
+        self.step = max((sink.step for sink in self._sinks), default=0)
+        self._is_open, self._pid = True, os.getpid()
+        this = weakref.ref(self)
+        self._at_exit = atexit.register(lambda: _close(this))
+
+    def _watch(self, opt: Any, names: Names) -> None:
+        self._guarded = opt
+        if not isinstance(opt, Reports):
+            raise TypeError(
+                f"opt: expected a fastclip.ClippedOptimizer or what fastclip.attach returned, got {type(opt).__name__}"
+            )
+        pairs = names.named_parameters() if isinstance(names, torch.nn.Module) else names or ()
+        self._tensors = Tensors(self._include, {id(parameter): name for name, parameter in pairs})
+        holder: Any = opt.optimizer if isinstance(opt, Guard) else opt
+        known = GroupNames(list(enumerate(holder.param_groups)))
+        self._tensors.add(known.parameters, known)
+        self._know_tensors()
+        self._policy = repr(self._guarded.policy)  # now: a bound that is a tensor would have to be waited for
+        self._record = opt._record
+        self._record.listeners.append(self._listen)
+
+    def _unwatch(self) -> None:
+        assert self._record is not None
+        if self._listen in self._record.listeners:
+            self._record.listeners.remove(self._listen)
+
+    def _know_tensors(self) -> None:
+        tensors = self._tensors
+        self._all_included = len(tensors.included) == len(tensors.names)
+        self._included = np.array(tensors.included, dtype=np.intp)
+        self._sizes = np.array(tensors.sizes, dtype=np.float64)
+        self._names = [tensors.names[i] for i in tensors.included]
+        sizes, dims = ([of[i] for i in tensors.included] for of in (tensors.sizes, tensors.dims))
+        self._flags.know(self._names, sizes, dims)
+
+    @property
+    def lost(self) -> dict[str, int]:
+        """For each sink how many records, or events, did not get there."""
+        return {sink.name: sink.lost for sink in self._sinks}
+
+    def _listen(self, outcome: Outcome) -> None:
+        """Takes in one step; called by the optimizer in the middle of it."""
+        if cuda_in_use() and torch.cuda.is_current_stream_capturing():
+            return  # a graph replays kernels, not this
+        self.step += 1
+        if self.step % self._every == 0:
+            is_census = self._census_every is not None and (self.step // self._every - 1) % self._census_every == 0
+            self._waiting.append(sighting(outcome, self.step, time.time(), self._fold, is_census))
+        now = time.monotonic()
+        if len(self._waiting) >= self._buffer or (self._waiting and now - self._sent_at >= SECONDS):
+            self._send(now)
+        self._collect(wait=False)
+
+    def _send(self, now: float) -> None:
+        self._under_way.append(Shipment(self._waiting))
+        self._waiting, self._sent_at = [], now
+
+    def _collect(self, wait: bool) -> None:
+        """Records what has arrived, or waits for all of it."""
+        while self._under_way:
+            if wait:
+                self._under_way[0].wait()
+            elif not self._under_way[0].has_arrived:
+                return
+            shipment = self._under_way.popleft()
+            batch = self._records_of(shipment)
+            self._announce()
+            for sink in self._sinks:
+                sink.take(batch)
+
+    def _announce(self) -> None:
+        """Tells the sinks of tensors that they don't know yet."""
+        if self._announced == len(self._names):
+            return
+        header: dict[str, Any] = {}
+        if self._announced < 0:
+            header = {
+                "format": FORMAT,
+                "version": VERSION,
+                "fastclip": __version__,
+                "torch": torch.__version__,
+                "time": round(time.time(), 3),
+                "policy": self._policy,
+                "nonfinite": self._guarded.nonfinite,
+                "norm_type": spelled(float(self._guarded.policy.norm_type)),
+                "every": self._every,
+                "flags": {name: spelled(value) for name, value in settings(self._flags.rules).items()},
+            }
+            if self._resumed_at is not None:
+                header["resumed_at"] = self._resumed_at
+        sizes = [self._tensors.sizes[i] for i in self._tensors.included]
+        for sink in self._sinks:
+            sink.start(header, self._names, sizes)
+        self._announced = len(self._names)
+
+    def _records_of(self, shipment: Shipment) -> list[StepRecord]:
+        sightings = shipment.sightings
+        placed = [[self._tensors.places(seen) for seen in each.seen] for each in sightings]
+        if len(self._tensors.names) > len(self._sizes):
+            self._know_tensors()
+        norms = np.full((len(sightings), len(self._sizes)), -1.0)  # where there was no gradient
+        found = [
+            Found(each, own_norms, places, leaves)
+            for each, own_norms, places, leaves in zip(sightings, norms, placed, shipment.unpack(), strict=True)
+        ]
+        bad = {i: each.bad for i, each in enumerate(found) if each.bad is not None}
+        censuses = {i: each.census(self._sizes) for i, each in enumerate(found) if each.zeros is not None}
+        if not self._all_included:
+            bad = {i: own for i, which in bad.items() if (own := which[self._included]).any()}
+            censuses = {i: Census(*(part[self._included] for part in census)) for i, census in censuses.items()}
+            norms = norms[:, self._included]
+        events = self._flags.look([each.step for each in sightings], norms, bad, censuses)
+        narrow = packed(norms)
+        absent = norms < 0
+        gaps = absent.any()
+        batch = []
+        for i, each in enumerate(found):
+            record = self._record_of(each)
+            record.events = events[i] + record.events
+            record.tensor_norms = narrow[i]
+            if gaps and absent[i].any():
+                record.columns = np.flatnonzero(~absent[i]).tolist()
+                record.tensor_norms = narrow[i][~absent[i]]
+            batch.append(record)
+        return batch
+
+    def _record_of(self, found: Found) -> StepRecord:
+        """All but the norms of the tensors and what the flags say."""
+        sighting, skipped = found.sighting, found.skipped
+        clipped = found.clipped and not skipped
+        total = found.total_norm
+        clipped_norm = None if skipped else found.clipped_norm if clipped else total
+        zeros, subnormals = found.shares(self._sizes)
+        names = self._tensors.names
+        events = []
+        if skipped:
+            why = ", ".join(SKIP_REASONS[name] for name in found.reasons)
+            bad = () if found.bad is None else np.flatnonzero(found.bad).tolist()
+            events.append(Event(sighting.step, "skip", why, tuple(names[i] for i in bad)))
+        if sighting.rolled_back:
+            events.append(Event(sighting.step, "roll back", "to the latest snapshot"))
+        return StepRecord(
+            step=sighting.step,
+            time=round(sighting.time, 3),
+            total_norm=total,
+            clipped_norm=clipped_norm,
+            max_norm=clipped_norm if found.max_norm is None and clipped and found.is_one_number else found.max_norm,
+            clip_coef=found.clip_coef if clipped else 1.0,
+            clipped=clipped,
+            skipped=skipped,
+            reason="+".join(found.reasons) if skipped else "",
+            rolled_back=sighting.rolled_back,
+            nans=found.nans,
+            infs=found.infs,
+            worst=names[found.worst],
+            max_abs=found.max_abs,
+            zeros=zeros,
+            subnormals=subnormals,
+            loss=found.loss,
+            lr=found.lrs,
+            fold=sighting.fold,
+            events=events,
+            names=self._names,
+        )
+
+    def flush(self) -> None:
+        """Brings everything so far to the sinks. Waits for the device."""
+        if self._waiting:
+            self._send(time.monotonic())
+        self._collect(wait=True)
+
+    def reset(self, fold: object = None, opt: Reports | None = None, names: Names = None) -> None:
+        """Begins another fold: the flags forget the past; steps are counted on. Waits for the device.
+
+        Args:
+            fold: name of the fold, by which the report tells them apart.
+            opt: the optimizer of the new fold, if it is another one.
+            names: as for the monitor; of ``opt``.
+        """
+        self.flush()
+        self._fold = None if fold is None else str(fold)
+        self._flags.reset()
+        if opt is not None:
+            self._unwatch()
+            self._flags = Flags(self._flags.rules)
+            self._watch(opt, names)
+            self._announced = min(self._announced, 0)
+        for sink in self._sinks:
+            sink.fold(self.step, self._fold or "")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: the step, the fold, and what the flags know. Waits for the device."""
+        self.flush()
+        return {
+            "step": self.step,
+            "fold": self._fold,
+            "names": list(self._names),
+            "flags": self._flags.history.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on after the step of ``state_dict``: records of later steps, which will be made again, leave the files.
+
+        What the flags know is taken over only for the same tensors.
+        """
+        self.flush()
+        self.step, self._fold = int(state_dict["step"]), state_dict["fold"]
+        if state_dict["names"] == self._names:
+            self._flags.history.load_state_dict(state_dict["flags"])
+        self._resumed_at, self._announced = self.step, -1
+        for sink in self._sinks:
+            sink.forget(self.step)
+
+    def close(self) -> None:
+        """Flushes, closes the files, and leaves the optimizer alone. Waits for the device."""
+        if not self._is_open:
+            return
+        self._is_open = False
+        atexit.unregister(self._at_exit)
+        self._unwatch()
+        self.flush()
+        for sink in self._sinks:
+            sink.close()
+
+    def __enter__(self) -> GradMonitor:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+def _close(this: weakref.ref[GradMonitor]) -> None:
+    """At the end of the process that made it; a forked child has a copy."""
+    monitor = this()
+    if monitor is not None and os.getpid() == monitor._pid:
+        monitor.close()

@@ -1,0 +1,143 @@
+"""From the gradients' device to the host: what some steps left behind, in one copy that nobody waits for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastclip.record import Outcome, Seen
+from fastclip.stats import read
+from fastclip.tensors import FLOAT8, dense
+from fastclip.types import ALWAYS_FIELDS, MAX_ABS, TOTAL_NORM, ZEROS, Request
+
+PER_READING = 7  # leaves
+SAMPLE = 4096  # elements of a gradient among which subnormal ones are counted
+
+Leaf: TypeAlias = "float | bool | Tensor | None"
+
+
+class Sighting(NamedTuple):
+    """One step as it was seen, its values still where they were.
+
+    Attributes:
+        leaves: clipped, skipped, loss, each reason, each learning rate, then for each of ``seen``: rows, totals,
+            clip_coef, norm after it, largest magnitudes, counts of zeros, shares of subnormal numbers.
+    """
+
+    step: int
+    time: float
+    fold: str | None
+    seen: list[Seen]
+    reasons: list[str]
+    lrs: int
+    rolled_back: bool
+    clamped: list[bool]
+    leaves: list[Leaf]
+
+
+def sighting(outcome: Outcome, step: int, time: float, fold: str | None, census: bool) -> Sighting:
+    """Takes from a step what outlives its gradients; with ``census`` reads them once more."""
+    leaves: list[Leaf] = [outcome.clipped, outcome.skipped, outcome.loss, *outcome.reasons.values(), *outcome.lrs]
+    clamped = []
+    for seen, verdict in zip(outcome.seen, outcome.verdicts, strict=True):
+        reading, (coef, _, unit_coefs, clamp) = verdict.reading, verdict.decision
+        after: Leaf = None
+        if unit_coefs is not None:
+            coef = unit_coefs.amin() if unit_coefs.numel() else 1.0
+            after = reading.after(1.0, unit_coefs, Request(seen.request.norm_type)).totals[TOTAL_NORM]
+        rows, largest, zeros, subnormal = seen.rows, None, None, None
+        if rows.shape[0] > ALWAYS_FIELDS:
+            rows, largest = rows[:ALWAYS_FIELDS], rows[MAX_ABS]
+        if census:
+            counted = read(reading.plan, Request(extras=True), outcome.grad_scale).rows
+            largest, zeros = counted[MAX_ABS], counted[ZEROS]
+            subnormal = subnormal_shares(reading.plan.grads.tensors, counted)
+        clamped.append(clamp is not None)
+        leaves += [rows, seen.totals, coef, after, largest, zeros, subnormal]
+    return Sighting(
+        step, time, fold, outcome.seen, list(outcome.reasons), len(outcome.lrs), outcome.rolled_back, clamped, leaves
+    )
+
+
+@torch.no_grad()
+def subnormal_shares(grads: Sequence[Tensor], like: Tensor) -> Tensor:
+    """Of each gradient the share of elements whose magnitude is below the smallest normal number of its dtype, but not
+    0, among at most SAMPLE of them, evenly spaced; on the device and in the dtype of ``like``."""
+    shares = like.new_zeros(len(grads))
+    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, grad in enumerate(grads):
+        if grad.numel():
+            kinds.setdefault((grad.device, grad.dtype), []).append(i)
+    for (device, dtype), members in kinds.items():
+        samples = []
+        for i in members:
+            flat = dense(grads[i]).reshape(-1)
+            samples.append(flat[:: -(-flat.numel() // SAMPLE)] if flat.numel() > SAMPLE else flat)
+        values = torch.cat(samples)
+        values = torch.view_as_real(values).flatten(1) if values.is_complex() else values.unsqueeze(1)
+        values = values.to(torch.float32) if dtype in FLOAT8 else values
+        size = values.abs()
+        counts = ((size > 0) & (size < torch.finfo(dtype).smallest_normal)).sum(dim=1).cumsum(0)
+        ends = torch.tensor([len(sample) for sample in samples]).cumsum(0)
+        at_ends = counts[(ends - 1).to(device, non_blocking=True)]
+        own = at_ends.diff(prepend=at_ends.new_zeros(1)).to(like)
+        lengths = torch.tensor([len(sample) * values.shape[1] for sample in samples], dtype=like.dtype)
+        places = torch.tensor(members).to(like.device, non_blocking=True)
+        shares[places] = own / lengths.to(like.device, non_blocking=True)
+    return shares
+
+
+class Shipment:
+    """What some sightings hold, on its way.
+
+    Attributes:
+        sightings: whose it is.
+    """
+
+    def __init__(self, sightings: list[Sighting]) -> None:
+        self.sightings = sightings
+        aboard = [leaf for each in sightings for leaf in each.leaves if isinstance(leaf, Tensor)]
+        self._event: Any = None
+        if not aboard:
+            self._copy = torch.empty(0)
+            return
+        home = aboard[0].device
+        here = [leaf if leaf.device == home else leaf.to(home, non_blocking=True) for leaf in aboard]
+        values = torch.cat([leaf.detach().reshape(-1) for leaf in here])
+        if home.type == "cpu":
+            self._copy = values
+            return
+        self._copy = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
+        self._event = torch.Event(home)
+        self._event.record()
+
+    @property
+    def has_arrived(self) -> bool:
+        return self._event is None or bool(self._event.query())
+
+    def wait(self) -> None:
+        """Until it has arrived."""
+        if self._event is not None:
+            self._event.synchronize()
+
+    def unpack(self) -> list[list[Any]]:
+        """The leaves of each sighting as the host can use them, once they have arrived: numbers, and arrays for all
+        tensors but those with one element and no dimension."""
+        values: NDArray[Any] = self._copy.numpy()
+        at = 0
+        unpacked = []
+        for each in self.sightings:
+            leaves: list[Any] = []
+            for leaf in each.leaves:
+                if not isinstance(leaf, Tensor):
+                    leaves.append(leaf)
+                    continue
+                piece = values[at : at + leaf.numel()]
+                at += leaf.numel()
+                leaves.append(piece.reshape(leaf.shape) if leaf.dim() else float(piece[0]))
+            unpacked.append(leaves)
+        return unpacked

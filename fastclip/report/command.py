@@ -1,0 +1,58 @@
+"""``fastclip report`` and ``fastclip watch``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from fastclip.report.digest import digest_of
+from fastclip.report.page import page_of
+
+
+def report(argv: list[str]) -> int:
+    """The command ``fastclip report``; 0 if there was anything to report."""
+    parser = argparse.ArgumentParser(
+        prog="fastclip report", description="A run that a fastclip.GradMonitor recorded, as one page."
+    )
+    parser.add_argument("run", type=Path, help="a .jsonl file of a monitor")
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="PAGE", help="the page; default: RUN with .html for .jsonl"
+    )
+    parser.add_argument("--png", type=Path, metavar="FOLDER", help="also the figures as PNG there; needs matplotlib")
+    arguments = parser.parse_args(argv)
+    output: Path = arguments.output or arguments.run.with_suffix(".html")
+    try:
+        digest = digest_of(arguments.run)
+        output.write_text(page_of(digest), encoding="utf-8")
+    except OSError as error:
+        parser.error(str(error))
+    for problem in digest.reader.problems():
+        print(f"{arguments.run}: {problem}", file=sys.stderr)
+    print(f"{output}: {digest.records:,} records of {len(digest.reader.names):,} tensors")
+    if arguments.png is not None:
+        try:
+            from fastclip.report import figures
+        except ModuleNotFoundError as error:
+            return _lacks(error, "plots")
+        for path in figures.save(digest, arguments.png):
+            print(path)
+    return 0 if digest.records else 1
+
+
+def watch(argv: list[str]) -> int:
+    """The command ``fastclip watch``."""
+    parser = argparse.ArgumentParser(prog="fastclip watch", description="Follows a run while it is recorded.")
+    parser.add_argument("run", type=Path, help="a .jsonl file of a monitor; waited for until it is there")
+    parser.add_argument("--once", action="store_true", help="show what there is, once")
+    arguments = parser.parse_args(argv)
+    try:
+        from fastclip.report import terminal
+    except ModuleNotFoundError as error:
+        return _lacks(error, "watch")
+    return terminal.follow(arguments.run, once=arguments.once)
+
+
+def _lacks(error: ModuleNotFoundError, extra: str) -> int:
+    print(f"{error}; needs pip install 'torch-fastclip[{extra}]'", file=sys.stderr)
+    return 1
