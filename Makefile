@@ -54,18 +54,18 @@ emulator: $(VENV)/.installed $(VENV)/.frameworks
 	-p no:cacheprovider -q -n auto --maxprocesses 4 -k "cuda or every_unit" ../tests
 
 # The tests of every backend over the Triton kernels, in Triton's interpreter: numpy does what a GPU would do.
-interpreter: $(VENV)/.installed
+interpreter: $(VENV)/.installed $(VENV)/.frameworks
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -p no:cacheprovider -n auto --maxprocesses 4 -k "triton or every_unit" \
 	--ignore tests/test_triton_build.py tests
 
 # The native tests under AddressSanitizer and UBSan, in a build of its own: all on the CPU, and for the emulated kernels
-# test_cuda.py. Those that start interpreters of their own take long and find nothing more.
+# test_cuda.py and test_gpu_kernels.py. Those that start interpreters of their own take long and find nothing more.
 sanitize: $(VENV)/.installed
 	FASTCLIP_SANITIZE=address,undefined FASTCLIP_CUDA=emulated $(PIP) --no-deps --upgrade --target build/sanitized .
 	cd build && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=sanitized ../$(BIN)/python -m pytest -c ../pyproject.toml --rootdir .. \
 	-p no:cacheprovider -q --capture=sys -n auto --maxprocesses 4 ../tests/test_norms.py ../tests/test_clip.py ../tests/test_writes.py ../tests/test_inputs.py \
-	../tests/test_penalty_engine.py ../tests/test_cuda.py \
+	../tests/test_penalty_engine.py ../tests/test_cuda.py ../tests/test_gpu_kernels.py \
 	-k "not reference and not cuda-emulated and not by_name and not unknown and not environment and not by_itself"
 
 clean:
