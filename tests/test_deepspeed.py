@@ -7,6 +7,7 @@ from pathlib import Path
 
 import offline
 import pytest
+import torch
 
 import fastclip
 
@@ -81,3 +82,11 @@ def test_without_zero_the_norm_is_that_of_all_gradients(said):
 
 def test_zeros_optimizer_cannot_be_wrapped(said):
     assert "DeepSpeedZeroOptimizer of deepspeed scales, shards and clips" in said["around", 1]["error"]
+
+
+def test_the_functions_say_where_its_gradients_are() -> None:
+    """A parameter of ZeRO has none of its own; the engine keeps them, and marks its parameters."""
+    p = torch.nn.Parameter(torch.ones(2))
+    p.ds_id = 0  # as ZeRO-3 does
+    with pytest.raises(TypeError, match="gradient_clipping"):
+        fastclip.clip_grad_norm_([p], 1.0)
