@@ -55,16 +55,23 @@ def least_trusted(DTYPE):
 
 
 @triton.jit
-def pointer_to(address, DTYPE: tl.constexpr):
-    """To the bits of a tensor's reals."""
+def pointer_to(address, DTYPE: tl.constexpr, WIDE: tl.constexpr = False):
+    """To the bits of a tensor's reals. With WIDE ``address`` must be a multiple of 16.
+
+    That promise, and no mask, is what makes loads of 16 bytes. It is given here, where the pointer is made: Triton 3.6
+    loses it on what a function returned.
+    """
     if DTYPE == F64 or DTYPE == C128:
-        return address.to(tl.pointer_type(tl.int64))
+        p_reals = address.to(tl.pointer_type(tl.int64))
     elif DTYPE == F32 or DTYPE == C64:
-        return address.to(tl.pointer_type(tl.int32))
+        p_reals = address.to(tl.pointer_type(tl.int32))
     elif DTYPE == BF16 or DTYPE == F16:
-        return address.to(tl.pointer_type(tl.int16))
+        p_reals = address.to(tl.pointer_type(tl.int16))
     else:
-        return address.to(tl.pointer_type(tl.int8))
+        p_reals = address.to(tl.pointer_type(tl.int8))
+    if WIDE:
+        p_reals = tl.multiple_of(p_reals, 16)
+    return p_reals
 
 
 @triton.jit

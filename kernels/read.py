@@ -78,15 +78,15 @@ def penalise(address, weights, size, of_sign, of_weight, aligned, DTYPE: tl.cons
     """g = (g + of_sign * sign(w)) + of_weight * w in place; g is then visible to the whole program."""
     TILE: tl.constexpr = TILE_BYTES // bytes_of_real(DTYPE) // 2
     WHOLE: tl.constexpr = CHUNK // bytes_of_real(DTYPE)
-    p_grads, p_weights = pointer_to(address, DTYPE), pointer_to(weights, DTYPE)
     columns = tl.arange(0, TILE)
     if aligned & (size == WHOLE):
-        p_grads, p_weights = tl.multiple_of(p_grads, 16), tl.multiple_of(p_weights, 16)
+        p_grads, p_weights = pointer_to(address, DTYPE, True), pointer_to(weights, DTYPE, True)
         for first in range(0, WHOLE, TILE):
             b_g = widened(tl.load(p_grads + first + columns), DTYPE)
             b_w = widened(tl.load(p_weights + first + columns), DTYPE)
             tl.store(p_grads + first + columns, penalised(b_g, b_w, of_sign, of_weight, DTYPE))
     else:
+        p_grads, p_weights = pointer_to(address, DTYPE), pointer_to(weights, DTYPE)
         for first in range(0, size, TILE):
             mask = first + columns < size
             b_g = widened(tl.load(p_grads + first + columns, mask=mask, other=0), DTYPE)

@@ -56,8 +56,7 @@ def squares_of_chunk(address, DTYPE: tl.constexpr):
     """Of a whole chunk at a multiple of 16: -> lanes of sums of squares and of ored bits, [1, n]."""
     TILE: tl.constexpr = tile_of(DTYPE, TILE_BYTES)
     WHOLE: tl.constexpr = CHUNK // bytes_of_real(DTYPE)
-    # Only without a mask, and with this promise, do loads of 16 bytes come out. It must be true.
-    p_reals = tl.multiple_of(pointer_to(address, DTYPE), 16)
+    p_reals = pointer_to(address, DTYPE, True)
     columns = tl.arange(0, TILE)[None, :]
     b_sum = tl.full((1, TILE // joined_reals(DTYPE)), 0, tl.float64)
     b_any = tl.full((1, TILE // joined_reals(DTYPE)), 0, p_reals.dtype.element_ty)

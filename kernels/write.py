@@ -91,7 +91,7 @@ def change_chunk(address, scalar, CHANGE: tl.constexpr, DTYPE: tl.constexpr):
     """A whole chunk at a multiple of 16."""
     TILE: tl.constexpr = WRITE_BYTES // bytes_of_real(DTYPE)
     WHOLE: tl.constexpr = CHUNK // bytes_of_real(DTYPE)
-    p_reals = tl.multiple_of(pointer_to(address, DTYPE), 16)
+    p_reals = pointer_to(address, DTYPE, True)
     columns = tl.arange(0, TILE)[None, :]
     for first in range(0, WHOLE, TILE):
         b_before = tl.load(p_reals + (first + columns))
