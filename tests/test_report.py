@@ -496,23 +496,24 @@ def test_watch_follows_a_run(tmp_path, monkeypatch):
 def test_watch_is_a_command_that_ends_when_interrupted(tmp_path):
     path = tmp_path / "run.jsonl"
     path.write_bytes(b"".join(recorded.run(20)))
-    program = "import sys; from fastclip.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    # what runs in the background may ignore the signal, and hand that on
+    program = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    program += "from fastclip.__main__ import main; sys.exit(main(sys.argv[1:]))"
     environment = {**os.environ, "FORCE_COLOR": "1", "TERM": "xterm"}  # as in a terminal
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-u", "-c", program, "watch", str(path)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         env=environment,
-    )
-    timer = threading.Timer(60, process.kill)
-    timer.start()
-    while "exploding" not in process.stdout.readline():
-        pass
-    process.send_signal(signal.SIGINT)
-    assert process.wait() == 0
-    process.stdout.close()
-    timer.cancel()
+    ) as process:
+        timer = threading.Timer(60, process.kill)
+        timer.start()
+        while "exploding" not in process.stdout.readline():
+            pass
+        process.send_signal(signal.SIGINT)
+        assert process.wait() == 0
+        timer.cancel()
 
 
 def test_sparklines():
