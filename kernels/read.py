@@ -3,33 +3,23 @@
 import triton
 from triton import language as tl
 
-from .blocks import CHUNK, TILE_BYTES, kernel
-from .formats import (
-    DTYPES,
-    F8_E4M3FN,
-    as_double,
-    bytes_of_real,
-    narrowed,
-    pointer_to,
-    reals_of_element,
-    widened,
+from .blocks import kernel
+from .chunks import (
+    ADDRESS,
+    ALIGNED,
+    DTYPE_BITS,
+    FIRST_ROW,
+    TAG,
+    UNIT_SIZE,
+    WEIGHT,
+    WEIGHT_ALIGNED,
+    chunk_of,
+    stretch_of,
 )
+from .formats import DTYPES, F8_E4M3FN, as_double
 from .joins import INF, LARGEST, LARGEST_FLOAT, join_max, join_norms, join_sum
+from .penalty import penalise
 from .stats import stats_of
-
-# What the table holds of each tensor; table.py fills it.
-WORDS = tl.constexpr(7)
-ADDRESS = tl.constexpr(0)
-UNIT_SIZE = tl.constexpr(1)  # elements
-TAG = tl.constexpr(2)  # dtype, and which of the addresses are multiples of 16
-COUNT = tl.constexpr(3)  # chunks of each unit, or where units are short, units
-FIRST_CHUNK = tl.constexpr(4)
-FIRST_ROW = tl.constexpr(5)
-WEIGHT = tl.constexpr(6)  # address; 0 for none
-
-DTYPE_BITS = tl.constexpr(0xFF)
-ALIGNED = tl.constexpr(1 << 8)
-WEIGHT_ALIGNED = tl.constexpr(1 << 9)
 
 
 @triton.jit
@@ -73,34 +63,6 @@ def store_totals(p_rows, count, stride, totals, heads, p, max_norm, eps):
         tl.store(heads + 1, (nans + infs > 0.0).to(tl.float32))
 
 
-@triton.jit
-def penalise(address, weights, size, of_sign, of_weight, aligned, DTYPE: tl.constexpr):
-    """g = (g + of_sign * sign(w)) + of_weight * w in place; g is then visible to the whole program."""
-    TILE: tl.constexpr = TILE_BYTES // bytes_of_real(DTYPE) // 2
-    WHOLE: tl.constexpr = CHUNK // bytes_of_real(DTYPE)
-    columns = tl.arange(0, TILE)
-    if aligned & (size == WHOLE):
-        p_grads, p_weights = pointer_to(address, DTYPE, True), pointer_to(weights, DTYPE, True)
-        for first in range(0, WHOLE, TILE):
-            b_g = widened(tl.load(p_grads + first + columns), DTYPE)
-            b_w = widened(tl.load(p_weights + first + columns), DTYPE)
-            tl.store(p_grads + first + columns, penalised(b_g, b_w, of_sign, of_weight, DTYPE))
-    else:
-        p_grads, p_weights = pointer_to(address, DTYPE), pointer_to(weights, DTYPE)
-        for first in range(0, size, TILE):
-            mask = first + columns < size
-            b_g = widened(tl.load(p_grads + first + columns, mask=mask, other=0), DTYPE)
-            b_w = widened(tl.load(p_weights + first + columns, mask=mask, other=0), DTYPE)
-            tl.store(p_grads + first + columns, penalised(b_g, b_w, of_sign, of_weight, DTYPE), mask=mask)
-    tl.debug_barrier()
-
-
-@triton.jit
-def penalised(b_g, b_w, of_sign, of_weight, DTYPE: tl.constexpr):
-    sign = (b_w > 0).to(b_g.dtype) - (b_w < 0).to(b_g.dtype)
-    return narrowed((b_g + of_sign.to(b_g.dtype) * sign) + of_weight.to(b_g.dtype) * b_w, DTYPE)
-
-
 @kernel
 def read_kernel(
     table,  # in, int64 [tensors][WORDS]
@@ -126,30 +88,15 @@ def read_kernel(
     UNITS: tl.constexpr,  # 1: a chunk is a unit or a piece of one; else it is so many short units
 ):
     chunk = tl.program_id(0)
-    p_tensor = table + tl.load(owners + chunk).to(tl.int64) * WORDS
+    p_tensor, unit, units, piece, pieces = chunk_of(table, owners, UNITS)
+    row = tl.load(p_tensor + FIRST_ROW) + unit
     unit_size = tl.load(p_tensor + UNIT_SIZE)
     tag = tl.load(p_tensor + TAG)
-    number = tl.load(p_tensor + COUNT)
-    k = chunk - tl.load(p_tensor + FIRST_CHUNK)
-    dtype = tag & DTYPE_BITS
     p = as_double(p_bits)
     if divisor is not None:
         scale = tl.load(divisor).to(tl.float64)
     else:
         scale = tl.full((), 1.0, tl.float64)
-
-    pieces = tl.full((), 1, tl.int64)
-    unit = k
-    begin = tl.full((), 0, tl.int64)
-    units = pieces
-    if UNITS == 1:
-        pieces = number
-        unit = k // pieces
-        begin = k % pieces
-    else:
-        unit = k * UNITS
-        units = tl.minimum(number - unit, UNITS)
-    row = tl.load(p_tensor + FIRST_ROW) + unit
 
     norm = tl.full((UNITS,), 0, tl.float64)
     nans = norm
@@ -162,13 +109,8 @@ def read_kernel(
     weight_sum = norm
     for DTYPE in tl.static_range(DTYPES):
         if (PRESENT >> DTYPE) & 1:
-            if dtype == DTYPE:
-                ELEMENT: tl.constexpr = bytes_of_real(DTYPE) * reals_of_element(DTYPE)
-                PIECE: tl.constexpr = CHUNK // ELEMENT
-                size = unit_size.to(tl.int32)
-                if UNITS == 1:
-                    size = tl.minimum(unit_size - begin * PIECE, PIECE).to(tl.int32)
-                offset = (unit * unit_size + begin * PIECE) * ELEMENT
+            if (tag & DTYPE_BITS) == DTYPE:
+                offset, size = stretch_of(p_tensor, unit, piece, UNITS, DTYPE)
                 address = tl.load(p_tensor + ADDRESS) + offset
                 aligned = (tag & ALIGNED) != 0
                 if strengths is not None and DTYPE < F8_E4M3FN:
@@ -208,7 +150,7 @@ def read_kernel(
             tl.debug_barrier()
             if tl.atomic_add(done + 1 + row, 1, sem="acq_rel", scope="gpu") == pieces - 1:
                 tl.debug_barrier()
-                first = chunk - begin
+                first = chunk - piece
                 norm_, nans_, infs_, largest_, total_, zeros_ = join_row(partials + first, chunks, pieces, p, EXTRAS)
                 store_row(rows, row_stride, row, None, norm_, nans_, infs_, largest_, total_, zeros_, scale, p, EXTRAS)
                 if strengths is not None:

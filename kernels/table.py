@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import read
 from .blocks import CHUNK_BYTES, SHORT_BYTES, UNITS
+from .chunks import ADDRESS, ALIGNED, COUNT, FIRST_CHUNK, FIRST_ROW, TAG, UNIT_SIZE, WEIGHT, WEIGHT_ALIGNED, WORDS
 from .formats import ELEMENT_BYTES
 
 WIDE = 16  # bytes of the widest load
@@ -30,7 +30,7 @@ class Work:
     """One launch.
 
     Attributes:
-        words: int64 ``[tensors, WORDS]``, see read.py; on the host a numpy array, on the device a tensor.
+        words: int64 ``[tensors, WORDS]``, see chunks.py; on the host a numpy array, on the device a tensor.
         owners: int32 ``[chunks]``, each chunk's tensor.
         present: bit k is set if a tensor of dtype k is among them.
         units: 1, or how many short units make a chunk.
@@ -66,17 +66,17 @@ def works_of(facts: np.ndarray, counts: list[int] | None = None, weights: np.nda
     short = (units > 1) & (unit_bytes <= SHORT_BYTES)
 
     pieces = np.maximum(-(-unit_bytes // CHUNK_BYTES), 1)
-    words = np.zeros((len(facts), int(read.WORDS)), np.int64)
-    words[:, read.ADDRESS], words[:, read.UNIT_SIZE], words[:, read.FIRST_ROW] = address, unit_size, first_row
-    words[:, read.COUNT] = np.where(short, units, pieces)
+    words = np.zeros((len(facts), int(WORDS)), np.int64)
+    words[:, ADDRESS], words[:, UNIT_SIZE], words[:, FIRST_ROW] = address, unit_size, first_row
+    words[:, COUNT] = np.where(short, units, pieces)
     # Wide loads: every unit, and with it every chunk, has to begin at a multiple of 16.
     wide = (address % WIDE == 0) & ((units == 1) | (unit_bytes % WIDE == 0))
-    words[:, read.TAG] = dtype + np.where(wide, int(read.ALIGNED), 0)
+    words[:, TAG] = dtype + np.where(wide, int(ALIGNED), 0)
     if weights is not None:
         # nothing has no address, but a row to fill: any will do
         address = np.where(size == 0, WIDE, weights[:, 0]) * (weights[:, 1] == size)
-        words[:, read.WEIGHT] = address
-        words[:, read.TAG] += np.where(address % WIDE == 0, int(read.WEIGHT_ALIGNED), 0)
+        words[:, WEIGHT] = address
+        words[:, TAG] += np.where(address % WIDE == 0, int(WEIGHT_ALIGNED), 0)
 
     works = []
     for group, together in ((~short, 1), (short, UNITS)):
@@ -87,7 +87,7 @@ def works_of(facts: np.ndarray, counts: list[int] | None = None, weights: np.nda
         chunks = -(-units[chosen] // together) * (pieces[chosen] if together == 1 else 1)
         if chunks.sum() > MOST_CHUNKS:
             raise ValueError(f"{chunks.sum():,} chunks are more than one launch has programs, {MOST_CHUNKS:,}")
-        own[:, read.FIRST_CHUNK] = np.cumsum(chunks) - chunks
+        own[:, FIRST_CHUNK] = np.cumsum(chunks) - chunks
         owners = np.repeat(np.arange(len(chosen), dtype=np.int32), chunks)
         present = int(np.bitwise_or.reduce(1 << dtype[chosen]))
         works.append(Work(own, owners, present, together, bool(together == 1 and (pieces[chosen] > 1).any())))

@@ -4,6 +4,7 @@ import triton
 from triton import language as tl
 
 from .blocks import CHUNK, COLUMNS, WRITE_BYTES, kernel
+from .chunks import ADDRESS, ALIGNED, DTYPE_BITS, FIRST_ROW, TAG, UNIT_SIZE, chunk_of, stretch_of
 from .formats import (
     C64,
     C128,
@@ -17,7 +18,6 @@ from .formats import (
     reals_of_element,
     widened,
 )
-from .read import ADDRESS, ALIGNED, COUNT, DTYPE_BITS, FIRST_CHUNK, FIRST_ROW, TAG, UNIT_SIZE, WORDS
 
 SCALE = tl.constexpr(0)  # by one factor, which the host or the device knows
 SCALE_EACH = tl.constexpr(1)  # by one factor per unit
@@ -131,23 +131,8 @@ def write_kernel(
     CHANGE: tl.constexpr,
     UNITS: tl.constexpr,
 ):
-    chunk = tl.program_id(0)
-    p_tensor = table + tl.load(owners + chunk).to(tl.int64) * WORDS
-    unit_size = tl.load(p_tensor + UNIT_SIZE)
+    p_tensor, unit, units, piece, _ = chunk_of(table, owners, UNITS)
     tag = tl.load(p_tensor + TAG)
-    number = tl.load(p_tensor + COUNT)
-    k = chunk - tl.load(p_tensor + FIRST_CHUNK)
-    dtype = tag & DTYPE_BITS
-    unit = k
-    begin = tl.full((), 0, tl.int64)
-    units = tl.full((), 1, tl.int64)
-    if UNITS == 1:
-        unit = k // number
-        begin = k % number
-    else:
-        unit = k * UNITS
-        units = tl.minimum(number - unit, UNITS)
-
     lane = tl.arange(0, UNITS)[:, None]
     if CHANGE == SCALE:
         scalar = tl.load(factors).to(tl.float64)
@@ -166,18 +151,15 @@ def write_kernel(
     if needed:
         for DTYPE in tl.static_range(DTYPES):
             if (PRESENT >> DTYPE) & 1:
-                if dtype == DTYPE:
-                    ELEMENT: tl.constexpr = bytes_of_real(DTYPE) * reals_of_element(DTYPE)
-                    PIECE: tl.constexpr = CHUNK // ELEMENT
-                    size = unit_size.to(tl.int32)
-                    if UNITS == 1:
-                        size = tl.minimum(unit_size - begin * PIECE, PIECE).to(tl.int32)
-                    address = tl.load(p_tensor + ADDRESS) + (unit * unit_size + begin * PIECE) * ELEMENT
+                if (tag & DTYPE_BITS) == DTYPE:
                     REALS: tl.constexpr = reals_of_element(DTYPE)
+                    offset, size = stretch_of(p_tensor, unit, piece, UNITS, DTYPE)
+                    address = tl.load(p_tensor + ADDRESS) + offset
+                    unit_reals = tl.load(p_tensor + UNIT_SIZE) * REALS
                     if UNITS == 1:
-                        if ((tag & ALIGNED) != 0) & (size == PIECE):
+                        if ((tag & ALIGNED) != 0) & (size * bytes_of_real(DTYPE) * REALS == CHUNK):
                             change_chunk(address, scalar, CHANGE, DTYPE)
                         else:
-                            change_units(address, 0, size * REALS, units, scalar, CHANGE, UNITS, DTYPE)
+                            change_units(address, unit_reals, size * REALS, units, scalar, CHANGE, UNITS, DTYPE)
                     else:
-                        change_units(address, unit_size * REALS, size * REALS, units, scalar, CHANGE, UNITS, DTYPE)
+                        change_units(address, unit_reals, size * REALS, units, scalar, CHANGE, UNITS, DTYPE)

@@ -17,7 +17,7 @@ from fastclip.backends.tables import CODES, CPU
 
 pytest.importorskip("triton", reason="needs a GPU's package triton, which has wheels for Linux on x86-64 only")
 
-from fastclip.kernels import formats, launch, read, table
+from fastclip.kernels import chunks, formats, launch, table
 from fastclip.kernels.blocks import CHUNK_BYTES, SHORT_BYTES, UNITS
 from fastclip.kernels.table import CHUNK_BYTES as CUT
 from fastclip.kernels.table import DeviceCache, Work, works_of
@@ -36,7 +36,7 @@ def word(work: Work, which: object) -> list[int]:
 
 
 def aligned(work: Work) -> list[bool]:
-    return [bool(tag & int(read.ALIGNED)) for tag in word(work, read.TAG)]
+    return [bool(tag & int(chunks.ALIGNED)) for tag in word(work, chunks.TAG)]
 
 
 # ---- what is promised to the compiler
@@ -50,7 +50,7 @@ def test_only_what_begins_at_a_multiple_of_16_is_marked(dtype: torch.dtype) -> N
     (work,) = works_of(facts_of(*views))
     assert aligned(work) == [view.data_ptr() % 16 == 0 for view in views]
     assert sum(aligned(work)) >= 2
-    assert word(work, read.ADDRESS) == [view.data_ptr() for view in views]
+    assert word(work, chunks.ADDRESS) == [view.data_ptr() for view in views]
 
 
 def test_chunks_of_an_aligned_tensor_are_aligned() -> None:
@@ -71,16 +71,16 @@ def test_units_are_marked_only_where_each_begins_aligned(size: int) -> None:
 def test_weights_have_a_mark_of_their_own() -> None:
     grads, weights = [torch.zeros(8), torch.zeros(8)], [torch.zeros(8), torch.zeros(9)[1:]]
     (work,) = works_of(facts_of(*grads), None, facts_of(*weights))
-    marks = [bool(tag & int(read.WEIGHT_ALIGNED)) for tag in word(work, read.TAG)]
+    marks = [bool(tag & int(chunks.WEIGHT_ALIGNED)) for tag in word(work, chunks.TAG)]
     assert (aligned(work), marks) == ([True, True], [True, False])
-    assert word(work, read.WEIGHT) == [weight.data_ptr() for weight in weights]
+    assert word(work, chunks.WEIGHT) == [weight.data_ptr() for weight in weights]
 
 
 def test_a_weight_that_is_served_apart_is_not_looked_at() -> None:
     """Its fact has size 0; that of nothing at all has, too, and a row to fill."""
     grads, weights = [torch.zeros(8), torch.zeros(0), torch.zeros(8)], [torch.zeros(0), torch.zeros(0), torch.zeros(8)]
     (work,) = works_of(facts_of(*grads), None, facts_of(*weights))
-    assert [bool(address) for address in word(work, read.WEIGHT)] == [False, True, True]
+    assert [bool(address) for address in word(work, chunks.WEIGHT)] == [False, True, True]
 
 
 # ---- chunks
@@ -91,9 +91,9 @@ def test_borders_follow_from_sizes_alone() -> None:
     grads = [torch.zeros(size) for size in (0, 1, one, one + 1, 2 * one, 2 * one + 1)]
     (work,) = works_of(facts_of(*grads))
     assert np.bincount(work.owners).tolist() == [1, 1, 1, 2, 2, 3]
-    assert word(work, read.COUNT) == [1, 1, 1, 2, 2, 3]
-    assert word(work, read.FIRST_CHUNK) == [0, 1, 2, 3, 5, 7]
-    assert word(work, read.FIRST_ROW) == list(range(6))
+    assert word(work, chunks.COUNT) == [1, 1, 1, 2, 2, 3]
+    assert word(work, chunks.FIRST_CHUNK) == [0, 1, 2, 3, 5, 7]
+    assert word(work, chunks.FIRST_ROW) == list(range(6))
     assert (work.units, work.cut, work.present) == (1, True, 1 << CODES[torch.float32])
     assert not works_of(facts_of(*grads[:3]))[0].cut
 
@@ -102,11 +102,11 @@ def test_short_units_share_a_program_and_long_ones_do_not() -> None:
     short, long = torch.zeros(40, 5), torch.zeros(3, CHUNK_BYTES // 4 + 1, dtype=torch.bfloat16)
     longer, left_out = torch.zeros(2, CHUNK_BYTES), torch.zeros(7)
     alone, together = works_of(facts_of(short, long, longer, left_out), [40, 3, 2, 0])
-    assert (together.units, together.chunks, word(together, read.COUNT)) == (UNITS, math.ceil(40 / UNITS), [40])
-    assert (word(alone, read.COUNT), word(alone, read.FIRST_ROW)) == ([1, 4], [40, 43])
+    assert (together.units, together.chunks, word(together, chunks.COUNT)) == (UNITS, math.ceil(40 / UNITS), [40])
+    assert (word(alone, chunks.COUNT), word(alone, chunks.FIRST_ROW)) == ([1, 4], [40, 43])
     assert alone.owners.tolist() == [0, 0, 0] + [1] * 8
     assert alone.present == 1 << CODES[torch.bfloat16] | 1 << CODES[torch.float32]
-    assert word(together, read.FIRST_ROW) == [0]
+    assert word(together, chunks.FIRST_ROW) == [0]
 
 
 def test_a_list_too_long_for_a_launch_is_refused() -> None:
