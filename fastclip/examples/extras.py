@@ -6,11 +6,11 @@ import importlib
 from typing import Any
 
 
-def extra(module: str, example: str, extras: str = "examples") -> Any:
+def extra(module: str, extras: str = "examples") -> Any:
     """Imports an optional dependency, and says how to get it where it is missing."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"the {example} example needs {error.name}: pip install 'torch-fastclip[{extras}]'", name=error.name
+            f"this example needs {error.name}: pip install 'torch-fastclip[{extras}]'", name=error.name
         ) from error

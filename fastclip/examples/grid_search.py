@@ -102,7 +102,7 @@ class Reader(nn.Module):
 
 
 def _extra(module: str) -> Any:
-    return extra(module, "grid search", "examples,integrations")
+    return extra(module, "examples,integrations")
 
 
 def make_search(settings: Settings, jobs: int = 1) -> Any:

@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -148,10 +147,6 @@ class Forecaster(nn.Module):
         return forecast.squeeze(-1)
 
 
-def _extra(module: str) -> Any:
-    return extra(module, "weather")
-
-
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
     """The matrices are too small to share, and the number of threads would change the last digits."""
@@ -168,7 +163,7 @@ def _one_thread() -> Iterator[None]:
 
 def load_weather() -> Weather:
     """Seattle, 2012 to 2015, from the files that vega_datasets brings along."""
-    frame = _extra("vega_datasets").data.seattle_weather().sort_values("date")
+    frame = extra("vega_datasets").data.seattle_weather().sort_values("date")
     values = torch.tensor(frame[list(FEATURES)].to_numpy(), dtype=torch.float32)
     return Weather(values, int((frame["date"].dt.year < FIRST_VALIDATION_YEAR).sum()))
 
@@ -261,7 +256,7 @@ def train(
             total_norms.append(_step(optimizer, model))
             schedule.step()
 
-    bar = _extra("tqdm").tqdm(range(settings.epochs), desc=f"{label:8}", unit="epoch", disable=not progress)
+    bar = extra("tqdm").tqdm(range(settings.epochs), desc=f"{label:8}", unit="epoch", disable=not progress)
     for _ in bar:
         train_epoch()
         if math.isnan(losses[-1]):
@@ -368,7 +363,7 @@ def table(results: Results) -> str:
 def save_picture(results: Results, path: Path) -> None:
     """Writes the loss and the total norm of both runs, step by step, as a PNG."""
     # Figure without pyplot draws with Agg and leaves the caller's backend alone.
-    figure = _extra("matplotlib.figure").Figure(figsize=(9, 7), dpi=150, layout="constrained")
+    figure = extra("matplotlib.figure").Figure(figsize=(9, 7), dpi=150, layout="constrained")
     loss_axes, norm_axes = figure.subplots(2, 1, sharex=True)
     bare, wrapped, settings = results.bare, results.wrapped, results.settings
 
@@ -444,7 +439,7 @@ def main(argv: list[str] | None = None) -> int:
         settings = replace(settings, epochs=args.epochs)
     try:
         for module in ("vega_datasets", "tqdm", "matplotlib"):  # before the training, not after it
-            _extra(module)
+            extra(module)
     except ModuleNotFoundError as error:
         print(error, file=sys.stderr)
         return 1
