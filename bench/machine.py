@@ -49,11 +49,11 @@ class Others:
 
     @staticmethod
     def _ticks() -> tuple[float, float, float]:
-        """Seconds of CPU time so far: of all CPUs, of that spent working or stolen, of this process."""
+        """Seconds of CPU time so far: of all CPUs, of that spent working or stolen, of this process and children."""
         fields = _text("/proc/stat").partition("\n")[0].split()[1:9]  # user nice system idle iowait irq softirq steal
         seconds = [int(field) / os.sysconf("SC_CLK_TCK") for field in fields]
         own = os.times()
-        return sum(seconds), sum(seconds) - sum(seconds[3:5]), own.user + own.system
+        return sum(seconds), sum(seconds) - sum(seconds[3:5]), sum(own[:4])
 
     def share(self) -> float | None:
         """Of all CPU time; None where the kernel does not say, or too little has passed to tell."""
@@ -73,6 +73,11 @@ def facts() -> dict[str, Any]:
         "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "system": f"{platform.system()} {platform.machine()}",
     }
+
+
+def peak_memory_bytes() -> int:
+    """Of this program: unlike ``ru_maxrss``, without what its parent had; 0 where the kernel does not say."""
+    return 1024 * int(_value_after(_text("/proc/self/status"), "VmHWM").removesuffix(" kB") or 0)
 
 
 def _chosen(setting: str) -> str:

@@ -5,6 +5,8 @@ import importlib
 import importlib.util
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -743,6 +745,30 @@ def test_the_work_of_other_processes_is_seen(monkeypatch):
     monkeypatch.undo()
     total, busy, own = machine.Others()._ticks()
     assert total > busy > own > 0
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="needs /proc/stat")
+def test_a_child_is_not_another_process():
+    machine = bench("machine")
+    before = machine.Others()._ticks()[2]
+    program = "import time\nwhile time.process_time() < 0.4: pass"
+    subprocess.run([sys.executable, "-c", program], check=True)
+    assert machine.Others()._ticks()[2] - before >= 0.4
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc/self/status")
+def test_peak_memory_is_that_of_the_program_alone():
+    held = bytearray(400 << 20)
+    held[:: 1 << 12] = b"1" * len(held[:: 1 << 12])
+    program = "from fastclip.bench import machine; a = b'1' * (64 << 20); print(machine.peak_memory_bytes())"
+    peak = int(subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout)
+    without = int(
+        subprocess.run(
+            [sys.executable, "-c", program.replace("64", "0")], check=True, capture_output=True, text=True
+        ).stdout
+    )
+    assert (64 << 20) * 0.9 < peak - without < (64 << 20) * 1.5
+    del held
 
 
 def test_kernel_suite_covers_what_it_names():
