@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from fastclip.backends import plan
 from fastclip.checks import norm_type_number, number
-from fastclip.stats import read
+from fastclip.reading import read
 from fastclip.tensors import grads_among
 from fastclip.types import CLIP_COEF, TOTAL_NORM, Request
 

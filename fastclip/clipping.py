@@ -13,7 +13,8 @@ from torch import Tensor
 from fastclip import distributed
 from fastclip.backends import Plan, plan
 from fastclip.policies import Decision, Policy
-from fastclip.stats import GradStats, Reading, any_of, check_may_wait, read, stats_of
+from fastclip.reading import Reading, any_of, check_may_wait, read
+from fastclip.stats import GradStats, stats_of
 from fastclip.tensors import Grads
 from fastclip.ties import Ties, ties_of
 from fastclip.types import MAX_ABS, Request, Strengths, UnsupportedGradientError, known_to_host, wide_dtype

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from fastclip.backends import reference
-from fastclip.stats import PLACES, Peers, Reading, refinished
+from fastclip.reading import PLACES, Peers, Reading, refinished
 from fastclip.tensors import Grads, is_sharded, local, placements_of
 from fastclip.ties import APART, MARKS, SHARDED, Role, Ties, groups_of, listed_in
 from fastclip.types import (

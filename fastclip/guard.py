@@ -17,10 +17,10 @@ from fastclip.checks import nonfinite_rule, real, whole
 from fastclip.clipping import Finding, all_finite, examine
 from fastclip.ladder import Ladder, LossWatch, Rollback, SpikeBackoff, reduced_lr
 from fastclip.policies import GlobalNorm, Policy, policy_of
+from fastclip.reading import any_of, check_may_wait
 from fastclip.record import IN_A_ROW, SKIPPED, STEPS, Outcome, Record, Reports, Seen
 from fastclip.regularisation import Penalty
 from fastclip.sharded import check_not_in_zero
-from fastclip.stats import any_of, check_may_wait
 from fastclip.step_arguments import step_arguments_of
 from fastclip.tensors import Grads, check_groups_disjoint, grads_among, grads_of_groups
 from fastclip.ties import group_named, group_of_caller, process_group, ties_of

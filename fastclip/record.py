@@ -13,7 +13,8 @@ from fastclip.backends import reference
 from fastclip.backends.reference import narrowed
 from fastclip.clipping import Verdict
 from fastclip.ladder import Event, Ladder
-from fastclip.stats import GradStats, Peers, Reading, penalties, stats_from
+from fastclip.reading import Peers, Reading, penalties
+from fastclip.stats import GradStats, stats_from
 from fastclip.tensors import GroupNames
 from fastclip.types import INFS, NANS, NORM, TOTAL_NORM, SkipLimitError, on_device
 

@@ -15,7 +15,6 @@ import fastclip.guard
 import fastclip.policies
 import fastclip.record
 import fastclip.riding
-import fastclip.stats
 from fastclip import ClippedOptimizer
 from fastclip.backends import EMULATED
 from fastclip.riding import RIDERS

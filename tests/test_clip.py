@@ -32,7 +32,7 @@ from oracle import (
 
 import fastclip
 from fastclip.backends import plan
-from fastclip.stats import read
+from fastclip.reading import read
 from fastclip.tensors import grads_of
 from fastclip.types import Request
 

@@ -15,7 +15,7 @@ from torch import Tensor
 import fastclip
 from fastclip import ClippedOptimizer
 from fastclip.backends import cpu, plan, reference
-from fastclip.stats import read
+from fastclip.reading import read
 from fastclip.tensors import grads_of
 from fastclip.types import WEIGHT_FIELDS, Request
 

@@ -37,7 +37,7 @@ from fastclip.policies import (
     Value,
     ZScore,
 )
-from fastclip.stats import read
+from fastclip.reading import read
 from fastclip.tensors import grads_of
 
 

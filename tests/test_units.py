@@ -16,7 +16,7 @@ import fastclip
 import fastclip.backends
 from fastclip.backends import plan, reference
 from fastclip.policies import Chain, GlobalNorm, Unitwise, Value
-from fastclip.stats import read
+from fastclip.reading import read
 from fastclip.tensors import Grads, grads_among, grads_of
 from fastclip.types import ALWAYS_FIELDS, Request
 from fastclip.units import unit_dims

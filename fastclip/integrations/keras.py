@@ -14,8 +14,8 @@ from fastclip.checks import nonfinite_rule, whole
 from fastclip.clipping import examine
 from fastclip.ladder import Ladder
 from fastclip.policies import Bound, GlobalNorm, Policy, policy_of
+from fastclip.reading import any_of
 from fastclip.record import IN_A_ROW, Record, Reports, Seen
-from fastclip.stats import any_of
 from fastclip.tensors import GroupNames, grads_among
 
 # Everything that a Keras optimizer does with the gradients once it has clipped them.

@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastclip.reading import read
 from fastclip.record import Outcome, Seen
-from fastclip.stats import read
 from fastclip.tensors import FLOAT8, dense
 from fastclip.types import ALWAYS_FIELDS, MAX_ABS, TOTAL_NORM, ZEROS, Request
 

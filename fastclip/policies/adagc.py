@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastclip.checks import fraction, number, positive, whole
 from fastclip.policies.base import Decision, Policy, coef_for
-from fastclip.stats import Reading
+from fastclip.reading import Reading
 from fastclip.types import NORM, TOTAL_NORM
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from fastclip.stats import Reading
+from fastclip.reading import Reading
 from fastclip.types import TOTAL_NORM, Request, wide_dtype
 
 Bound: TypeAlias = float | Tensor | Callable[[int], float | Tensor]

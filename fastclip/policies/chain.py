@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastclip.policies.base import Decision, Policy
-from fastclip.stats import Reading, Units, any_of
+from fastclip.reading import Reading, Units, any_of
 from fastclip.types import Request, on_device
 
 

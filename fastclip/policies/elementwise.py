@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastclip.checks import number
 from fastclip.policies.base import Decision, Policy
-from fastclip.stats import Reading
+from fastclip.reading import Reading
 from fastclip.types import MAX_ABS, Request, known_to_host
 
 

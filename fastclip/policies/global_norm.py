@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastclip.checks import norm_type_number, number
 from fastclip.policies.base import Bound, Decision, Policy, coef_for, total_norm
-from fastclip.stats import Reading
+from fastclip.reading import Reading
 from fastclip.types import Request, known_to_host
 
 

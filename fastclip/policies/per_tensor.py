@@ -6,7 +6,7 @@ import torch
 
 from fastclip.checks import norm_type_number, number, positive
 from fastclip.policies.base import Decision, Policy
-from fastclip.stats import Reading
+from fastclip.reading import Reading
 from fastclip.types import NORM, on_device
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastclip.checks import number, whole
 from fastclip.policies.base import Decision, Policy, coef_for, total_norm
 from fastclip.policies.window import Window
-from fastclip.stats import Reading
+from fastclip.reading import Reading
 from fastclip.types import NORM
 
 

@@ -8,7 +8,7 @@ from fastclip.checks import number, positive, whole
 from fastclip.policies.base import Decision, total_norm
 from fastclip.policies.moments import Learner
 from fastclip.policies.percentile import Windowed
-from fastclip.stats import Reading
+from fastclip.reading import Reading
 
 
 class SkipLarge(Learner):

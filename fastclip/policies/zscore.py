@@ -7,7 +7,7 @@ import torch
 from fastclip.checks import number, positive
 from fastclip.policies.base import Decision, total_norm
 from fastclip.policies.moments import Learner
-from fastclip.stats import Reading
+from fastclip.reading import Reading
 
 
 class ZScore(Learner):
