@@ -10,7 +10,7 @@ import weakref
 
 import pytest
 import torch
-from test_optim import backward, flat, identical, poison, small_model
+from small import backward, flat, identical, poison, small_model
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.optim import lr_scheduler, swa_utils
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook

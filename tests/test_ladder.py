@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from test_optim import backward, flat, identical, poison, small_model
+from small import backward, flat, identical, poison, small_model
 from torch.optim import lr_scheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 

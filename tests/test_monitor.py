@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_amp import go_far, no_waiting
+from far import go_far, no_waiting
 
 import fastclip
 from fastclip import ClippedOptimizer, GradMonitor, policies

@@ -8,6 +8,7 @@ import gpu
 import oracle
 import pytest
 import torch
+from small import backward, flat, identical, poison, small_model
 
 import fastclip
 from fastclip import ClippedOptimizer
@@ -22,40 +23,6 @@ OPTIMIZERS = {
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01),
     "adagrad-fused": lambda p: torch.optim.Adagrad(p, lr=0.05, fused=True),
 }
-
-
-def small_model():
-    torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
-
-
-def backward(model, step, scale=100.0, factor=1.0, run=True):
-    """The loss of one batch; ``run`` its backward too."""
-    generator = torch.Generator().manual_seed(step)
-    batch = torch.randn(8, 5, generator=generator).to(next(model.parameters()).dtype)
-    loss = (model(batch) ** 2).mean() * scale * factor
-    if run:
-        loss.backward()
-    return loss
-
-
-def flat(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-
-def poison(model, value=math.nan):
-    next(model.parameters()).grad.view(-1)[3] = value
-
-
-def identical(a, b):
-    """Whether two state dicts, or whatever is in them, are bitwise the same."""
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(identical(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(identical, a, b))
-    return bool(a == b)
 
 
 @pytest.mark.parametrize("with_closure", [False, True])

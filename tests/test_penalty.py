@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from test_optim import backward, flat, identical, poison, small_model
+from small import backward, flat, identical, poison, small_model
 
 import fastclip
 import fastclip.backends

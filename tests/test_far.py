@@ -1,0 +1,514 @@
+"""The road where the host can't see values without waiting for the device."""
+
+import copy
+import math
+
+import gpu
+import pytest
+import torch
+from far import go_far, no_waiting
+from small import (
+    EXTREMES,
+    INNERS,
+    backward,
+    clean,
+    every_fused,
+    every_inner,
+    every_scaler,
+    flat,
+    grads,
+    identical,
+    poison,
+    reference_step,
+    scaled_backward,
+    scaler_of,
+    small_model,
+    tolerance,
+)
+
+import fastclip
+import fastclip.clipping
+import fastclip.guard
+import fastclip.policies
+import fastclip.record
+import fastclip.riding
+from fastclip import ClippedOptimizer
+from fastclip.backends import EMULATED
+
+
+@pytest.fixture(params=["reference", *(backend.name for backend in EMULATED)])
+def far(request, monkeypatch):
+    go_far(monkeypatch, request.param)
+
+
+@pytest.fixture
+def far_from_here_on(monkeypatch):
+    """For a test that asks for it in the middle."""
+    go_far(monkeypatch, EMULATED[0].name if EMULATED else "reference")
+
+
+def may_wait(name, first):
+    """Fused SGD's first step: one that is skipped on the device would leave uninitialised momentum behind."""
+    return pytest.MonkeyPatch.context() if first and name == "sgd-fused" else no_waiting()
+
+
+def test_the_guard_against_waiting_works():
+    x = torch.tensor(1.0)
+    for wait in (float, bool, int, lambda t: t.item(), lambda t: t.tolist(), lambda t: [1][t.long() - 1]):
+        with no_waiting(), pytest.raises(AssertionError, match="waits"):
+            wait(x)
+    assert float(x) == 1.0
+
+
+@pytest.mark.parametrize("with_closure", [False, True])
+@pytest.mark.parametrize("max_norm", [0.5, 1e6, math.inf])
+@pytest.mark.parametrize("rule", ["skip", "propagate", "zero"])
+@every_fused
+def test_far_steps_equal_clip_then_step_and_wait_for_nothing(name, rule, max_norm, with_closure, far):
+    model, twin = small_model(), small_model()
+    opt = ClippedOptimizer(INNERS[name](model.parameters()), max_norm, nonfinite=rule)
+    plain = INNERS[name](twin.parameters())
+    for step in range(4):
+        norm = reference_step(twin, plain, step, max_norm)
+        opt.zero_grad()
+        if not with_closure:
+            backward(model, step)
+        with may_wait(name, step == 0 and rule == "skip"):
+            opt.step((lambda step=step: (opt.zero_grad(), backward(model, step))[1]) if with_closure else None)
+            counts = [opt.steps, opt.clipped_steps, opt.skipped_steps, opt.skipped_in_a_row, opt.clip_rate]
+            last = opt.last_norm
+        close = tolerance(name, max_norm < 1.0)
+        torch.testing.assert_close(last, norm, **close)
+        torch.testing.assert_close(flat(model), flat(twin), **close)
+        torch.testing.assert_close(grads(model), grads(twin), **close)
+        assert counts == [step + 1, step + 1 if max_norm == 0.5 else 0, 0, 0, float(max_norm == 0.5)]
+        assert clean(opt, opt.inner)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("max_norm", [0.5, 1e6])
+@every_fused
+def test_far_skipped_steps_change_nothing(name, max_norm, bad, far):
+    """No ``item()`` anywhere, and the run equals one that never saw the bad batches."""
+    model, twin = small_model(), small_model()
+    opt, other = (ClippedOptimizer(INNERS[name](m.parameters()), max_norm) for m in (model, twin))
+    for step in range(7):
+        opt.zero_grad()
+        backward(model, step)
+        if step in (2, 4, 5):
+            poison(model, bad)
+        before, state = flat(model), copy.deepcopy(opt.state_dict())
+        with may_wait(name, step == 0):
+            opt.step()
+        if step in (2, 4, 5):
+            assert torch.equal(flat(model), before)
+            assert identical(opt.state_dict(), state)
+        else:
+            other.zero_grad()
+            backward(twin, step)
+            other.step()
+            assert torch.equal(flat(model), flat(twin))
+        assert opt.skipped_in_a_row == {2: 1, 4: 1, 5: 2}.get(step, 0)
+    assert identical(opt.state_dict(), other.state_dict())
+    assert (opt.steps, opt.skipped_steps) == (7, 3)
+    assert opt.clipped_steps == (4 if max_norm < 1.0 else 0)
+
+
+@pytest.mark.parametrize("host", [False, True])
+@pytest.mark.parametrize("max_norm", [0.5, 1e6])
+@every_inner
+def test_a_bad_first_step_leaves_no_garbage(name, max_norm, host, request):
+    """Fused SGD would take its first momentum from uninitialised memory. Some parameters come in late (there torch's
+    fused SGD fails by itself)."""
+    if not host:
+        request.getfixturevalue("far_from_here_on")
+    model, twin = small_model(), small_model()
+    opt, other = (ClippedOptimizer(INNERS[name](m.parameters()), max_norm) for m in (model, twin))
+    before = flat(model)
+    for step in range(6):
+        for each, m in ((opt, model), (other, twin)):
+            each.zero_grad()
+            backward(m, step)
+            if step < 3 and name != "sgd-fused":
+                for p in m[2].parameters():
+                    p.grad = None
+        if step in (0, 3):
+            poison(model)
+        opt.step()
+        if step == 0:
+            assert torch.equal(flat(model), before)
+            if "adam" not in name and "adagrad" not in name:
+                assert not opt.state
+            assert all(s.isfinite().all() and not s.any() for p in opt.state.values() for s in p.values() if s.dim())
+        if step not in (0, 3):
+            other.step()
+            assert torch.equal(flat(model), flat(twin))
+    assert opt.skipped_steps == 2
+
+
+@pytest.mark.parametrize("rule", ["propagate", "zero"])
+@pytest.mark.parametrize("host", [False, True])
+@every_inner
+def test_the_other_rules_do_as_the_functions_do(name, host, rule, request):
+    if not host:
+        request.getfixturevalue("far_from_here_on")
+    model, twin = small_model(), small_model()
+    opt = ClippedOptimizer(INNERS[name](model.parameters()), 0.5, nonfinite=rule)
+    plain = INNERS[name](twin.parameters())
+    for step in range(3):
+        for each, m in ((opt, model), (plain, twin)):
+            each.zero_grad()
+            backward(m, step)
+            if step == 1:
+                poison(m, math.inf)
+        fastclip.clip_grad_norm_(twin.parameters(), 0.5, nonfinite=rule)
+        plain.step()
+        opt.step()
+        torch.testing.assert_close(flat(model), flat(twin), equal_nan=True, **tolerance(name))
+    assert opt.skipped_steps == 0
+    assert bool(flat(model).isnan().any()) == (rule == "propagate")
+
+
+def test_propagate_is_torchs_clipping():
+    """Coefficients and all, to one rounding of float32."""
+    model, twin = small_model(), small_model()
+    opt = ClippedOptimizer(INNERS["loop"](model.parameters()), 0.5, nonfinite="propagate")
+    plain = INNERS["loop"](twin.parameters())
+    for step in range(4):
+        for each, m in ((opt, model), (plain, twin)):
+            each.zero_grad()
+            backward(m, step)
+            if step == 3:
+                poison(m)
+        norm = torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.5)
+        plain.step()
+        opt.step()
+        torch.testing.assert_close(opt.last_norm, norm, equal_nan=True)
+        torch.testing.assert_close(flat(model), flat(twin), equal_nan=True)
+    assert flat(model).isnan().all()
+
+
+@every_inner
+def test_far_raise_names_the_tensor(name, far):
+    model = small_model()
+    opt = ClippedOptimizer(INNERS[name](model.parameters()), 0.5, nonfinite="raise")
+    backward(model, 0)
+    poison(model)
+    before = flat(model)
+    with pytest.raises(fastclip.NonFiniteGradientError, match=r"\[0\].*NaN"):
+        opt.step()
+    assert torch.equal(flat(model), before)
+    assert opt.steps == 0
+
+
+@pytest.mark.parametrize("name", ["foreach", "loop", "foreign"])
+def test_far_optimizers_that_do_not_ride(name, far):
+    """Here nothing but the host can hold a step back; the results are the same."""
+    model, twin = small_model(), small_model()
+    opt, plain = ClippedOptimizer(INNERS[name](model.parameters()), 0.5), INNERS[name](twin.parameters())
+    for step in range(4):
+        bad = step in (0, 2)
+        opt.zero_grad()
+        backward(model, step)
+        if bad:
+            poison(model)
+        opt.step()
+        if not bad:
+            reference_step(twin, plain, step)
+        assert torch.equal(flat(model), flat(twin))
+    assert (opt.steps, opt.clipped_steps, opt.skipped_steps, opt.skipped_in_a_row) == (4, 2, 2, 0)
+
+
+@pytest.mark.parametrize("rule", ["raise", "skip"])
+@pytest.mark.parametrize("unscale", [False, True])
+@pytest.mark.parametrize("max_norm", [0.5, 1e6])
+@every_scaler
+@every_inner
+def test_far_scaling(name, kind, max_norm, unscale, rule, far):
+    """Scale, step and update wait for nothing on the fused path, and a bad step costs that step alone."""
+    model, twin = small_model(), small_model()
+    opt = ClippedOptimizer(INNERS[name](model.parameters()), max_norm, nonfinite=rule)
+    plain, scaler, close = INNERS[name](twin.parameters()), scaler_of(kind), tolerance(name, max_norm < 1.0)
+    for step in range(5):
+        bad = step in (1, 3)
+        scaled_backward(model, opt, scaler, step, factor=math.inf if bad else 1.0)
+        before, state = flat(model), copy.deepcopy(opt.state_dict())
+        if unscale:
+            scaler.unscale_(opt)
+        with may_wait(name, step == 0) if "fused" in name else pytest.MonkeyPatch.context():
+            scaler.step(opt)
+            scaler.update()
+        assert clean(opt, opt.inner)
+        if bad:
+            assert torch.equal(flat(model), before)
+            assert identical(opt.state_dict(), state)
+        else:
+            norm = reference_step(twin, plain, step, max_norm)
+            torch.testing.assert_close(opt.last_norm, norm, **close)
+            torch.testing.assert_close(flat(model), flat(twin), **close)
+    assert scaler.get_scale() == 256.0
+    assert (opt.steps, opt.skipped_steps) == (5, 2)
+
+
+@pytest.mark.parametrize("holder", ["wrapper", "inner"])
+@pytest.mark.parametrize("found", [1.0, 2.0])
+@every_fused
+def test_far_found_inf_rides_as_one(name, found, holder, far):
+    """torch's kernels compare with 1.0 exactly: a sum over devices would make them take the step."""
+    model = small_model()
+    opt = ClippedOptimizer(INNERS[name](model.parameters()), 0.5)
+    backward(model, 0)
+    opt.step()
+    before, state, seen = flat(model), copy.deepcopy(opt.state_dict()), []
+    opt.inner.register_step_pre_hook(lambda o, a, k: seen.append(o.found_inf.clone()))
+    owner = opt if holder == "wrapper" else opt.inner
+    owner.found_inf, owner.grad_scale = torch.tensor(found), torch.tensor(8.0)
+    with no_waiting():
+        opt.step()
+    assert seen == [torch.ones(())]
+    assert seen[0].dtype == torch.float32
+    assert torch.equal(flat(model), before)
+    assert identical(opt.state_dict(), state)
+    assert opt.skipped_steps == 1
+    assert owner.found_inf == found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@every_fused
+def test_far_groups_and_wide_gradients_are_scaled_in_place(name, dtype, far):
+    """What can't ride is scaled by a tensor, and left alone, by a tensor too, where the step is skipped."""
+    model, twin = small_model().to(dtype), small_model().to(dtype)
+
+    def split(m):
+        return [{"params": [*m[0].parameters()]}, {"params": [*m[2].parameters()]}]
+
+    groups = split(model)
+    if dtype == torch.float32:
+        groups[1]["group_max_norm"] = 0.125
+    opt, plain = ClippedOptimizer(INNERS[name](groups), 0.5), INNERS[name](split(twin))
+    for step in range(5):
+        bad = step == 2
+        opt.zero_grad()
+        backward(model, step)
+        if bad:
+            poison(model)
+        found = grads(model)
+        with no_waiting() if step else pytest.MonkeyPatch.context():
+            opt.step()
+        if bad:
+            assert all(torch.equal(a, b) for a, b in zip(grads(model)[1:], found[1:], strict=True))
+            continue
+        plain.zero_grad()
+        backward(twin, step)
+        if dtype == torch.float32:
+            fastclip.clip_grad_norm_(twin[0].parameters(), 0.5)
+            fastclip.clip_grad_norm_(twin[2].parameters(), 0.125)
+        else:
+            fastclip.clip_grad_norm_(twin.parameters(), 0.5)
+        plain.step()
+        assert torch.equal(flat(model), flat(twin))
+    assert (opt.steps, opt.clipped_steps, opt.skipped_steps) == (5, 4, 1)
+
+
+@pytest.mark.parametrize("host", [False, True])
+@every_inner
+def test_a_streak_ends_in_an_error(name, host, request):
+    if not host:
+        request.getfixturevalue("far_from_here_on")
+    model = small_model()
+    opt = ClippedOptimizer(INNERS[name](model.parameters()), 0.5, skip_limit=3)
+    before = flat(model)
+    backward(model, 0)
+    opt.step()
+    before = flat(model)
+
+    def bad_steps():
+        for step in range(1, 6):
+            opt.zero_grad()
+            backward(model, 0)
+            poison(model)
+            at.append(step)
+            opt.step()
+
+    at = []
+    with pytest.raises(fastclip.SkipLimitError, match=r"3 steps in a row.*param_groups\[0\]\['params'\]\[0\]"):
+        bad_steps()
+    assert at[-1] == 3 if host else at[-1] in (3, 4)
+    assert torch.equal(flat(model), before)
+    opt.zero_grad()
+    backward(model, 0)
+    opt.step()
+    assert opt.skipped_in_a_row == 0
+    assert not torch.equal(flat(model), before)
+
+
+def test_counts_go_on_when_the_gradients_move_away(monkeypatch, request):
+    """From a host that knows every outcome to one that doesn't: a model that is moved to an accelerator."""
+    model = small_model()
+    opt = ClippedOptimizer(INNERS["adamw-fused"](model.parameters()), 0.5, skip_limit=4)
+
+    def steps(bad):
+        for step, each in enumerate(bad):
+            opt.zero_grad()
+            backward(model, step)
+            if each:
+                poison(model)
+            opt.step()
+
+    steps([False, True, False, True, True])
+    assert (opt.steps, opt.clipped_steps, opt.skipped_steps, opt.skipped_in_a_row) == (5, 2, 3, 2)
+    request.getfixturevalue("far_from_here_on")
+    steps([True])
+    assert (opt.steps, opt.clipped_steps, opt.skipped_steps, opt.skipped_in_a_row) == (6, 2, 4, 3)
+    with pytest.raises(fastclip.SkipLimitError):
+        steps([True, True])
+    monkeypatch.undo()
+    opt.skip_limit = None
+    steps([False, True])
+    assert opt.skipped_in_a_row == 1
+    assert opt.clipped_steps == 3
+
+
+def test_a_count_that_arrives_late(far, monkeypatch):
+    """The host learns of a streak only after the copy has arrived, and never waits for it."""
+
+    class Event:
+        asked = 0
+
+        def query(self):
+            self.asked += 1
+            return self.asked > 1
+
+    def send(echo, value):
+        if echo._copy is None:
+            echo._copy, echo._event = value.clone(), Event()
+
+    monkeypatch.setattr(fastclip.record.Echo, "send", send)
+    model = small_model()
+    opt = ClippedOptimizer(INNERS["adamw-fused"](model.parameters()), 0.5, skip_limit=2)
+    backward(model, 0)
+    poison(model)
+    for _ in range(3):
+        with no_waiting():
+            opt.step()
+    with pytest.raises(fastclip.SkipLimitError):
+        [opt.step() for _ in range(2)]
+    assert opt.skipped_steps <= 5
+
+
+@every_scaler
+@every_inner
+def test_a_streak_under_a_scaler_leaves_nothing_behind(name, kind):
+    model = small_model()
+    opt = ClippedOptimizer(INNERS[name](model.parameters()), 0.5, skip_limit=2)
+    scaler = scaler_of(kind)
+    for last in (False, True):
+        scaled_backward(model, opt, scaler, 0, factor=math.inf)
+        with pytest.raises(fastclip.SkipLimitError) if last else pytest.MonkeyPatch.context():
+            scaler.step(opt)
+        scaler.update()
+    assert clean(opt, opt.inner)
+    assert scaler.get_scale() == 256.0
+
+
+def test_far_counts_of_skips_apart_do_not_add_up(far):
+    model = small_model()
+    opt = ClippedOptimizer(INNERS["adamw-fused"](model.parameters()), 0.5, skip_limit=2)
+    for step in range(8):
+        opt.zero_grad()
+        backward(model, step)
+        if step % 2:
+            poison(model)
+        with no_waiting():
+            opt.step()
+    assert (opt.skipped_steps, opt.skipped_in_a_row) == (4, 1)
+
+
+@pytest.mark.parametrize("max_norm", [torch.tensor(0.5), lambda step: torch.tensor(0.5), lambda step: 0.5])
+@every_fused
+def test_far_bounds(name, max_norm, far):
+    """A bound on the device isn't waited for either, nor kept beyond the step it was read for."""
+    model, twin = small_model(), small_model()
+    opt = ClippedOptimizer(INNERS[name](model.parameters()), max_norm, nonfinite="raise")
+    plain = INNERS[name](twin.parameters())
+    backward(model, 0)
+    poison(model)
+    with pytest.raises(fastclip.NonFiniteGradientError):
+        opt.step()
+    opt.nonfinite = "skip"
+    for step in range(3):
+        reference_step(twin, plain, step)
+        opt.zero_grad()
+        backward(model, step)
+        with may_wait(name, step == 0):
+            opt.step()
+        torch.testing.assert_close(flat(model), flat(twin), **tolerance(name))
+    opt.nonfinite = "raise"
+    poison(model)
+    with pytest.raises(fastclip.NonFiniteGradientError):
+        opt.step()
+    opt.max_norm = 2.0
+    reference_step(twin, plain, 3, 2.0)
+    opt.zero_grad()
+    backward(model, 3)
+    opt.step()
+    torch.testing.assert_close(flat(model), flat(twin), **tolerance(name))
+
+
+@pytest.mark.parametrize("case", EXTREMES)
+def test_far_extremes_stay_finite(case, far):
+    """Past what float32 can divide by, the gradient shrinks as far as float32 goes, and is neither NaN nor lost."""
+    size, max_norm, p, scale = EXTREMES[case]
+    model = small_model()
+    opt = ClippedOptimizer(INNERS["sgd-fused"](model.parameters()), max_norm, norm_type=p)
+    for each in model.parameters():
+        each.grad = torch.full_like(each, size)
+    if scale is not None:
+        opt.grad_scale = scale
+    opt.step()
+    assert flat(model).isfinite().all()
+    assert all(g.isfinite().all() for g in grads(model))
+    assert (max_norm == 0.0) == (not any(g.any() for g in grads(model)))
+
+
+def test_what_has_to_wait_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA graph can't hold it: a clear error, before anything is written."""
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.full((3,), 7.0)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="wait for the device, and a CUDA graph"):
+        fastclip.clip_grad_norm_([p], 1.0, error_if_nonfinite=True)
+    assert p.grad.tolist() == [7.0, 7.0, 7.0]
+    fastclip.clip_grad_norm_([p], 1.0, nonfinite="skip")
+    assert float(p.grad.norm()) < 1.1
+
+
+@pytest.mark.parametrize("max_norm", [1e9, 0.5])
+def test_a_write_that_returns_early_is_preferred_to_riding(far, monkeypatch, max_norm) -> None:
+    """Riding writes every gradient; where the kernel finds nothing to clip, only the flag has to ride."""
+    aboard = []
+    enter = fastclip.riding.aboard.__enter__
+    monkeypatch.setattr(
+        fastclip.riding.aboard, "__enter__", lambda self: (aboard.append(set(self._riders)), enter(self))
+    )
+    p = torch.nn.Parameter(torch.ones(4))
+    opt = ClippedOptimizer(torch.optim.AdamW([p], lr=0.1, fused=True), max_norm=max_norm)
+    p.grad = torch.tensor([3.0, 4.0, 0.0, 0.0])
+    opt.step()
+    assert aboard == [{"found_inf"} if fastclip.backends.forced in gpu.NAMES else {"found_inf", "grad_scale"}]
+    want = 5.0 if max_norm > 5 else 0.5
+    assert float(p.grad.norm()) == pytest.approx(want, rel=1e-5)
+
+
+def test_a_number_keeps_its_bits_where_the_device_decides_about_the_step(far) -> None:
+    """A coefficient that the host knows is not rounded to float32 on its way into a selection on the device."""
+    p = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+    p.grad = torch.full((3,), 2.0, dtype=torch.float64)
+    (finding,), _ = fastclip.clipping.examine(
+        [(fastclip.tensors.grads_of([p]), fastclip.policies.GlobalNorm(1.0))], "skip"
+    )
+    verdict = finding.decide()
+    verdict = fastclip.clipping.Verdict(verdict.reading, verdict.decision._replace(clip_coef=0.1))
+    verdict.apply(skip=torch.tensor(False))
+    assert p.grad.tolist() == [2.0 * 0.1] * 3
