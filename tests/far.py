@@ -1,6 +1,7 @@
 """As on an accelerator, on the CPU: the host knows no value, and nothing may wait for one."""
 
 import sys
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -17,7 +18,19 @@ def go_far(monkeypatch, backend):
             monkeypatch.setattr(module, "known_to_host", lambda tensor: False)
 
 
-WAITING = ("item", "__bool__", "__float__", "__int__", "__index__", "tolist", "numpy", "cpu", "nonzero", "__array__")
+WAITING = (
+    "item",
+    "__bool__",
+    "__float__",
+    "__int__",
+    "__index__",
+    "__complex__",
+    "tolist",
+    "numpy",
+    "cpu",
+    "nonzero",
+    "__array__",
+)
 
 
 class no_waiting:
@@ -39,3 +52,11 @@ class no_waiting:
 
     def __exit__(self, *error):
         self.patch.undo()
+
+
+@contextmanager
+def far_away(may_wait=False):
+    """Far from the host for some lines."""
+    with pytest.MonkeyPatch.context() as patches, nullcontext() if may_wait else no_waiting():
+        go_far(patches, "reference")
+        yield
