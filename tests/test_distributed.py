@@ -1,12 +1,8 @@
 """The norm of what lies on several ranks: right under every sharding, the same bits everywhere, one collective."""
 
-import contextlib
-import io
 import itertools
 import math
 import pickle
-import re
-from pathlib import Path
 
 import oracle
 import pytest
@@ -1072,23 +1068,6 @@ def test_several_optimizers_skip_together_and_follow_a_scheduler():
     assert all(map(torch.equal, before, whole(model.parameters())))
     assert int(opt.skipped_steps) == 1
     assert [event.kind for event in opt.events] == ["skip", "roll back"]
-
-
-def page():
-    """The programs of docs/distributed.md, in one namespace: what each prints."""
-    text = (Path(__file__).parents[1] / "docs" / "distributed.md").read_text()
-    namespace, printed = {}, []
-    for code, expected in re.findall(r"```python\n(.*?)```(?:\s*```text\n(.*?)```)?", text, re.DOTALL):
-        with contextlib.redirect_stdout(io.StringIO()) as out:
-            exec(compile(code, "distributed.md", "exec"), namespace)
-        printed.append((out.getvalue().strip(), expected.strip()))
-    return printed
-
-
-def test_the_pages_programs_print_what_it_says():
-    for printed in ranks(2).run(page):
-        assert len(printed) == 4
-        assert all(said == expected for said, expected in printed)
 
 
 def stages_of_shards(bad):

@@ -94,6 +94,7 @@ def test_snippets_print_what_the_page_says(program):
     check(program.blocks, json.loads(answers[-1].removeprefix(snippets.ANSWER)), program.imports(*TALKATIVE))
 
 
+@pytest.mark.xdist_group("ranks")
 @pytest.mark.parametrize("name", ON_RANKS)
 def test_snippets_print_what_the_page_says_on_every_rank(name):
     blocks = BLOCK.findall((DOCS / name).read_text(encoding="utf-8"))
