@@ -1184,3 +1184,17 @@ def test_a_stage_without_parameters_joins_penalties_too():
         assert float(norm) == pytest.approx(math.sqrt(2 * 4.0**2))
         assert float(penalty) == pytest.approx(0.5 / 2 * 2 * 2.0**2)
     assert torch.equal(results[1][2], torch.full((2,), -2.0))
+
+
+def patched():
+    parameter = with_grad(torch.full((4,), 3.0), mesh_of(2), [Shard(0)])
+    with fastclip.patch():
+        norm = torch.nn.utils.clip_grad_norm_([parameter], 1.0)
+    return type(norm), float(norm), parameter.grad.to_local()
+
+
+def test_a_patch_serves_sharded_gradients():
+    for kind, norm, share in ranks(2).run(patched):
+        assert kind is torch.Tensor
+        assert norm == 6.0
+        torch.testing.assert_close(share, torch.full((2,), 0.5))

@@ -16,6 +16,7 @@ import snippets
 from ranks import ranks
 
 import fastclip
+from fastclip.types import Backend
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -133,13 +134,21 @@ def test_links_lead_somewhere(page):
 
 
 def test_the_index_leads_to_every_page():
-    reached, ahead = set(), [DOCS / "README.md"]
-    while ahead:
-        page = ahead.pop()
-        if page not in reached:
-            reached.add(page)
-            ahead += [file for file, _ in links(page) if file.suffix == ".md"]
-    assert set(PAGES) <= reached
+    index = DOCS / "README.md"
+    assert index in {file for file, _ in links(ROOT / "README.md")}
+    listed = {file for file, _ in links(index)}
+    missing = [page.name for page in PAGES if page not in listed and page != index]
+    assert not missing, "docs/README.md has no line for these"
+
+
+@pytest.mark.parametrize("page", LINKING, ids=lambda page: page.name)
+def test_files_and_tests_that_a_page_names_are_there(page):
+    tests = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("*.py")}
+    for name in re.findall(r"`([^`\s]+)`", prose(page)):
+        if re.fullmatch(r"(bench|csrc|docs|fastclip|kernels|tests)/(\w+[./]?)*", name):
+            assert (ROOT / name).exists(), name
+        elif re.fullmatch(r"test_\w+(\.py)?", name):
+            assert name in tests or any(f"def {name}(" in text for text in tests.values()), name
 
 
 def tables(page: Path) -> list[list[list[str]]]:
@@ -167,3 +176,9 @@ def test_each_integration_has_a_section():
     files = {path.stem for path in (ROOT / "fastclip" / "integrations").glob("*.py")} - {"__init__", "facts"}
     sections = re.findall(r"^## (.+)$", prose(DOCS / "frameworks.md"), re.MULTILINE)
     assert files <= {section.lower() for section in sections}
+
+
+def test_a_backends_contract_is_told_whole():
+    (rows,) = [rows for rows in tables(DOCS / "extending.md") if ["`read_penalised_`"] in rows]
+    told = {row[0].strip("`") for row in rows if row}
+    assert told == {name for name in vars(Backend) if not name.startswith("_")}

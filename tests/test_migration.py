@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 import zclip
+from fastclip.bench import torchvision_cpu
 from torch import Tensor
 
 import fastclip
-from fastclip.bench import torchvision_cpu
 from fastclip.policies import Chain, GlobalNorm, Percentile, PerTensorPercentile, Unitwise, ZScore
 
 torchvision_cpu.admit()
