@@ -145,7 +145,7 @@ def test_the_index_leads_to_every_page():
 def test_files_and_tests_that_a_page_names_are_there(page):
     tests = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("*.py")}
     for name in re.findall(r"`([^`\s]+)`", prose(page)):
-        if re.fullmatch(r"(bench|csrc|docs|fastclip|kernels|tests)/(\w+[./]?)*", name):
+        if re.fullmatch(r"(bench|csrc|docs|fastclip|kernels|tests)/([\w/]+\.\w+|([\w]+/)*)", name):
             assert (ROOT / name).exists(), name
         elif re.fullmatch(r"test_\w+(\.py)?", name):
             assert name in tests or any(f"def {name}(" in text for text in tests.values()), name
