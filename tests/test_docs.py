@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import math
 import os
 import re
 import subprocess
@@ -16,6 +18,7 @@ import snippets
 from ranks import ranks
 
 import fastclip
+from fastclip import policies
 from fastclip.types import Backend
 
 ROOT = Path(__file__).parents[1]
@@ -182,3 +185,16 @@ def test_a_backends_contract_is_told_whole():
     (rows,) = [rows for rows in tables(DOCS / "extending.md") if ["`read_penalised_`"] in rows]
     told = {row[0].strip("`") for row in rows if row}
     assert told == {name for name in vars(Backend) if not name.startswith("_")}
+
+
+@pytest.mark.parametrize("name", ["choosing.md", "migration.md", "policies.md"])
+def test_the_rules_that_a_table_names_can_be_made(name):
+    """With the settings that stand there; what is only the name of a number is taken for 1."""
+    rules = {**policies.RULES, "Chain": policies.Chain}
+    whole = re.compile(rf"(?:policy=)?((?:{'|'.join(rules)})\([^.]*(?:\.\d[^.]*)*\))")
+    found = [match[1] for code in re.findall(r"`([^`]+)`", prose(DOCS / name)) if (match := whole.fullmatch(code))]
+    assert len(found) > 5
+    for code in found:
+        names = {node.id for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name)} - {*rules, "math"}
+        given = {each: policies.GlobalNorm() if each in ("first", "second") else 1.0 for each in names}
+        assert isinstance(eval(code, {**rules, "math": math, **given}), policies.Policy), code
