@@ -57,7 +57,7 @@ class Contestant:
         call: what is timed.
         check: given what ``call`` returned, before anything is timed: its relative error, None where there
             is none to speak of. Raises ``WrongResult``.
-        moved_bytes: the least that ``call`` has to move between memory and cores; formulas in NOTES.md.
+        moved_bytes: the least that ``call`` has to move between memory and cores; table in docs/performance.md.
         before: untimed, before every call.
         after: untimed, after every call; raises ``WrongResult`` if the call did not do its work.
     """
@@ -312,7 +312,7 @@ class Rule:
         make: from parameters to the optimizer.
         moment: the key of the state that is a multiple of the clipped gradient after the first step, and of what.
         stepped: from parameter and clipped gradient, in float64, to the parameter after the first step.
-        reads, writes: passes of one step over arrays of the gradients' size; formulas in NOTES.md.
+        reads, writes: passes of one step over arrays of the gradients' size; table in docs/performance.md.
         rides: whether it multiplies the gradients itself, while it reads them.
     """
 

@@ -1,12 +1,8 @@
 """The norm of what lies on several ranks: right under every sharding, the same bits everywhere, one collective."""
 
-import contextlib
-import io
 import itertools
 import math
 import pickle
-import re
-from pathlib import Path
 
 import oracle
 import pytest
@@ -1074,23 +1070,6 @@ def test_several_optimizers_skip_together_and_follow_a_scheduler():
     assert [event.kind for event in opt.events] == ["skip", "roll back"]
 
 
-def page():
-    """The programs of docs/distributed.md, in one namespace: what each prints."""
-    text = (Path(__file__).parents[1] / "docs" / "distributed.md").read_text()
-    namespace, printed = {}, []
-    for code, expected in re.findall(r"```python\n(.*?)```(?:\s*```text\n(.*?)```)?", text, re.DOTALL):
-        with contextlib.redirect_stdout(io.StringIO()) as out:
-            exec(compile(code, "distributed.md", "exec"), namespace)
-        printed.append((out.getvalue().strip(), expected.strip()))
-    return printed
-
-
-def test_the_pages_programs_print_what_it_says():
-    for printed in ranks(2).run(page):
-        assert len(printed) == 4
-        assert all(said == expected for said, expected in printed)
-
-
 def stages_of_shards(bad):
     """Two stages, each sharded over two ranks: the norm joins over the shards, then over the stages."""
     mesh = mesh_of(2, 2)
@@ -1205,3 +1184,17 @@ def test_a_stage_without_parameters_joins_penalties_too():
         assert float(norm) == pytest.approx(math.sqrt(2 * 4.0**2))
         assert float(penalty) == pytest.approx(0.5 / 2 * 2 * 2.0**2)
     assert torch.equal(results[1][2], torch.full((2,), -2.0))
+
+
+def patched():
+    parameter = with_grad(torch.full((4,), 3.0), mesh_of(2), [Shard(0)])
+    with fastclip.patch():
+        norm = torch.nn.utils.clip_grad_norm_([parameter], 1.0)
+    return type(norm), float(norm), parameter.grad.to_local()
+
+
+def test_a_patch_serves_sharded_gradients():
+    for kind, norm, share in ranks(2).run(patched):
+        assert kind is torch.Tensor
+        assert norm == 6.0
+        torch.testing.assert_close(share, torch.full((2,), 0.5))

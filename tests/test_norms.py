@@ -354,6 +354,16 @@ def test_order_changes_no_tensor_norm(backend: str, p: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", WRITABLE, ids=str)
+def test_the_address_changes_no_bit(backend: str, dtype: torch.dtype) -> None:
+    values = randn(3 * CHUNK // 2 if backend not in gpu.NAMES else 20_001, dtype=dtype)
+    seen = []
+    for offset in (0, 1, 3, 8, 13):
+        moved = torch.cat([values[:offset], values])[offset:]
+        seen.append(bits(rows_of([moved], 2.0)))
+    assert all(torch.equal(seen[0], other) for other in seen[1:])
+
+
+@pytest.mark.parametrize("dtype", WRITABLE, ids=str)
 @pytest.mark.parametrize("capability", C.cpu_capabilities())
 def test_threads_change_no_bit(capability: str, dtype: torch.dtype) -> None:
     assert C.cpu_use_capability(capability)

@@ -1,11 +1,9 @@
 """What a user gets: the installed package, its command, its layers, and words that are true."""
 
 import ast
-import contextlib
 import doctest
 import importlib
 import inspect
-import io
 import json
 import os
 import re
@@ -219,32 +217,6 @@ def test_an_unknown_backend_is_named_with_the_known_ones():
     code = "import fastclip; print(fastclip.backends.explain())"
     known = ", ".join(backend.name for backend in fastclip.backends.BACKENDS)
     assert run(code, FASTCLIP_BACKEND="gpu").startswith(f"FASTCLIP_BACKEND=gpu: no such backend; known are {known}\n")
-
-
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-ON_RANKS = ("distributed.md",)  # whose programs run on several processes, in test_distributed.py
-
-
-# frameworks.md is run by test_frameworks_page.py
-@pytest.mark.parametrize(
-    "page", [p for p in PAGES if p.name not in (*ON_RANKS, "frameworks.md")], ids=lambda page: page.name
-)
-def test_snippets_print_what_the_page_says(page):
-    """Each python block runs in order, in one namespace; a text block after it is its output."""
-    blocks = re.findall(r"```python\n(.*?)```(?:\s*```text\n(.*?)```)?", page.read_text(), re.DOTALL)
-    assert blocks
-    namespace = {}
-    for code, expected in blocks:
-        with contextlib.redirect_stdout(io.StringIO()) as printed:
-            exec(compile(code, page.name, "exec"), namespace)
-        if expected:
-            assert printed.getvalue().strip() == expected.strip()
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
-        assert (page.parent / target).exists(), target
 
 
 def test_version_has_one_place():
