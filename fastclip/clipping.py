@@ -13,11 +13,19 @@ from torch import Tensor
 from fastclip import distributed
 from fastclip.backends import Plan, plan
 from fastclip.policies import Decision, Policy
-from fastclip.reading import Reading, any_of, check_may_wait, read
+from fastclip.reading import Reading, any_of, check_not_captured, read
 from fastclip.stats import GradStats, stats_of
 from fastclip.tensors import Grads
 from fastclip.ties import Ties, ties_of
-from fastclip.types import MAX_ABS, Request, Strengths, UnsupportedGradientError, known_to_host, wide_dtype
+from fastclip.types import (
+    MAX_ABS,
+    Request,
+    Strengths,
+    UnsupportedGradientError,
+    is_capturing,
+    known_to_host,
+    wide_dtype,
+)
 from fastclip.units import unit_dims
 
 
@@ -186,6 +194,12 @@ def _checked_plans(
     for grads, policy in shares:
         if policy.clamps:
             check_real(grads)
+            if nonfinite == "skip":
+                check_not_captured(f'{policy!r} with "skip" has to wait for the device', 'use "propagate" or "zero"')
+        if is_capturing() and policy.state_dict():
+            check_not_captured(
+                f"{policy!r} learns from step to step, and a replay would begin anew each time", "clip outside of it"
+            )
     plans = [plan(grads) for grads, _ in shares]
     for work, request, (grads, policy) in zip(plans, requests, shares, strict=True):
         if policy.writes or may_write:
@@ -198,9 +212,11 @@ def _checked_plans(
                 "fully_shard(), or take a rule that looks at the total norm. Nothing was written"
             )
     if nonfinite == "raise":
-        check_may_wait('nonfinite="raise"', 'use "skip" or "propagate"')
+        check_not_captured('nonfinite="raise" has to wait for the device', 'use "skip" or "propagate"')
     if any(len({part.table.grads[0].device for part in work.parts}) > 1 for work in plans if len(work.parts) > 1):
-        check_may_wait("a list of gradients on several devices", "clip each device's own in its own graph")
+        check_not_captured(
+            "a list of gradients on several devices has to wait for them", "clip each device's own in its own graph"
+        )
     return plans
 
 

@@ -17,7 +17,7 @@ from fastclip.checks import nonfinite_rule, real, whole
 from fastclip.clipping import Finding, all_finite, examine
 from fastclip.ladder import Ladder, LossWatch, Rollback, SpikeBackoff, reduced_lr
 from fastclip.policies import GlobalNorm, Policy, policy_of
-from fastclip.reading import any_of, check_may_wait
+from fastclip.reading import any_of, check_not_captured
 from fastclip.record import IN_A_ROW, SKIPPED, STEPS, Outcome, Record, Reports, Seen
 from fastclip.regularisation import Penalty
 from fastclip.sharded import check_not_in_zero
@@ -220,6 +220,10 @@ class Guard(Reports):
 
         ``again`` means in the middle of a step: what would skip it has to raise.
         """
+        check_not_captured(
+            "a step of a guarded optimizer counts, holds back and learns on the host",
+            "step outside of the graph, or capture fastclip.clip_grad_norm_ and the bare optimizer's step",
+        )
         report, self._report = self._report, None
         observed, self._observed = self._observed, False
         loss, self._loss = self._loss, None
@@ -265,7 +269,6 @@ class Guard(Reports):
 
         rides = riding.rides(self.optimizer)
         if isinstance(skip, Tensor) and (not rides or riding.first_step_is_lost(self.optimizer)):
-            check_may_wait("a step that only the host can hold back", "use an optimizer with fused=True")
             skip = bool(skip)
         self._record.note([Seen(finding.reading) for finding in findings], clipped, skip)
         went_back, in_a_row = (False, 0) if again else self._climb(observed, held, found_inf)

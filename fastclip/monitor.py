@@ -27,7 +27,6 @@ from fastclip.monitoring.shipping import Shipment, Sighting, sighting
 from fastclip.monitoring.sinks import Events, Sink, sink_of
 from fastclip.record import Outcome, Reports
 from fastclip.tensors import GroupNames
-from fastclip.types import cuda_in_use
 from fastclip.version import __version__
 
 SECONDS = 1.0  # after which the next step sends what has been gathered, however little it is
@@ -159,8 +158,6 @@ class GradMonitor:
 
     def _listen(self, outcome: Outcome) -> None:
         """Takes in one step; called by the optimizer in the middle of it."""
-        if cuda_in_use() and torch.cuda.is_current_stream_capturing():
-            return  # a graph replays kernels, not this
         self.step += 1
         if self.step % self._every == 0:
             is_census = self._census_every is not None and (self.step // self._every - 1) % self._census_every == 0

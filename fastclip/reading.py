@@ -35,7 +35,7 @@ from fastclip.types import (
     RankError,
     Request,
     Strengths,
-    cuda_in_use,
+    is_capturing,
     known_to_host,
     map_magnitudes,
     on_device,
@@ -261,12 +261,10 @@ class Reading:
         )
 
 
-def check_may_wait(what: str, instead: str) -> None:
-    """Raises ``RuntimeError`` while a CUDA graph is captured: what waits for the device can't be in one."""
-    if cuda_in_use() and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            f"{what} has to wait for the device, and a CUDA graph is being captured; {instead}. Nothing was written"
-        )
+def check_not_captured(why_not: str, instead: str) -> None:
+    """Raises ``RuntimeError`` while a CUDA graph is captured: it replays kernels, and nothing of what the host does."""
+    if is_capturing():
+        raise RuntimeError(f"{why_not}, and a CUDA graph is being captured; {instead}. Nothing was written")
 
 
 def any_of(reasons: Iterable[bool | Tensor]) -> bool | Tensor:

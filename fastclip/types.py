@@ -237,6 +237,11 @@ def cuda_in_use() -> bool:
     return initialised
 
 
+def is_capturing() -> bool:
+    """Whether a CUDA graph is being captured on the current stream."""
+    return cuda_in_use() and torch.cuda.is_current_stream_capturing()
+
+
 def on_device(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Numbers of the host as a tensor there, without waiting for the device, as ``torch.tensor`` would."""
     return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)

@@ -34,6 +34,7 @@ import fastclip.record
 import fastclip.riding
 from fastclip import ClippedOptimizer
 from fastclip.backends import EMULATED
+from fastclip.policies import AdaGC, Chain, GlobalNorm, Percentile, PerTensorNorm, Value, ZScore
 
 
 @pytest.fixture(params=["reference", *(backend.name for backend in EMULATED)])
@@ -471,17 +472,57 @@ def test_far_extremes_stay_finite(case, far):
     assert (max_norm == 0.0) == (not any(g.any() for g in grads(model)))
 
 
-def test_what_has_to_wait_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CUDA graph can't hold it: a clear error, before anything is written."""
+@pytest.fixture
+def captured(monkeypatch: pytest.MonkeyPatch) -> torch.nn.Parameter:
+    """A parameter with a gradient of 7, in a capture that is only pretended."""
     p = torch.nn.Parameter(torch.ones(3))
     p.grad = torch.full((3,), 7.0)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(RuntimeError, match="wait for the device, and a CUDA graph"):
-        fastclip.clip_grad_norm_([p], 1.0, error_if_nonfinite=True)
-    assert p.grad.tolist() == [7.0, 7.0, 7.0]
-    fastclip.clip_grad_norm_([p], 1.0, nonfinite="skip")
-    assert float(p.grad.norm()) < 1.1
+    return p
+
+
+LEARNING = [ZScore(), Percentile(), AdaGC(), GlobalNorm(lambda step: 1.0), Chain(GlobalNorm(1.0), ZScore())]
+
+
+@pytest.mark.parametrize(
+    ("clip", "why_not"),
+    [
+        (lambda p: fastclip.clip_grad_norm_([p], 1.0, error_if_nonfinite=True), '"raise" has to wait'),
+        (lambda p: fastclip.clip_grads_([p], Value(1.0), nonfinite="skip"), r'Value\(.* with "skip" has to wait'),
+        *((lambda p, rule=rule: fastclip.clip_grads_([p], rule), "learns from step to step") for rule in LEARNING),
+        (lambda p: ClippedOptimizer(torch.optim.SGD([p], 0.1, fused=True), 1.0).step(), "step of a guarded optimizer"),
+        (lambda p: ClippedOptimizer(torch.optim.SGD([p], 0.1), math.inf).step(), "step of a guarded optimizer"),
+    ],
+)
+def test_what_a_replay_can_not_do_is_not_captured(captured, clip, why_not) -> None:
+    """A clear error, before anything is written."""
+    with pytest.raises(RuntimeError, match=f"{why_not}.*, and a CUDA graph is being captured; .* Nothing was written"):
+        clip(captured)
+    assert captured.grad.tolist() == [7.0, 7.0, 7.0]
+    assert captured.tolist() == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "clip",
+    [
+        lambda p: fastclip.clip_grad_norm_([p], 1.0, nonfinite="skip"),
+        lambda p: fastclip.clip_grad_norm_([p], torch.tensor(1.0)),
+        lambda p: fastclip.clip_grads_([p], PerTensorNorm(1.0), nonfinite="zero"),
+    ],
+)
+def test_what_needs_no_host_is_captured(captured, clip) -> None:
+    clip(captured)
+    assert float(captured.grad.norm()) < 1.1
+
+
+def test_a_step_works_again_after_a_capture_that_refused_it(captured, monkeypatch) -> None:
+    opt = ClippedOptimizer(torch.optim.SGD([captured], 0.1, fused=True), 1.0)
+    with pytest.raises(RuntimeError, match="CUDA graph"):
+        opt.step()
+    monkeypatch.undo()
+    opt.step()
+    assert (opt.steps, opt.clipped_steps) == (1, 1)
 
 
 @pytest.mark.parametrize("max_norm", [1e9, 0.5])
