@@ -11,4 +11,5 @@ EXAMPLES: tuple[str, ...] = (
     "rnn",
     "forecast",
     "translation",
+    "sentiment",
 )

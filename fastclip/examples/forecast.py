@@ -8,8 +8,8 @@ follow the true one.
 ``TimeSeriesSplit`` makes the folds: each trains on all that came before its test part, and scales by that training part
 alone. A fold begins with a new network; ``GradMonitor.reset(fold=...)`` keeps apart what is told of their gradients.
 
-Learning rates were tried from 0.01 to 2. Bare SGD is best at ``smaller_lr`` and dies in some fold at ``lr``, where
-clipped SGD does not.
+The learning rates 0.01, 0.03, 0.1, 0.3, 0.6 and 1.2 were tried. On the weather bare SGD is best at 0.6, the honest
+rival here, and explodes at 1.2, the largest at which clipped SGD is as good.
 
 Run it with ``fastclip example forecast``; needs ``pip install 'torch-fastclip[examples]'``.
 """
@@ -51,7 +51,7 @@ class Settings:
     folds: int = 3
     steps: int = 150
     lr: float = 1.2
-    smaller_lr: float = 0.3
+    smaller_lr: float = 0.6
     momentum: float = 0.9
     max_norm: float = 1.0
     hidden: int = 32

@@ -328,10 +328,11 @@ def _draw_scores(axes: Any, study: Study) -> None:
         axes.axhline(score, color="black", linestyle="--", linewidth=1.2)
         axes.annotate(
             name,
-            (0.02, score),
+            (0.98, score),
             xycoords=("axes fraction", "data"),
             xytext=(0, 3),
             textcoords="offset points",
+            ha="right",
             fontsize=10,
         )
     finite = [run.score for runs in study.runs.values() for run in runs if run.died_at is None]
