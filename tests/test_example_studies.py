@@ -188,7 +188,7 @@ def test_forecast_claims() -> None:
         "Weather at lr 1.2: clipped is better than bare with the only seed (median 0.9 against no"
     )
     assert claims[1].startswith(
-        "At lr 0.6: clipped is better than bare, smaller lr with the only seed (median 0.9 against"
+        "A smaller learning rate, 0.6: clipped is better than bare, smaller lr with the only seed"
     )
     assert claims[2] == "The best of them (clipped) beats persistence: 0.90 of its error."
     assert claims[4].startswith(
