@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from fastclip.types import FastclipError
@@ -84,6 +85,60 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class Range:
+    """Losses along a learning rate that grows from step to step.
+
+    Attributes:
+        optimizer: name of its class.
+        lrs, losses: of each step; the loss is the one before the step.
+        used: learning rate in use, of the first group; NaN without an optimizer.
+        suggested: a tenth of the one at the lowest loss; NaN where the loss hardly fell.
+        diverges: from which one on the loss was four times the first; NaN if it never was.
+    """
+
+    optimizer: str
+    lrs: tuple[float, ...]
+    losses: tuple[float, ...]
+    used: float
+    suggested: float
+    diverges: float
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A few steps at one learning rate.
+
+    Attributes:
+        lr: which.
+        losses, norms: before each step, the norm of all gradients.
+    """
+
+    lr: float
+    losses: tuple[float, ...]
+    norms: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What to clip by.
+
+    Attributes:
+        max_norm: bound of the norm of all gradients; NaN if no norm was finite.
+        policy: as Python.
+        why: the reason.
+        norms: that were seen.
+        median, largest: of them.
+    """
+
+    max_norm: float
+    policy: str
+    why: str
+    norms: tuple[float, ...]
+    median: float
+    largest: float
+
+
+@dataclass(frozen=True)
 class Diagnosis:
     """What :func:`fastclip.check` found; ``print()`` it.
 
@@ -93,6 +148,10 @@ class Diagnosis:
         curves: gradients over time, of each recurrent layer.
         loss: of the first pass.
         total_norm: norm of all gradients in the first pass.
+        bound: what to clip by.
+        lr: losses along a growing learning rate; None where that wasn't tried.
+        trial: a few steps at the learning rate in use, without an optimizer at the suggested one; None where there are
+            none.
         notes: what could not be judged, and why.
     """
 
@@ -101,6 +160,9 @@ class Diagnosis:
     curves: tuple[Curve, ...]
     loss: float
     total_norm: float
+    bound: Bound
+    lr: Range | None = None
+    trial: Trial | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -124,10 +186,16 @@ class Diagnosis:
         """``to_dict()`` as JSON; NaN and Inf, which JSON has no spelling for, are strings."""
         return json.dumps(_spelled(self.to_dict()), indent=indent, allow_nan=False)
 
-    def __str__(self) -> str:
-        from fastclip.doctor import text
+    def save_picture(self, path: str | Path) -> None:
+        """Draws the gradients by depth and time, the activations by layer, and the range test; needs matplotlib."""
+        from fastclip.doctor.picture import save
 
-        return text.told(self)
+        save(self, Path(path))
+
+    def __str__(self) -> str:
+        from fastclip.doctor.text import told
+
+        return told(self)
 
 
 def _spelled(value: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fastclip.doctor.moments import Moments, moments_of, norm_of
+from fastclip.doctor.moments import Census, Moments, census_of, moments_of, norm_of
 from fastclip.doctor.subject import tensors_in
 from fastclip.doctor.watching import Listener
 
@@ -73,8 +73,9 @@ class Call:
         layer: which.
         number: of this call among those of the layer, from 0.
         given, made: of its first input and its first output; None where they hold no numbers.
-        gain: rms of the output without the bias, divided by that of the input; NaN where that says nothing.
-        grads: norms of the gradients with respect to its outputs, as the backward pass brings them.
+        gain: rms of what the weight makes of the input, without the bias, divided by that of the input; of a recurrent
+            layer, what the recurrent weight makes of the states. NaN where that says nothing.
+        grads: of the gradients with respect to its outputs, as the backward pass brings them.
     """
 
     layer: Layer
@@ -82,7 +83,7 @@ class Call:
     given: Moments | None
     made: Moments | None
     gain: float
-    grads: list[float] = field(default_factory=list)
+    grads: list[Census] = field(default_factory=list)
 
     @property
     def label(self) -> str:
@@ -91,7 +92,7 @@ class Call:
     @property
     def output_grad(self) -> float:
         """Norm of the gradient with respect to all its outputs; NaN if none came back."""
-        return math.hypot(*self.grads) if self.grads else math.nan
+        return math.hypot(*(census.norm for census in self.grads)) if self.grads else math.nan
 
 
 class Layers(Listener):
@@ -99,12 +100,14 @@ class Layers(Listener):
 
     Attributes:
         calls: in the order in which they ended.
+        arrived: those whose gradient has come back so far, in the order of the backward pass.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._layers = layers_of(model)
         self._counts: dict[str, int] = {}
         self.calls: list[Call] = []
+        self.arrived: list[Call] = []
 
     def left(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         layer = self._layers.get(name)
@@ -121,27 +124,34 @@ class Layers(Listener):
             gain=math.nan,
         )
         if made and given is not None:
-            call.gain = _gain(module, call.given, call.made, made[0])
+            call.gain = _gain(module, call.given, made[0])
         self.calls.append(call)
         for tensor in made:
             if tensor.requires_grad:
-                tensor.register_hook(_note(call))  # type: ignore[no-untyped-call]
+                tensor.register_hook(self._note(call))  # type: ignore[no-untyped-call]
+
+    def _note(self, call: Call) -> Any:
+        def hook(grad: Tensor) -> None:
+            call.grads.append(census_of(grad.detach()))
+            self.arrived.append(call)
+
+        return hook
 
 
-def _gain(module: nn.Module, given: Moments | None, made: Moments | None, output: Tensor) -> float:
-    """Of what the weight does alone: the bias would make a small input look like a large gain."""
-    if not isinstance(module, AFFINE) or given is None or made is None or not given.rms > 0:
+def _gain(module: nn.Module, given: Moments | None, output: Tensor) -> float:
+    """Of the weight alone: the bias would make a small input look like a large gain."""
+    output, before = output.detach(), math.nan if given is None else given.rms
+    if isinstance(module, nn.RNNBase):
+        recurrent: Any = module.weight_hh_l0
+        weight: Tensor = recurrent.detach()
+        states = output[..., : weight.shape[1]].reshape(-1, weight.shape[1])  # of both directions, the first
+        made, before = states.to(weight.dtype) @ weight.T, norm_of([states]) / math.sqrt(max(states.numel(), 1))
+    elif isinstance(module, AFFINE):
+        bias, made = module.bias, output
+        if bias is not None:
+            spatial = 0 if isinstance(module, nn.Linear) else len(module.kernel_size)
+            made = output - bias.detach().reshape(-1, *[1] * spatial)
+    else:
         return math.nan
-    bias, linear = module.bias, made
-    if bias is not None:
-        shape = (-1, *[1] * (output.dim() - 2)) if isinstance(module, CONVOLUTIONS) and output.dim() > 2 else (-1,)
-        without = moments_of(output.detach() - bias.detach().reshape(shape))
-        linear = without if without is not None else made
-    return linear.rms / given.rms
-
-
-def _note(call: Call) -> Any:
-    def hook(grad: Tensor) -> None:
-        call.grads.append(norm_of([grad.detach()]))
-
-    return hook
+    moments = moments_of(made)
+    return moments.rms / before if moments is not None and before > 0 else math.nan

@@ -73,6 +73,47 @@ def moments_of(tensor: Tensor) -> Moments | None:
     )
 
 
+@dataclass(frozen=True)
+class Census:
+    """What the range of numbers does to one gradient.
+
+    Attributes:
+        norm: of it.
+        max_abs: its largest magnitude.
+        nonzero: how many elements aren't 0.
+        subnormal: how many of them have lost bits, because they are smaller than the least normal number of the dtype.
+        lost: how many of them float16 would round to 0.
+        dtype: its own.
+    """
+
+    norm: float
+    max_abs: float
+    nonzero: int
+    subnormal: int
+    lost: int
+    dtype: torch.dtype
+
+
+FLOAT16_ZERO = 2.0**-25  # half of its least subnormal number: what is smaller becomes 0
+
+
+def census_of(grad: Tensor) -> Census:
+    """Of a gradient with real numbers."""
+    stats = functional.grad_stats([grad], extras=True).to_dict()
+    sizes = grad.abs()
+    tiny = torch.finfo(grad.dtype).tiny
+    counts = torch.stack([(sizes < bound).sum() for bound in (tiny, FLOAT16_ZERO)]).tolist()
+    zeros = int(stats["zeros"])
+    return Census(
+        norm=float(stats["total_norm"]),
+        max_abs=float(stats["max_abs"]),
+        nonzero=grad.numel() - zeros,
+        subnormal=counts[0] - zeros,
+        lost=counts[1] - zeros,
+        dtype=grad.dtype,
+    )
+
+
 def norm_of(tensors: list[Tensor]) -> float:
     """Joint 2-norm; NaN for none."""
     return float(functional.get_total_norm(tensors)) if tensors else math.nan

@@ -31,6 +31,11 @@ class Subject:
     parameters: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer | None
 
+    def prepare(self) -> None:
+        """A model that is in evaluation mode as a whole goes into training mode; else each module keeps its own."""
+        if not self.model.training:
+            self.model.train()
+
     def loss(self) -> Tensor:
         """Runs one forward pass.
 
