@@ -32,7 +32,7 @@ class Stateful(nn.Module):
         self.mean.mul_(0.9).add_(x.detach().mean(0))
         self.plain += 1
         self.hidden = self.drop(self.norm(self.a(x)))
-        x = self.hidden + random.random() + np.random.rand()
+        x = self.hidden + random.random() + np.random.rand()  # noqa: NPY002
         return self.b(x)
 
 
@@ -85,7 +85,11 @@ CASES = {
     "can't be copied": (uncopied, rows, nn.CrossEntropyLoss()),
     "lstm": (lambda: Sequence(nn.LSTM(4, 8, batch_first=True)), series, nn.MSELoss()),
     "transformer": (lambda: Transformer(1), tokens, nn.CrossEntropyLoss()),
-    "half": (lambda: mlp(nn.ReLU, 1, width=8).bfloat16(), lambda: (rows()[0].bfloat16(), rows()[1]), nn.CrossEntropyLoss()),
+    "half": (
+        lambda: mlp(nn.ReLU, 1, width=8).bfloat16(),
+        lambda: (rows()[0].bfloat16(), rows()[1]),
+        nn.CrossEntropyLoss(),
+    ),
 }
 
 
@@ -111,7 +115,8 @@ def everything(model, optimizer):
     if optimizer is not None:
         state["optimizer"] = copy.deepcopy(optimizer.state_dict())
         state["optimizer held"] = id(optimizer.state), [id(g) for g in optimizer.param_groups]
-    state["rng"] = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    legacy = np.random.get_state()[1].copy()  # noqa: NPY002
+    state["rng"] = torch.get_rng_state(), legacy, random.getstate()
     state["torch"] = (torch.get_default_dtype(), torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"))
     state["torch"] += (torch.is_anomaly_enabled(), torch.get_num_threads())
     return state
@@ -195,11 +200,15 @@ def test_nothing_is_changed_when_it_raises(at, mode, kind):
         return nn.functional.cross_entropy(out, batch[1])
 
     before = everything(model, optimizer)
+    said = "on the way"
     try:
         fastclip.check(model, optimizer=optimizer, step=step)
-    except (KeyboardInterrupt, fastclip.DoctorError) as error:
-        assert passes == at
-        assert kind == "interrupt" or "on the way" in str(error)
+    except KeyboardInterrupt:
+        assert kind == "interrupt"
+    except fastclip.DoctorError as error:
+        said = str(error)
+    assert passes <= at or at == 1  # a failure while learning rates are tried ends only that
+    assert "on the way" in said
     assert_same(before, everything(model, optimizer))
 
 

@@ -79,7 +79,7 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._watch.listening or self.first_nan is not None:
             return func(*args, **(kwargs or {}))
         name = func._schema.name.removeprefix("aten::").rstrip("_")
-        given = [t for t in tensors_in((args, kwargs)) if t.is_floating_point() and t.numel()]
+        given = [t.detach() for t in tensors_in((args, kwargs)) if t.is_floating_point() and t.numel()]
         nan_before = any(bool(t.isnan().any()) for t in given)
         finite_before = not nan_before and all(bool(t.isfinite().all()) for t in given)
         fed = [t[torch.isfinite(t)] for t in given]
