@@ -80,7 +80,12 @@ def check(
     """
     seconds = number("max_seconds", max_seconds)
     subject = subject_of(model, batch, loss_fn, optimizer, step)
-    with Untouched([subject.model, *subject.others]) as untouched, _uncompiled():
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        Untouched([subject.model, *subject.others]) as untouched,
+        _uncompiled(),
+    ):
         bad = _bad_parameters(subject)
         subject.prepare()
         seen = observe(subject)

@@ -42,7 +42,7 @@ class Subject:
         Raises:
             DoctorError: the model or the loss failed, or what came back is not one number.
         """
-        with torch.enable_grad(), during("the forward pass"):
+        with during("the forward pass"):
             loss = self.step()
         if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.is_complex():
             got = f"shape {tuple(loss.shape)}, {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__
