@@ -32,6 +32,8 @@ class Loop(nn.Module):
     def __init__(self, cell, gain):
         super().__init__()
         self.cell, self.head = cell, nn.Linear(cell.hidden_size, 1)
+        if gain is None:
+            return
         with torch.no_grad():
             cell.weight_hh.copy_(gain * nn.init.orthogonal_(torch.empty_like(cell.weight_hh)))
 

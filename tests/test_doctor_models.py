@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from patients import Sequence, Transformer, classes, he, mlp, series, tokens
+from patients import Loop, Sequence, Transformer, classes, he, mlp, series, tokens
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
 
@@ -174,8 +174,14 @@ def test_layers_that_run_several_times():
     shared = nn.Linear(32, 32)
     model = nn.Sequential(shared, nn.Tanh(), shared, nn.Tanh(), shared, nn.Linear(32, 3))
     diagnosis = check(model, classes(), CE)
-    assert [row.layer for row in diagnosis.rows] == ["0", "0 (call 2)", "0 (call 3)", "5"]
+    assert [(row.layer, row.call) for row in diagnosis.rows] == [("0", 1), ("0", 2), ("0", 3), ("5", 1)]
+    assert "\n0 (call 3 of 3)" in str(diagnosis)
     assert len({row.weight_grad for row in diagnosis.rows[:3]}) == 1
+
+
+def test_a_loop_has_one_row_in_the_text():
+    text = str(check(Loop(nn.GRUCell(4, 8), None), series(20), MSE))
+    assert [line.split("  ")[0] for line in text.splitlines()[3:5]] == ["cell (call 1 of 20)", "head"]
 
 
 def test_layers_are_in_the_order_of_execution():

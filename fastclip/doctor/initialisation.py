@@ -97,7 +97,7 @@ def findings(calls: list[Call], weights: list[Weight], follows: dict[int, str]) 
         yield Finding(
             "init-too-large" if large else "init-too-small",
             WARNING,
-            f"{call.layer.name} multiplies {what} by {call.gain:.3g} (root mean square); its weights have "
+            f"layer {call.layer.name} multiplies {what} by {call.gain:.3g} (root mean square); its weights have "
             f"standard deviation {stds.get(call.layer.name, math.nan):.3g}{more}",
             suggested(call.layer.name, _main(call), call.layer.kind, follows.get(place, "")),
             tuple(one.layer.name for _, one in found),

@@ -99,11 +99,13 @@ class Layers(Listener):
     """Notes each call of a layer.
 
     Attributes:
+        modules: of the model, by name.
         calls: in the order in which they ended.
         arrived: those whose gradient has come back so far, in the order of the backward pass.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self.modules = dict(model.named_modules())
         self._layers = layers_of(model)
         self._counts: dict[str, int] = {}
         self.calls: list[Call] = []

@@ -167,8 +167,9 @@ def findings(tried: Range, trial: Trial | None) -> Iterator[Finding]:
             f"with {tried.optimizer} at lr {tried.used:g} the loss on this batch goes from {first:.4g} to "
             f"{last:.4g} in "
             f"{len(trial.losses)} steps{beyond}",
-            f"start with lr={suggestion or f'{tried.used / MARGIN:.1g}'}, and a warmup: "
-            "torch.optim.lr_scheduler.LinearLR(optimizer)",
+            f"start with lr={suggestion}, and a warmup: torch.optim.lr_scheduler.LinearLR(optimizer)"
+            if suggestion
+            else "cure what else was found first: no learning rate brought this loss down",
             (),
             numbers,
         )

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastclip.doctor.layers import CONVOLUTIONS, Layers
 from fastclip.doctor.watching import Watch
 from fastclip.types import wide_dtype
 
+RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 RELU, SIGMOID, TANH = "relu", "sigmoid", "tanh"
 ACTIVATIONS = (RELU, SIGMOID, TANH)
 OTHERS = {"gelu": "relu", "silu": "relu", "leaky_relu": "relu", "elu": "relu"}  # name -> what an init takes it for
@@ -89,6 +90,8 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _look(self, name: str, args: Any, kwargs: Any, out: Any) -> None:
         kind = name.removesuffix("_")
+        if self._watch.within and isinstance(self._layers.modules[self._watch.within[-1]], RECURRENT):
+            return  # its gates are its own business
         if kind in ACTIVATIONS:
             self._activation(kind, out)
         elif kind in OTHERS:

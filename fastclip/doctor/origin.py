@@ -190,7 +190,7 @@ def backward_findings(bad: tuple[str, ...], nans: int, infs: int, nodes: Nodes |
         ERROR,
         f"{count}. The first {first.what} on the way back is made by {first.operation}, when the gradient has come "
         "back "
-        f"as far as {first.where}",
+        f"as far as layer {first.where}",
         _cure(
             first.operation,
             "look at what this operation gets in the forward pass: at 0, or far out, its slope is infinite",

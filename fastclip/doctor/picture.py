@@ -48,7 +48,9 @@ def _layers(diagnosis: Diagnosis, axes: Any, curves: dict[str, tuple[list[float]
         axes.plot(places, [v if 0 < v < math.inf else math.nan for v in values], "o-", ms=4, color=colour, label=label)
     _log(axes, [value for values, _ in curves.values() for value in values])
     if len(places) <= NAMED:
-        axes.set_xticks(places, [row.layer for row in diagnosis.rows], rotation=45, ha="right", fontsize=8)
+        axes.set_xticks(
+            places, [row.layer if row.call == 1 else "" for row in diagnosis.rows], rotation=45, ha="right", fontsize=8
+        )
     else:
         axes.set_xlabel("layer, in the order in which they ran")
 
