@@ -57,7 +57,8 @@ def check(
         optimizer: the one it is trained with: its learning rate is judged, with a new optimizer of its class and
             settings. Without one, AdamW is what a learning rate is suggested for.
         step: instead of ``batch`` and ``loss_fn``, for several inputs, own losses, masks: ``loss = step(model)`` runs
-            the model that it is given, and returns the loss. What else it changes is its own business.
+            the model that it is given, and returns the loss. It is called some 70 times; what else it changes is its
+            own business.
         max_seconds: learning rates are tried for so long at most; 0 for not at all.
 
     Returns:

@@ -84,8 +84,9 @@ def _rates(diagnosis: Diagnosis, axes: Any) -> None:
     losses = [loss if math.isfinite(loss) else math.nan for loss in lr.losses[1:]]
     axes.plot(lr.lrs[:-1], losses, color=BLUE)
     axes.set_xscale("log")
-    top = max(abs(lr.losses[0]), *(abs(loss) for loss in losses if not math.isnan(loss)), 1e-30)
-    axes.set_ylim(top=min(top, 2 * abs(lr.losses[0]) or top) * 1.05)
+    known = [loss for loss in (lr.losses[0], *losses) if not math.isnan(loss)]
+    if min(known) > 0:
+        axes.set_yscale("log")  # a loss that diverges, or begins far up, would press the rest into a line
     for value, label, colour in ((lr.used, "in use", RED), (lr.suggested, "suggested", GREEN)):
         if not math.isnan(value):
             axes.axvline(value, linestyle="--", color=colour, label=f"{label}: {value:.2g}")

@@ -129,7 +129,11 @@ def _generators() -> Iterator[tuple[Callable[[], Any], Callable[[Any], None]]]:
     yield np.random.get_state, np.random.set_state
     yield torch.get_rng_state, torch.set_rng_state
     accelerator = torch.accelerator.current_accelerator()
-    if accelerator is None or (accelerator.type == "cuda" and not cuda_in_use()):
+    if (
+        accelerator is None
+        or (accelerator.type == "cuda" and not cuda_in_use())
+        or not torch.accelerator.is_available()
+    ):
         return
     device_module = torch.get_device_module(accelerator.type)
     if accelerator.type == "mps":
