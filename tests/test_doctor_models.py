@@ -7,6 +7,7 @@ import torch
 from patients import Loop, Sequence, Transformer, classes, he, mlp, series, tokens
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
+from torch.utils.checkpoint import checkpoint
 
 import fastclip
 
@@ -42,6 +43,7 @@ def test_exactly_one_form():
     assert not ran
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 @pytest.mark.parametrize(
     ("model", "message"),
     [
@@ -49,6 +51,7 @@ def test_exactly_one_form():
         (lambda: nn.Linear(32, 3, device="meta"), r"weight has no values \(device meta\)"),
         (lambda: nn.Linear(32, 3).requires_grad_(False), "nothing to train"),
         (lambda: nn.ReLU(), "nothing to train"),
+        (lambda: torch.jit.script(nn.Linear(32, 3)), "the model is compiled by torch.jit"),
         (lambda: nn.Linear(31, 3), "the forward pass failed: RuntimeError"),
     ],
 )
@@ -229,6 +232,62 @@ def test_what_has_no_scale_is_said():
     diagnosis = check(Dicts(), (batch, torch.randint(3, (64,))), CE)
     assert diagnosis.findings[0].code == "nonfinite-input"
     assert diagnosis.findings[0].where == ("inputs['rest']",)
+
+
+def test_layers_inside_of_a_transform_are_said():
+    model, (x, y) = mlp(nn.ReLU, 1), classes()
+    diagnosis = check(model, step=lambda model: CE(torch.vmap(model)(x), y))
+    assert any("torch.func" in note for note in diagnosis.notes)
+    assert diagnosis.total_norm > 0
+
+
+class Checkpointed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.head = nn.LSTM(4, 16, batch_first=True), nn.Linear(16, 1)
+
+    def forward(self, x):
+        return self.head(checkpoint(self.rnn, x, use_reentrant=False)[0][:, -1])
+
+
+class Sparse(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(50, 8, sparse=True), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.embed(x).mean(1))
+
+
+def test_what_else_models_do():
+    """Checkpoints, sparse gradients, autocast, gradient penalties, complex numbers, no samples, one sample."""
+    assert check(Checkpointed(), series(), MSE).healthy
+    words = torch.randint(50, (64, 5)), torch.randint(3, (64,))
+    model = Sparse()
+    assert fastclip.check(model, words, CE, torch.optim.SGD(model.parameters(), lr=0.1)).healthy
+    model, (x, y) = mlp(nn.ReLU, 1), classes()
+
+    def mixed(model):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return CE(model(x), y)
+
+    assert fastclip.check(model, step=mixed).healthy
+
+    def penalised(model):
+        z = x.clone().requires_grad_()
+        out = model(z)
+        (slope,) = torch.autograd.grad(out.sum(), z, create_graph=True)
+        return CE(out, y) + (slope.norm(dim=1) - 1).square().mean()
+
+    assert fastclip.check(model, step=penalised).healthy
+    spectrum = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 3))
+    assert check(spectrum, step=lambda model: CE(torch.fft.fft(model(x)).abs(), y)).healthy
+    assert check(model, (x[:1], y[:1]), CE).healthy
+    empty = check(model, (x[:0], y[:0]), CE)
+    assert empty.findings[0].code == "nonfinite-loss"
+    assert "softmax-twice" not in empty.codes
+    ignored = check(model, (x, torch.full_like(y, -100)), CE)
+    assert "made by nll_loss_forward in the loss" in ignored.findings[0].message
 
 
 def test_few_samples_are_said():

@@ -92,6 +92,8 @@ def check(
         seen = observe(subject)
         found = [*_of_the_pass(seen)]
         notes = [*inputs.notes(seen.given), *units.notes(seen.activations)]
+        if seen.hidden:
+            notes.append("layers inside of torch.func's vmap or grad: their tensors have no values of their own")
         tried, trial, steady = None, None, None
         if bad:
             found.append(_nonfinite_parameters(bad))
@@ -132,7 +134,7 @@ def _uncompiled() -> AbstractContextManager[object]:
 
 
 def _of_the_pass(seen: Seen) -> Iterator[Finding]:
-    if not seen.calls and not seen.given:
+    if not seen.calls and not seen.given and not seen.hidden:
         raise DoctorError("the step never called the model: it has to run the one it is given, loss = step(model)")
     has_zero_weights = any(weight.std == 0.0 for weight in seen.weights)
     yield from inputs.findings(seen.given)

@@ -26,7 +26,7 @@ UNEVEN = 100.0
 MIN_SAMPLES = 8  # of fewer, a constant feature or a spread says nothing
 NAMED = 8  # features that are listed
 
-FED = (*AFFINE, nn.RNNBase, nn.RNNCellBase)
+FED = (*AFFINE, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 SCALED = "scale each feature: sklearn.preprocessing.StandardScaler, fitted to the training part alone"
@@ -117,9 +117,9 @@ def notes(given: list[Given]) -> Iterator[str]:
         if one.moments is None:
             yield f"the scale of {one.name}: {one.dtype} has none (indices, masks)"
         elif one.moments.finite and one.moments.max_abs > 0 and not one.judged:
-            yield f"the scale of {one.name}: the model changes it before the first layer with weights"
+            yield f"the scale of {one.name}: no linear, convolutional, recurrent or attention layer gets it as it is"
     if not given:
-        yield "the inputs: the model was called without a tensor"
+        yield "the inputs: the model was called without a tensor, or not by itself"
 
 
 def findings(given: list[Given]) -> Iterator[Finding]:

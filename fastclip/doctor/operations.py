@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastclip.doctor.layers import CONVOLUTIONS, Layers
-from fastclip.doctor.watching import Watch
+from fastclip.doctor.watching import Watch, is_transformed
 from fastclip.types import wide_dtype
 
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
@@ -83,7 +83,7 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if not self._watch.listening:
+        if not self._watch.listening and not is_transformed():
             with torch.no_grad():
                 self._look(func._schema.name.removeprefix("aten::"), args, kwargs or {}, out)
         return out

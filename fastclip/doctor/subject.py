@@ -132,6 +132,9 @@ def _inside(model: nn.Module) -> nn.Module:
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise DoctorError(f"{name or 'the model'} is compiled by torch.jit: check the module that it was made of")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if is_lazy(tensor):
             raise DoctorError(f"{name} has no shape yet: run model(inputs) once, then check it")
