@@ -280,6 +280,15 @@ def test_what_else_models_do():
         return CE(out, y) + (slope.norm(dim=1) - 1).square().mean()
 
     assert fastclip.check(model, step=penalised).healthy
+    plain = check(model, (x, y), CE).rows[-1].output_grad
+    (row,) = [row for row in check(model, step=lambda m: penalised(m) * 0 + CE(m(x), y)).rows if row.call == 2][-1:]
+    assert row.output_grad == pytest.approx(plain, rel=1e-4)  # and not the gradient that the penalty asked for
+
+    def attends(model):
+        hidden = model(x)[None]
+        return nn.functional.scaled_dot_product_attention(hidden, hidden, hidden).square().mean()
+
+    assert check(model, step=attends).healthy
     spectrum = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 3))
     assert check(spectrum, step=lambda model: CE(torch.fft.fft(model(x)).abs(), y)).healthy
     assert check(model, (x[:1], y[:1]), CE).healthy

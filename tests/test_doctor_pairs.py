@@ -378,7 +378,6 @@ def found(model, batch, loss_fn, **options):
     return fastclip.check(model, batch, loss_fn, max_seconds=0, **options)
 
 
-@pytest.mark.filterwarnings("ignore:Using a target size")
 @pytest.mark.parametrize("pair", PAIRS, ids=" ".join)
 def test_the_sick_is_found_and_the_healthy_is_silent(pair):
     sick, its_batch, healthy, batch, losses = PAIRS[pair]

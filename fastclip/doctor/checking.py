@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -86,7 +87,9 @@ def check(
         torch.enable_grad(),
         Untouched([subject.model, *subject.others]) as untouched,
         _uncompiled(),
+        warnings.catch_warnings(),
     ):
+        warnings.filterwarnings("ignore", "Using a target size")  # "broadcast-loss" tells of it
         bad = _bad_parameters(subject)
         subject.prepare()
         seen = observe(subject)

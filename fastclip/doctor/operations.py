@@ -136,7 +136,7 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         entropy = -torch.special.xlogy(weights, weights).sum(dim=-1) / counts.to(wide).log()
         mean = torch.where(visible, scores, 0.0).sum(dim=-1) / counts
         spread = torch.where(visible, scores - mean[:, None], 0.0).square().sum() / counts.sum()
-        self.attentions.append(Attention(self._watch.within[-1], keys, math.sqrt(float(spread)), float(entropy.mean())))
+        self.attentions.append(Attention(self._watch.where, keys, math.sqrt(float(spread)), float(entropy.mean())))
 
     def _fused(self, args: Any, kwargs: Any) -> None:
         query, key = args[0], args[1]

@@ -92,6 +92,7 @@ def observe(subject: Subject) -> Seen:
     with watch, losses, operations:
         loss = subject.loss()
     parameters = list(subject.parameters.values())
+    layers.backward = True
     found = gradients(loss, [*parameters, *sequences.inputs])
     grads = {name: grad for name, grad in zip(subject.parameters, found, strict=False) if grad is not None}
     for name, grad in grads.items():

@@ -47,7 +47,11 @@ class Untouched:
         # in-place writes to a copy would count as writes to the tensor, and break a graph that the user still holds
         self._stack.enter_context(torch.autograd.grad_mode._unsafe_preserve_version_counter(tuple(self._tensors)))
         self._stack.callback(self._point_back)
-        self.rewind()
+        try:
+            self.rewind()
+        except BaseException:  # no memory for the copies, or the user has had enough
+            self.__exit__(None, None, None)
+            raise
         return self
 
     def rewind(self) -> None:
@@ -77,7 +81,8 @@ class Untouched:
 
     def _put_attributes(self) -> None:
         for attributes, kept in self._attributes:
-            attributes.clear()
+            for name in attributes.keys() - kept.keys():
+                del attributes[name]
             for name, (value, content) in kept.items():
                 attributes[name] = value
                 if content is not None:

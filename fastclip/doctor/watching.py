@@ -44,6 +44,11 @@ class Watch:
         self.within: list[str] = []
         self.listening = self.hidden = False
 
+    @property
+    def where(self) -> str:
+        """Name of the module that runs at this moment."""
+        return (self.within[-1] or "the model") if self.within else "the loss"
+
     def __enter__(self) -> Watch:
         for name, module in self._model.named_modules():
             self._handles.append(module.register_forward_pre_hook(self._entering(name), with_kwargs=True))
