@@ -212,6 +212,8 @@ def test_a_spiking_norm_gets_a_policy_that_learns():
 
     spiking = bound_of((1.0, 1.1, 0.9, 40.0, 1.0), None, set(), "")
     assert spiking.policy == "Chain(ZScore(), GlobalNorm(2))"
+    learned_by_heart = bound_of((3.0, 0.5, 1e-3, 1e-4, 1e-9), None, set(), "")
+    assert learned_by_heart.policy == "GlobalNorm(6)"
     assert "40" in spiking.why
     assert bound_of((math.nan,), None, set(), "").policy == "GlobalNorm(1.0)"
 

@@ -237,3 +237,39 @@ def test_hooks_of_the_user_and_his_wrapped_optimizer_stay():
     assert int(optimizer.steps) == 0
     assert not optimizer.state
     assert len(model[0]._forward_hooks) == 1
+
+
+def test_no_memory_for_the_copies_leaves_all_as_it_was(monkeypatch):
+    model, batch = Stateful(), rows()
+    optimizer = trained(model, batch, nn.CrossEntropyLoss())
+    before = everything(model, optimizer)
+
+    def fails(tensors):
+        raise MemoryError
+
+    monkeypatch.setattr("fastclip.doctor.untouched._copies", fails)
+    with pytest.raises(MemoryError):
+        fastclip.check(model, batch, nn.CrossEntropyLoss(), optimizer)
+    assert_same(before, everything(model, optimizer))
+
+
+def test_memory_that_is_shared_stays_shared():
+    """Two views of one memory are two views of one copy: what a pass writes to the one, it reads from the other."""
+
+    class Views(nn.Module):
+        def __init__(self):
+            super().__init__()
+            flat = torch.ones(12)
+            self.a, self.b = nn.Parameter(flat[:8]), nn.Parameter(flat[4:])
+            self.seen = []
+
+        def forward(self, x):
+            with torch.no_grad():
+                self.a[4:].fill_(2.0)
+            assert self.b[0] == 2.0
+            return (x * self.a).sum() + self.b.sum()
+
+    model = Views()
+    fastclip.check(model, step=lambda model: model(torch.randn(8)), max_seconds=0)
+    assert model.a.untyped_storage().data_ptr() == model.b.untyped_storage().data_ptr()
+    assert torch.equal(model.a, torch.ones(8))

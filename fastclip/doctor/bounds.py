@@ -8,11 +8,13 @@ import statistics
 from fastclip.doctor.diagnosis import Bound
 from fastclip.stats import GradStats
 
-# Pascanu et al. 2013, section 3.2: from half to ten times the average norm over many updates. Twice the median of a few
-# lies in there, and lets what is usual pass.
+# Pascanu et al. 2013, section 3.2: from half to ten times the average norm over many updates. Twice what is usual lies
+# in there. A few steps on one batch learn it by heart and their norms fall, so that of the first counts where it is
+# larger than the median.
 TIMES = 2.0
 USUAL = 1.0  # where the norms say nothing
-SPREAD = 10.0  # a largest norm of so many times the median: spikes, which a rule that learns what is usual tells apart
+# A norm of so many times the median of those before it is a spike: a rule that learns what is usual tells it apart.
+SPIKE = 10.0
 # The gradient of one tensor, in units of its weight, against the median of all: then one bound for all is about this
 # one.
 DOMINATES, SHARE = 100.0, 0.99
@@ -40,17 +42,17 @@ def bound_of(norms: tuple[float, ...], stats: GradStats | None, codes: set[str],
         return Bound(USUAL, f"GlobalNorm({USUAL})", why, norms, median, largest)
     seen = f"the norm was {median:.3g} in one pass"
     if len(finite) > 1:
-        seen = f"over {len(finite)} steps{at} the norm was {median:.3g} in the middle and {largest:.3g} at most"
-    bound = rounded(TIMES * median)
-    if largest > SPREAD * median:
+        seen = f"over {len(finite)} steps{at} the norm began at {norms[0]:.3g} and was {largest:.3g} at most"
+    bound = rounded(TIMES * max(median, norms[0]))
+    if any(norm > SPIKE * statistics.median(norms[:i]) for i, norm in enumerate(norms) if i):
         policy = f"Chain(ZScore(), GlobalNorm({bound:g}))"
-        why = f"{seen}, which are spikes. ZScore learns what is usual and clips what isn't, GlobalNorm is the cap"
+        why = f"{seen}, in a spike. ZScore learns what is usual and clips what isn't, GlobalNorm is the cap"
     elif (name := dominant(stats)) is not None:
         policy = "Unitwise(0.01)"
         why = f"{seen}, nearly all of it from {name}: a bound of the joint norm would be one for this tensor alone"
     else:
         policy = f"GlobalNorm({bound:g})"
-        why = f"{seen}; twice as much lets what is usual pass and stops a spike"
+        why = f"{seen}; twice what is usual lets it pass and stops a spike"
     return Bound(bound, policy, why, norms, median, largest)
 
 
