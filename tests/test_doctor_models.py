@@ -243,6 +243,16 @@ def test_layers_inside_of_a_transform_are_said():
     assert diagnosis.total_norm > 0
 
 
+def test_a_softmax_over_classes_is_no_attention():
+    model, (x, y) = Transformer(1), tokens()
+
+    def sure(model):
+        chances = (100 * model(x)).reshape(8, 12, 50).softmax(dim=-1)
+        return -chances.flatten(0, 1)[torch.arange(96), y].mean()
+
+    assert "attention-saturated" not in check(model, step=sure).codes
+
+
 class Checkpointed(nn.Module):
     def __init__(self):
         super().__init__()
