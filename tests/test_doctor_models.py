@@ -166,13 +166,23 @@ def test_padding_behind_the_last_step_is_no_trend():
 
 
 def test_a_compiled_model_is_seen_inside():
-    model, batch = mlp(nn.Sigmoid, 10), classes()
+    model, batch, graphs = mlp(nn.Sigmoid, 10), classes(), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
     expected = check(model, batch, CE)
-    compiled = torch.compile(model, backend="eager")
+    compiled = torch.compile(model, backend=backend)
     assert check(compiled, batch, CE).to_json() == expected.to_json()
-    model.compile(backend="eager")
+    model.compile(backend=backend)
     assert check(model, batch, CE).to_json() == expected.to_json()
+    model[0].compile(backend=backend)
+    assert check(model, batch, CE).to_json() == expected.to_json()
+    assert fastclip.check(model, batch, CE).lr is not None
+    assert not graphs
     assert compiled(batch[0]).shape == (64, 3)
+    assert graphs
 
 
 def test_layers_that_run_several_times():
