@@ -1,4 +1,5 @@
-"""``python -m fastclip``: what runs here and why; ``demo``, ``grid-search``, ``bench``, ``report`` and ``watch``."""
+"""``python -m fastclip``: what runs here and why; ``demo``, ``example``, ``grid-search``, ``bench``, ``report``
+and ``watch``."""
 
 from __future__ import annotations
 
@@ -33,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command")
     commands.add_parser("info", help="versions, threads, and each backend with available or why not (the default)")
     commands.add_parser("demo", help="train a network that explodes without fastclip, on real weather", add_help=False)
+    commands.add_parser("example", help="small studies on real data; without a name: what there is", add_help=False)
     commands.add_parser("grid-search", help="where training is stable, over lr and max_norm", add_help=False)
     commands.add_parser("bench", help="a quick table of torch's and fastclip's times here", add_help=False)
     commands.add_parser("report", help="a run that a GradMonitor recorded, as one page", add_help=False)
@@ -42,6 +44,10 @@ def main(argv: list[str] | None = None) -> int:
         from fastclip.examples import weather
 
         return int(weather.main(rest))
+    if arguments.command == "example":
+        from fastclip.examples import __main__ as examples
+
+        return examples.example(rest)
     if arguments.command == "grid-search":
         from fastclip.examples import grid_search
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
+import itertools
 import math
 import statistics
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +18,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 import fastclip
+from fastclip.examples import command
 from fastclip.examples.extras import extra
 
-# Okabe and Ito: told apart by every kind of colour vision.
+# Okabe and Ito: told apart by every kind of colour vision. A seventh variant begins again with dashed lines.
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+LINES = [(colour, style) for style in ("-", "--") for colour in COLOURS]
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class Run:
     """One training.
 
     Attributes:
-        losses, total_norms: one per step, the norm before clipping; they end with the first loss that is not finite.
-        score: the study's measure on unseen data.
+        losses, total_norms: one per step, the norm before clipping; they end where the run died.
+        score: the study's measure on unseen data; NaN for a run that died.
         skipped: steps that did not happen.
         clip_rate: share of the steps whose gradients were clipped; None if the optimizer does not clip.
     """
@@ -44,8 +45,8 @@ class Run:
 
     @property
     def died_at(self) -> int | None:
-        """The step, counted from 1, whose loss was NaN or Inf."""
-        return None if math.isfinite(self.losses[-1]) else len(self.losses)
+        """The step, counted from 1, after which there was nothing left to train: a loss or weights not finite."""
+        return None if math.isfinite(self.losses[-1]) and math.isfinite(self.score) else len(self.losses)
 
 
 @dataclass(frozen=True)
@@ -57,16 +58,22 @@ class Study:
         measure: what ``score`` is, with its unit.
         runs: for each variant one run per seed.
         claims: what these runs show, in sentences whose numbers come from them.
+        higher_is_better: of scores.
         baseline: what to compare with, and its score: a forecast without any training, for instance.
         max_norm: the bound, drawn into the picture.
+        details: printed below the table: samples, or a table of its own.
+        panel: draws what is special to this study into matplotlib axes, which stand beside the others.
     """
 
     title: str
     measure: str
     runs: Mapping[str, Sequence[Run]]
     claims: Sequence[str]
+    higher_is_better: bool = False
     baseline: tuple[str, float] | None = None
     max_norm: float | None = None
+    details: str = ""
+    panel: Callable[[Any], None] | None = None
 
 
 class Settings(Protocol):
@@ -96,11 +103,15 @@ def one_thread() -> Iterator[None]:
 def compare(
     train_one: Callable[[str, int], Run], variants: Sequence[str], seeds: int, progress: bool = True
 ) -> dict[str, list[Run]]:
-    """Trains each variant with each of the seeds 0, 1, ...; torch's global generator is left as it was."""
+    """Trains each variant with each of the seeds 0, 1, ...; torch's global generator is left as it was.
+
+    Args:
+        train_one: variant and seed to a run. torch's global generator has been seeded: weights that are made first
+            are the same for all variants.
+    """
     runs: dict[str, list[Run]] = {variant: [] for variant in variants}
     pairs = [(variant, seed) for seed in range(seeds) for variant in variants]
-    bar = extra("tqdm").tqdm(pairs, unit="run", disable=not progress)
-    with one_thread():
+    with one_thread(), extra("tqdm").tqdm(pairs, unit="run", disable=not progress) as bar:
         for variant, seed in bar:
             bar.set_description(f"{variant}, seed {seed}")
             with torch.random.fork_rng(devices=[]):
@@ -116,7 +127,12 @@ def train(
     score: Callable[[], float],
     schedule: LRScheduler | None = None,
 ) -> Run:
-    """The plain loop, until the last step or the first loss that is not finite."""
+    """The plain loop, until the last step or the first loss that is not finite.
+
+    Args:
+        next_loss: draws the next batch, and returns its loss with the graph behind it.
+        score: judges the trained model on unseen data; called without gradients, and not at all if the run died.
+    """
     losses: list[float] = []
     total_norms: list[float] = []
     for _ in range(steps):
@@ -127,7 +143,10 @@ def train(
             total_norms.append(math.nan)
             break
         loss.backward()  # type: ignore[no-untyped-call]
-        total_norms.append(step(optimizer))
+        try:
+            total_norms.append(step(optimizer))
+        except fastclip.SkipLimitError:  # finite weights, from which no step leads away
+            return finished(optimizer, losses, [*total_norms, math.nan], lambda: math.nan)
         if schedule is not None:
             schedule.step()
     return finished(optimizer, losses, total_norms, score)
@@ -138,17 +157,22 @@ def step(optimizer: Optimizer) -> float:
     if isinstance(optimizer, fastclip.ClippedOptimizer):
         optimizer.step()
         return math.nan if optimizer.last_norm is None else float(optimizer.last_norm)
-    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    total_norm = float(fastclip.get_total_norm(grads))
+    total_norm = float(fastclip.get_total_norm([p.grad for p in parameters(optimizer) if p.grad is not None]))
     optimizer.step()
     return total_norm
 
 
+def parameters(optimizer: Optimizer) -> list[Tensor]:
+    """All that it steps."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
 def finished(optimizer: Optimizer, losses: list[float], total_norms: list[float], score: Callable[[], float]) -> Run:
-    """The run that ends here."""
+    """The run that ends here; it gets a score if its last loss and all its weights are finite."""
     wrapper = optimizer if isinstance(optimizer, fastclip.ClippedOptimizer) else None
     with torch.no_grad():
-        reached = score()
+        alive = math.isfinite(losses[-1]) and all(bool(p.isfinite().all()) for p in parameters(optimizer))
+        reached = score() if alive else math.nan
     return Run(
         losses,
         total_norms,
@@ -158,16 +182,26 @@ def finished(optimizer: Optimizer, losses: list[float], total_norms: list[float]
     )
 
 
-def median_score(runs: Sequence[Run]) -> float:
-    """Of those that are finite; NaN if none is."""
-    return (
-        statistics.median(scores) if (scores := [run.score for run in runs if math.isfinite(run.score)]) else math.nan
-    )
+def median_score(runs: Sequence[Run], higher_is_better: bool = False) -> float:
+    """Of all runs, those that died counted as the worst; NaN if it lies among them."""
+    worst = -math.inf if higher_is_better else math.inf
+    middle = statistics.median(run.score if run.died_at is None else worst for run in runs)
+    return middle if math.isfinite(middle) else math.nan
 
 
 def deaths(runs: Sequence[Run]) -> int:
-    """How many of the runs ended in a loss that is not finite."""
+    """How many of the runs died."""
     return sum(run.died_at is not None for run in runs)
+
+
+def wins(runs: Sequence[Run], others: Sequence[Run], higher_is_better: bool = False) -> int:
+    """With how many seeds the first have the better score; one that died is worse than any, and as bad as another."""
+    sign = 1 if higher_is_better else -1
+    pairs = [
+        [sign * run.score if run.died_at is None else -math.inf for run in pair]
+        for pair in zip(runs, others, strict=True)
+    ]
+    return sum(first > second for first, second in pairs)
 
 
 def number(value: float) -> str:
@@ -175,81 +209,103 @@ def number(value: float) -> str:
     return f"{value:.3g}" if math.isfinite(value) else str(value)
 
 
-def table(study: Study) -> str:
-    """One line for each variant, then what the study shows."""
-    rows = [("", study.measure + ", median", "each seed", "NaN or Inf", "skipped", "clip rate")]
-    for variant, runs in study.runs.items():
-        rates = [run.clip_rate for run in runs if run.clip_rate is not None]
-        rows.append(
-            (
-                variant,
-                number(median_score(runs)),
-                " ".join(number(run.score) for run in runs),
-                f"{deaths(runs)} of {len(runs)}",
-                str(sum(run.skipped for run in runs)),
-                f"{statistics.median(rates):.0%}" if rates else "-",
-            )
-        )
-    if study.baseline is not None:
-        rows.append((study.baseline[0], number(study.baseline[1]), "-", "-", "-", "-"))
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """The first row is the header; the first column goes left, the others right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "   ".join([first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))])
         for first, *rest in rows
     ]
     lines.insert(1, "-" * len(lines[0]))
-    return "\n".join([*lines, "", *study.claims])
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def table(study: Study) -> str:
+    """One line for each variant, then what is special to the study, then what it shows."""
+    rows = [["", f"{study.measure}, median", "each seed", "died", "skipped", "clip rate"]]
+    for variant, runs in study.runs.items():
+        rates = [run.clip_rate for run in runs if run.clip_rate is not None]
+        rows.append(
+            [
+                variant,
+                number(median_score(runs, study.higher_is_better)),
+                " ".join(number(run.score) for run in runs),
+                f"{deaths(runs)} of {len(runs)}",
+                str(sum(run.skipped for run in runs)),
+                f"{statistics.median(rates):.0%}" if rates else "-",
+            ]
+        )
+    if study.baseline is not None:
+        rows.append([study.baseline[0], number(study.baseline[1]), "-", "-", "-", "-"])
+    return "\n\n".join(part for part in (aligned(rows), study.details, "\n".join(study.claims)) if part)
+
+
+def figure(width: float, height: float) -> Any:
+    """An empty one; without pyplot it draws with Agg and leaves the caller's backend alone."""
+    return extra("matplotlib.figure").Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 
 def save_picture(study: Study, path: Path) -> None:
     """Writes loss and total norm of all runs, step by step, and the score of each, as a PNG."""
-    # Figure without pyplot draws with Agg and leaves the caller's backend alone.
-    figure = extra("matplotlib.figure").Figure(figsize=(11, 7), dpi=150, layout="constrained")
-    axes = figure.subplot_mosaic([["loss", "score"], ["norm", "score"]], width_ratios=[3, 1])
-    for (variant, runs), colour in zip(study.runs.items(), COLOURS, strict=False):
-        for i, run in enumerate(runs):
-            label = variant if i == 0 else None
-            for name, values in (("loss", run.losses), ("norm", run.total_norms)):
-                axes[name].plot(range(1, len(values) + 1), values, color=colour, label=label, linewidth=1, alpha=0.7)
-                if run.died_at is not None:
-                    axes[name].axvline(run.died_at, color=colour, linestyle=":", linewidth=1)
-    for name, label in (("loss", "training loss"), ("norm", "total_norm before clipping")):
-        values = [v for runs in study.runs.values() for run in runs for v in _curves(run)[name] if _drawable(v)]
-        axes[name].set_yscale("log")
-        if values:
-            # A run that explodes passes 1e30: shown in full, it would press everything else into one line.
-            low, middle = min(values), statistics.median(values)
-            axes[name].set_ylim(low / 2, min(2 * max(values), 1e4 * middle))
-        axes[name].set_ylabel(label, fontsize=12)
-        axes[name].grid(alpha=0.25)
+    drawn = figure(11, 7)
+    mosaic = [["loss", "score"], ["norm", "score" if study.panel is None else "panel"]]
+    axes = drawn.subplot_mosaic(mosaic, width_ratios=[3, 1] if study.panel is None else [3, 2])
+    _draw_curves(axes["loss"], study, [[run.losses for run in runs] for runs in study.runs.values()])
+    _draw_curves(axes["norm"], study, [[run.total_norms for run in runs] for runs in study.runs.values()])
+    axes["loss"].set_ylabel("training loss", fontsize=12)
+    axes["norm"].set_ylabel("total_norm before clipping", fontsize=12)
+    axes["norm"].set_xlabel("step; a dotted line: a run has died there", fontsize=12)
     if study.max_norm is not None:
         axes["norm"].axhline(study.max_norm, color="black", linestyle="--", linewidth=1.2, label="max_norm")
-    axes["norm"].set_xlabel("step; a dotted line: the loss is NaN or Inf", fontsize=12)
-    axes["loss"].legend(fontsize=11, loc="upper right")
     _draw_scores(axes["score"], study)
-    figure.suptitle(study.title, fontsize=14)
-    figure.savefig(path)
+    if study.panel is not None:
+        study.panel(axes["panel"])
+    handles, labels = axes["norm"].get_legend_handles_labels()
+    drawn.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), fontsize=12)
+    drawn.suptitle(study.title, fontsize=14)
+    drawn.savefig(path)
 
 
-def _curves(run: Run) -> dict[str, list[float]]:
-    return {"loss": run.losses, "norm": run.total_norms}
-
-
-def _drawable(value: float) -> bool:
-    return math.isfinite(value) and value > 0
+def _draw_curves(axes: Any, study: Study, curves: Sequence[Sequence[Sequence[float]]]) -> None:
+    axes.set_yscale("log")
+    drawable = [v for of_variant in curves for values in of_variant for v in values if math.isfinite(v) and v > 0]
+    # A run that explodes passes 1e30: shown in full, it would press everything else into one line.
+    top = min(max(drawable), 1e4 * statistics.median(drawable)) if drawable else 1.0
+    axes.set_ylim(min(drawable, default=1.0) / 2, 2 * top)
+    lines = itertools.cycle(LINES)
+    for (variant, runs), of_variant in zip(study.runs.items(), curves, strict=True):
+        colour, style = next(lines)
+        for i, (run, values) in enumerate(zip(runs, of_variant, strict=True)):
+            label = variant if i == 0 else None
+            axes.plot(range(1, len(values) + 1), values, style, color=colour, label=label, linewidth=1, alpha=0.7)
+            if run.died_at is not None:
+                axes.axvline(run.died_at, color=colour, linestyle=":", linewidth=1)
+    axes.grid(alpha=0.25)
 
 
 def _draw_scores(axes: Any, study: Study) -> None:
-    finite = [run.score for runs in study.runs.values() for run in runs if math.isfinite(run.score)]
-    for i, ((_, runs), colour) in enumerate(zip(study.runs.items(), COLOURS, strict=False)):
-        scores = [run.score for run in runs if math.isfinite(run.score)]
+    lines = itertools.cycle(LINES)
+    for i, runs in enumerate(study.runs.values()):
+        colour, _ = next(lines)
+        scores = [run.score for run in runs if run.died_at is None]
         axes.plot([i] * len(scores), scores, "o", color=colour, alpha=0.7)
         if len(scores) < len(runs):
-            lost = f"{len(runs) - len(scores)} NaN"
-            axes.annotate(lost, (i, 0.01), xycoords=("data", "axes fraction"), ha="center", color=colour, fontsize=12)
+            lost = f"{len(runs) - len(scores)} died"
+            axes.annotate(
+                lost, (i, 0.01), xycoords=("data", "axes fraction"), ha="center", va="bottom", color=colour, fontsize=11
+            )
     if study.baseline is not None:
-        axes.axhline(study.baseline[1], color="black", linestyle="--", linewidth=1.2)
-        axes.annotate(study.baseline[0], (0.02, study.baseline[1]), xycoords=("axes fraction", "data"), fontsize=10)
+        name, score = study.baseline
+        axes.axhline(score, color="black", linestyle="--", linewidth=1.2)
+        axes.annotate(
+            name,
+            (0.02, score),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, 3),
+            textcoords="offset points",
+            fontsize=10,
+        )
+    finite = [run.score for runs in study.runs.values() for run in runs if run.died_at is None]
     if finite and min(finite) > 0 and max(finite) > 100 * min(finite):
         axes.set_yscale("log")
     axes.set_xticks(range(len(study.runs)), list(study.runs), rotation=30, ha="right")
@@ -276,20 +332,10 @@ def main(
         needs: modules beyond torch and numpy, looked for before the first step.
         argv: the arguments; None for the process's own.
     """
-    parser = argparse.ArgumentParser(prog=f"fastclip example {name}", description=(doc or "").partition("\n")[0])
-    parser.add_argument("--seeds", type=int, help="how many seeds each variant is trained with")
-    parser.add_argument("--output", type=Path, default=Path(f"{name}.png"), help="the picture; default %(default)s")
-    parser.add_argument("--quick", action="store_true", help="a few seconds, for a first look")
-    args = parser.parse_args(argv)
-    if args.seeds is not None and args.seeds < 1:
-        parser.error("--seeds must be at least 1")
-    if not args.output.resolve().parent.is_dir():
-        parser.error(f"--output: there is no folder {args.output.resolve().parent}")
-    try:
-        for module in ("matplotlib", "tqdm", *needs):  # before the training, not after it
-            extra(module)
-    except ModuleNotFoundError as error:
-        print(error, file=sys.stderr)
+    parser = command.parser_of(f"fastclip example {name}", doc, f"{name}.png")
+    parser.add_argument("--seeds", type=int, help=f"trainings of each variant; default {settings().seeds}")
+    args = command.parse(parser, argv, "seeds")
+    if not command.ready(("matplotlib", "tqdm", *needs)):
         return 1
     chosen = settings.quick() if args.quick else settings()
     if args.seeds is not None:
