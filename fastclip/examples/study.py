@@ -267,11 +267,17 @@ def save_picture(study: Study, path: Path) -> None:
 
 
 def _draw_curves(axes: Any, study: Study, curves: Sequence[Sequence[Sequence[float]]]) -> None:
-    axes.set_yscale("log")
-    drawable = [v for of_variant in curves for values in of_variant for v in values if math.isfinite(v) and v > 0]
+    finite = [v for of_variant in curves for values in of_variant for v in values if math.isfinite(v)]
+    drawable = [v for v in finite if v > 0]
     # A run that explodes passes 1e30: shown in full, it would press everything else into one line.
     top = min(max(drawable), 1e4 * statistics.median(drawable)) if drawable else 1.0
-    axes.set_ylim(min(drawable, default=1.0) / 2, 2 * top)
+    bottom = min(finite, default=1.0)
+    if bottom < 0:  # a GAN's losses
+        axes.set_yscale("symlog")
+        axes.set_ylim(max(2 * bottom, -2 * top), 2 * top)
+    else:
+        axes.set_yscale("log")
+        axes.set_ylim(min(drawable, default=1.0) / 2, 2 * top)
     lines = itertools.cycle(LINES)
     for (variant, runs), of_variant in zip(study.runs.items(), curves, strict=True):
         colour, style = next(lines)
