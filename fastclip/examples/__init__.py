@@ -6,4 +6,7 @@ the same batches and with several seeds; and say what came of it, computed from 
 ``fastclip grid-search``.
 """
 
-EXAMPLES: tuple[str, ...] = ()  # in the order to read them in: modules here, each with Settings, run and main
+EXAMPLES: tuple[str, ...] = (
+    "rnn",
+    "translation",
+)  # in the order to read them in: modules here, each with Settings, run and main

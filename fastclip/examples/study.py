@@ -204,6 +204,35 @@ def wins(runs: Sequence[Run], others: Sequence[Run], higher_is_better: bool = Fa
     return sum(first > second for first, second in pairs)
 
 
+def verdict(
+    runs: Mapping[str, Sequence[Run]],
+    first: str,
+    second: str,
+    higher_is_better: bool = False,
+    say: Callable[[float], str] | None = None,
+) -> str:
+    """Which of two variants is better, seed by seed, and what both reach: a sentence without its first words.
+
+    Args:
+        say: spells a score; by default three digits.
+    """
+    ours, theirs = runs[first], runs[second]
+    spelled = [
+        "no score" if math.isnan(median) else (say or number)(median)
+        for median in (median_score(ours, higher_is_better), median_score(theirs, higher_is_better))
+    ]
+    won, lost = wins(ours, theirs, higher_is_better), wins(theirs, ours, higher_is_better)
+    every = f"with each of {len(ours)} seeds" if len(ours) > 1 else "with the only seed"
+    if won == len(ours):
+        outcome = f"{first} is better than {second} {every}"
+    elif lost == len(ours):
+        outcome = f"{first} is worse than {second} {every}"
+    else:
+        outcome = f"{first} is better than {second} with {won}, worse with {lost} of {len(ours)} seeds"
+    died = [f"{name} died with {count}" for name in (first, second) if (count := deaths(runs[name]))]
+    return "; ".join([f"{outcome} (median {spelled[0]} against {spelled[1]})", *died])
+
+
 def number(value: float) -> str:
     """Three digits."""
     return f"{value:.3g}" if math.isfinite(value) else str(value)
