@@ -61,7 +61,7 @@ class Settings:
 
     @classmethod
     def quick(cls) -> Settings:
-        return cls(seeds=1, steps=150, hidden=64, judged=500)
+        return cls(seeds=1, steps=100, hidden=64, judged=500)
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,12 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 def make_generator(settings: Settings) -> nn.Module:
     width = settings.hidden
     return nn.Sequential(
-        nn.Linear(settings.noise, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, PIXELS), nn.Tanh()
+        nn.Linear(settings.noise, width),
+        nn.ReLU(),
+        nn.Linear(width, width),
+        nn.ReLU(),
+        nn.Linear(width, PIXELS),
+        nn.Tanh(),
     )
 
 
@@ -159,13 +164,14 @@ def train_one(variant: str, seed: int, digits: Digits, settings: Settings, drawn
 
     with torch.no_grad():
         made = generator(torch.randn(settings.judged, settings.noise, generator=torch.Generator().manual_seed(seed)))
+    alive = math.isfinite(losses[-1]) and bool(made.isfinite().all())
     if seed == 0:
         drawn[variant] = made[: settings.columns]
     wrapped = [optimizer for optimizer in optimizers if isinstance(optimizer, fastclip.ClippedOptimizer)]
     return Run(
         losses,
         total_norms,
-        score=frechet_distance(made, digits.validation) if made.isfinite().all() else math.nan,
+        score=frechet_distance(made, digits.validation) if alive else math.nan,
         skipped=sum(int(wrapper.skipped_steps) for wrapper in wrapped),
         clip_rate=statistics.mean(float(wrapper.clip_rate) for wrapper in wrapped) if wrapped else None,
     )
