@@ -2,6 +2,7 @@
 
 from fastclip.amp import GradScaler
 from fastclip.boundary import clip_boundary
+from fastclip.doctor import Diagnosis, DoctorError, check
 from fastclip.functional import (
     adaptive_clip_grad_,
     clip_grad_norm_,
@@ -32,6 +33,8 @@ __all__ = [
     "BackendUnavailableError",
     "ClipGroup",
     "ClippedOptimizer",
+    "Diagnosis",
+    "DoctorError",
     "Event",
     "FastclipError",
     "GradMonitor",
@@ -48,6 +51,7 @@ __all__ = [
     "__version__",
     "adaptive_clip_grad_",
     "attach",
+    "check",
     "clip_boundary",
     "clip_grad_norm_",
     "clip_grad_value_",

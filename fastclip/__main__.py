@@ -1,5 +1,5 @@
-"""``python -m fastclip``: what runs here and why; ``demo``, ``example``, ``grid-search``, ``bench``, ``report``
-and ``watch``."""
+"""``python -m fastclip``: what runs here and why; ``demo``, ``example``, ``grid-search``, ``bench``, ``report``,
+``watch`` and ``check``."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     commands.add_parser("bench", help="a quick table of torch's and fastclip's times here", add_help=False)
     commands.add_parser("report", help="a run that a GradMonitor recorded, as one page", add_help=False)
     commands.add_parser("watch", help="follow such a run in the terminal", add_help=False)
+    commands.add_parser("check", help="what keeps a model of yours from training: module:factory", add_help=False)
     arguments, rest = parser.parse_known_args(argv)
     if arguments.command == "demo":
         from fastclip.examples import weather
@@ -60,6 +61,10 @@ def main(argv: list[str] | None = None) -> int:
         from fastclip.report import command
 
         return command.report(rest) if arguments.command == "report" else command.watch(rest)
+    if arguments.command == "check":
+        from fastclip.doctor import command as doctor
+
+        return doctor.main(rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     print(describe())

@@ -52,6 +52,7 @@ FLOORS = {
     "integrations": 10,
     "monitoring": 9,
     "monitor": 10,
+    "doctor": 10,
     "report": 10,
     "examples": 11,
     "bench": 10,
@@ -124,6 +125,7 @@ def test_public_things_are_documented(name):
 
 DOCTESTS = ["fastclip.functional", "fastclip.optim", "fastclip.amp", "fastclip.monitor", "fastclip.patching"]
 DOCTESTS += [f"fastclip.integrations.{name}" for name in ("facts", "keras", "skorch")]
+DOCTESTS += ["fastclip.doctor.checking"]
 
 
 @pytest.mark.parametrize("module", DOCTESTS)

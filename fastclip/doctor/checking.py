@@ -1,0 +1,202 @@
+"""``fastclip.check``: passes, then measurements, then findings."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fastclip.functional as functional
+from fastclip.checks import number
+from fastclip.doctor import (
+    attention,
+    bounds,
+    depth,
+    initialisation,
+    inputs,
+    learning_rate,
+    losses,
+    origin,
+    precision,
+    recurrence,
+    units,
+)
+from fastclip.doctor.diagnosis import ERROR, SEVERITIES, Diagnosis, DoctorError, Finding, Range, Row, Trial
+from fastclip.doctor.layers import Call
+from fastclip.doctor.passes import Seen, observe
+from fastclip.doctor.progress import progress_bar
+from fastclip.doctor.subject import Subject, subject_of
+from fastclip.doctor.untouched import Untouched
+
+
+def check(
+    model: nn.Module,
+    batch: Any = None,
+    loss_fn: Callable[[Any, Any], Tensor] | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    step: Callable[[nn.Module], Tensor] | None = None,
+    max_seconds: float = 60.0,
+) -> Diagnosis:
+    """Looks for what keeps a model from training: a few passes over one batch, then a table and plain sentences.
+
+    It changes nothing: parameters, buffers, gradients, optimizer state, training modes, hooks and random generators are
+    afterwards what they were, also when the model raises. A model that is in evaluation mode as a whole is looked at in
+    training mode; one of which only parts are is taken as it is.
+
+    Args:
+        model: as it is trained, or is about to be.
+        batch: ``(inputs, targets)``, as in training; the loss is ``loss_fn(model(inputs), targets)``.
+        loss_fn: a function or module of outputs and targets.
+        optimizer: the one it is trained with: its learning rate is judged, with a new optimizer of its class and
+            settings. Without one, AdamW is what a learning rate is suggested for.
+        step: instead of ``batch`` and ``loss_fn``, for several inputs, own losses, masks: ``loss = step(model)`` runs
+            the model that it is given, and returns the loss. What else it changes is its own business.
+        max_seconds: learning rates are tried for so long at most; 0 for not at all.
+
+    Returns:
+        :class:`Diagnosis`; ``print()`` it.
+
+    Raises:
+        TypeError: not exactly one of the two forms.
+        DoctorError: the model failed, or isn't ready to run. Nothing was changed.
+
+    Example:
+        >>> import torch, fastclip
+        >>> layers = [torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Sigmoid()) for _ in range(12)]
+        >>> model = torch.nn.Sequential(*layers, torch.nn.Linear(16, 2))
+        >>> x, y = torch.randn(64, 16), torch.randint(2, (64,))
+        >>> fastclip.check(model, (x, y), torch.nn.CrossEntropyLoss()).findings[0].code
+        'vanishing-depth'
+
+    Source: Pascanu et al. 2013, arXiv:1211.5063; Glorot and Bengio 2010; He et al. 2015, arXiv:1502.01852; Smith 2017,
+    arXiv:1506.01186. docs/doctor.md has each code with its threshold.
+    """
+    seconds = number("max_seconds", max_seconds)
+    subject = subject_of(model, batch, loss_fn, optimizer, step)
+    with Untouched([subject.model, *subject.others]) as untouched, _uncompiled():
+        bad = _bad_parameters(subject)
+        subject.prepare()
+        seen = observe(subject)
+        found = [*_of_the_pass(seen)]
+        notes = [*inputs.notes(seen.given), *units.notes(seen.activations)]
+        tried, trial = None, None
+        if bad:
+            found.append(_nonfinite_parameters(bad))
+        if bad or not math.isfinite(seen.loss) or seen.bad:
+            untouched.rewind()
+            subject.prepare()
+            found += _of_what_is_not_finite(subject, seen, bad)
+            notes.append("learning rates: the loss or the gradients aren't finite")
+        elif seen.grads is not None:
+            tried, trial, why_not = _tried(subject, untouched, seconds)
+            notes += [f"learning rates: {why_not}"] * bool(why_not)
+            if tried is not None:
+                found += learning_rate.findings(tried, trial)
+    codes = {finding.code for finding in found}
+    total_norm = math.nan if seen.grads is None else float(seen.grads.total_norm)
+    of_steps = trial is not None and not learning_rate.diverged(trial.losses)
+    norms = trial.norms if trial is not None and of_steps else (total_norm,)
+    at = f" with {tried.optimizer} at lr {trial.lr:.2g}" if tried is not None and trial is not None and of_steps else ""
+    return Diagnosis(
+        findings=tuple(sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))),
+        rows=tuple(_row(place, call, seen) for place, call in enumerate(seen.calls)),
+        curves=tuple(seen.curves),
+        loss=seen.loss,
+        total_norm=total_norm,
+        bound=bounds.bound_of(norms, seen.grads, codes, at),
+        lr=tried,
+        trial=trial,
+        notes=tuple(notes),
+    )
+
+
+def _uncompiled() -> AbstractContextManager[object]:
+    """Compiled code runs as it was written: hooks on modules don't fire in what was compiled."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
+def _of_the_pass(seen: Seen) -> Iterator[Finding]:
+    if not seen.calls and not seen.given:
+        raise DoctorError("the step never called the model: it has to run the one it is given, loss = step(model)")
+    has_zero_weights = any(weight.std == 0.0 for weight in seen.weights)
+    yield from inputs.findings(seen.given)
+    yield from losses.findings(seen.losses)
+    trained = len(seen.without) + (0 if seen.grads is None else len(seen.grads.names))
+    yield from units.without_gradient(seen.without, seen.zero, trained, has_zero_weights)
+    yield from initialisation.findings(seen.calls, seen.weights, seen.follows)
+    yield from depth.findings(seen.calls, seen.weight_grads)
+    yield from recurrence.findings(seen.curves)
+    yield from units.findings(seen.activations, seen.calls)
+    yield from attention.findings(seen.attentions)
+    yield from precision.findings(seen.calls)
+
+
+def _bad_parameters(subject: Subject) -> tuple[str, ...]:
+    named = [(name, p.detach()) for name, p in subject.model.named_parameters() if p.is_floating_point()]
+    stats = functional.grad_stats(named, extras=False)
+    found = (stats.nans + stats.infs).tolist()
+    return tuple(name for name, count in zip(stats.names, found, strict=True) if count)
+
+
+def _nonfinite_parameters(bad: tuple[str, ...]) -> Finding:
+    return Finding(
+        "nonfinite-parameter",
+        ERROR,
+        f"{len(bad)} parameters hold NaN or Inf themselves: {', '.join(bad[:5])}{', ...' if len(bad) > 5 else ''}",
+        "go back to a checkpoint from before, or start anew: no step brings a NaN back. "
+        "fastclip.ClippedOptimizer(optimizer, max_norm=1.0) skips the steps that would write one",
+        bad,
+        {"parameters": float(len(bad))},
+    )
+
+
+def _of_what_is_not_finite(subject: Subject, seen: Seen, bad: tuple[str, ...]) -> Iterator[Finding]:
+    caused = bool(bad) or any(one.moments is not None and not one.moments.finite for one in seen.given)
+    operations, nodes = (None, None) if caused else origin.traced(subject)
+    if not math.isfinite(seen.loss):
+        yield from origin.forward_findings(seen.loss, operations)
+    elif seen.bad and seen.grads is not None:
+        counts = int(seen.grads.nans.sum()), int(seen.grads.infs.sum())
+        yield from origin.backward_findings(seen.bad, *counts, nodes)
+
+
+def _tried(subject: Subject, untouched: Untouched, seconds: float) -> tuple[Range | None, Trial | None, str]:
+    """A range test, a trial, and why there is none or not all of it."""
+    if seconds == 0.0:
+        return None, None, "max_seconds is 0"
+    if why_not := learning_rate.can_try(subject):
+        return None, None, why_not
+    trainer = learning_rate.Trainer(subject, untouched, time.monotonic() + seconds)
+    with progress_bar(learning_rate.POINTS + learning_rate.STEPS) as progress:
+        try:
+            tried = learning_rate.range_of(trainer, progress)
+            lr = trainer.used if math.isfinite(trainer.used) else math.nan if tried is None else tried.suggested
+            trial = None if math.isnan(lr) else learning_rate.trial_of(trainer, lr, progress)
+        except DoctorError as error:
+            return None, None, str(error).splitlines()[0]
+    late = f"{seconds:g} seconds were over before all were tried; a smaller batch, or a larger max_seconds, helps"
+    return tried, trial, late if trainer.late else ""
+
+
+def _row(place: int, call: Call, seen: Seen) -> Row:
+    made = call.made
+    stds = [weight.std for weight in seen.weights if weight.layer == call.layer.name]
+    dead = [one.dead for one in seen.activations if one.call == place]
+    return Row(
+        layer=call.label,
+        kind=call.layer.kind,
+        mean=math.nan if made is None else made.mean,
+        std=math.nan if made is None else made.std,
+        gain=call.gain,
+        weight_std=max(stds, default=math.nan),
+        output_grad=call.output_grad,
+        weight_grad=seen.weight_grads.get(call.layer.name, math.nan),
+        dead=max(dead, default=math.nan),
+    )

@@ -1,0 +1,187 @@
+"""Learning rates, tried on the batch: a range test after Smith 2017, and a few steps at the one in use."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+import fastclip.functional as functional
+from fastclip.doctor.diagnosis import ERROR, WARNING, Finding, Range, Trial
+from fastclip.doctor.passes import gradients
+from fastclip.doctor.subject import Subject, during
+from fastclip.doctor.untouched import Untouched
+from fastclip.optim import ClippedOptimizer
+
+LOWEST, HIGHEST, POINTS = 1e-7, 10.0, 49  # six points for each factor of ten: 1.47 from one to the next
+STEPS = 20  # at the learning rate in use
+# A loss four times the one it began with will not come back: where range tests usually end.
+DIVERGED = 4.0
+# Smith 2017, section 3.3, takes the rate just below the one where the loss turns; a fresh optimizer on one batch bears
+# more than a whole training, so: a tenth of the rate of the lowest loss.
+MARGIN = 10.0
+FAR_BELOW = 1e-3  # of the suggested rate: a thousand steps for what one could do
+HARDLY = 0.01  # and 20 steps of it bring so little of what the range test has reached
+LEAST = 1e-3  # share of the loss that a range test has to bring it down by, or it shows nothing
+
+
+def diverged(losses: tuple[float, ...] | list[float]) -> bool:
+    """Whether the last loss isn't finite, or far above the first; also right for losses below 0."""
+    first, last = losses[0], losses[-1]
+    return not math.isfinite(last) or last - first > (DIVERGED - 1.0) * max(abs(first), first - min(losses))
+
+
+class Trainer:
+    """Trains the model from where it stands, with an optimizer like the user's, and can start again.
+
+    Args:
+        subject: its model has to be :class:`Untouched`.
+        deadline: in seconds of ``time.monotonic()``; no step starts later.
+
+    Attributes:
+        kind: name of the optimizer's class.
+        used: the learning rate in use; NaN without an optimizer.
+        late: whether a step was left out because of the deadline.
+    """
+
+    def __init__(self, subject: Subject, untouched: Untouched, deadline: float) -> None:
+        self._subject, self._untouched, self._deadline = subject, untouched, deadline
+        self._parameters = list(subject.parameters.values())
+        optimizer = _inner(subject.optimizer)
+        self._class: Any = torch.optim.AdamW if optimizer is None else type(optimizer)
+        self._groups = _groups(optimizer, self._parameters)
+        self.kind: str = self._class.__name__
+        self.used = math.nan if optimizer is None else float(self._groups[0]["lr"])
+        self.late = False
+
+    def run(self, lrs: list[float], progress: Any) -> tuple[list[float], list[float]]:
+        """One step for each learning rate, of the first group; the others keep their distance. Stops at divergence."""
+        self._untouched.rewind()
+        self._subject.prepare()
+        with during(f"making a {self.kind} like the one in use"):
+            optimizer = self._class([dict(group) for group in self._groups])
+        base = [float(group["lr"]) for group in optimizer.param_groups]
+        losses: list[float] = []
+        norms: list[float] = []
+        for lr in lrs:
+            if time.monotonic() > self._deadline:
+                self.late = True
+                break
+            loss = self._subject.loss()
+            grads = gradients(loss, self._parameters)
+            losses.append(float(loss.detach()))
+            norms.append(float(functional.get_total_norm(grads)))  # type: ignore[arg-type]
+            progress.update()
+            if diverged(losses) or not math.isfinite(norms[-1]):
+                break
+            for parameter, grad in zip(self._parameters, grads, strict=True):
+                parameter.grad = grad
+            for group, own in zip(optimizer.param_groups, base, strict=True):
+                group["lr"] = lr * own / base[0] if base[0] > 0 else lr
+            with during(f"a step of {self.kind}"):
+                optimizer.step()
+        return losses, norms
+
+
+def _inner(optimizer: torch.optim.Optimizer | None) -> torch.optim.Optimizer | None:
+    return optimizer.inner if isinstance(optimizer, ClippedOptimizer) else optimizer
+
+
+def _groups(optimizer: torch.optim.Optimizer | None, parameters: list[Any]) -> list[dict[str, Any]]:
+    """The settings of the user's groups, each with those of the parameters that are in it."""
+    if optimizer is None:
+        return [{"params": parameters, "lr": 1.0}]
+    checked = {id(parameter) for parameter in parameters}
+    groups = []
+    for group in optimizer.param_groups:
+        own = [parameter for parameter in group["params"] if id(parameter) in checked]
+        if own:
+            settings = {k: v for k, v in group.items() if k not in ("params", "param_names", "lr")}
+            groups.append({**settings, "params": own, "lr": float(group["lr"])})
+    return groups
+
+
+def can_try(subject: Subject) -> str:
+    """Why learning rates can't be tried; "" if they can."""
+    optimizer = _inner(subject.optimizer)
+    if optimizer is None:
+        return ""
+    if isinstance(optimizer, torch.optim.LBFGS):
+        return "LBFGS finds its steps by itself"
+    if not all("lr" in group for group in optimizer.param_groups):
+        return f"{type(optimizer).__name__} has no lr in its groups"
+    if not _groups(optimizer, list(subject.parameters.values())):
+        return "the optimizer has none of the model's parameters"
+    return ""
+
+
+def range_of(trainer: Trainer, progress: Any) -> Range | None:
+    """None where there was no time for it."""
+    ratio = (HIGHEST / LOWEST) ** (1.0 / (POINTS - 1))
+    lrs = [LOWEST * ratio**i for i in range(POINTS)]
+    losses, _ = trainer.run(lrs, progress)
+    if len(losses) < 2:
+        return None
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    lowest = min(range(len(losses)), key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf)
+    fell = bool(finite) and losses[0] - losses[lowest] > LEAST * max(abs(losses[0]), abs(losses[lowest]))
+    return Range(
+        optimizer=trainer.kind,
+        lrs=tuple(lrs[: len(losses)]),
+        losses=tuple(losses),
+        used=trainer.used,
+        # the loss of a step is what the rates before it have reached
+        suggested=lrs[max(lowest - 1, 0)] / MARGIN if fell and not trainer.late else math.nan,
+        diverges=lrs[max(len(losses) - 2, 0)] if diverged(losses) else math.nan,
+    )
+
+
+def trial_of(trainer: Trainer, lr: float, progress: Any) -> Trial | None:
+    """None where there was no time for it."""
+    losses, norms = trainer.run([lr] * STEPS, progress)
+    return Trial(lr, tuple(losses), tuple(norms)) if len(losses) > 1 else None
+
+
+def findings(tried: Range, trial: Trial | None) -> Iterator[Finding]:
+    """Of the learning rate in use."""
+    if trial is None or math.isnan(tried.used):
+        return
+    first, last = trial.losses[0], trial.losses[-1]
+    suggestion = "" if math.isnan(tried.suggested) else f"{tried.suggested:.1g}"
+    numbers = {
+        "lr": tried.used,
+        "first": first,
+        "last": last,
+        "steps": float(len(trial.losses)),
+        "suggested": tried.suggested,
+        "diverges": tried.diverges,
+    }
+    if diverged(trial.losses):
+        beyond = "" if math.isnan(tried.diverges) else f"; growing from {LOWEST:g}, it diverges at {tried.diverges:.2g}"
+        yield Finding(
+            "lr-too-high",
+            ERROR,
+            f"with {tried.optimizer} at lr {tried.used:g} the loss on this batch goes from {first:.4g} to "
+            f"{last:.4g} in "
+            f"{len(trial.losses)} steps{beyond}",
+            f"start with lr={suggestion or f'{tried.used / MARGIN:.1g}'}, and a warmup: "
+            "torch.optim.lr_scheduler.LinearLR(optimizer)",
+            (),
+            numbers,
+        )
+    elif tried.used < FAR_BELOW * tried.suggested:
+        reached = min(loss for loss in tried.losses if math.isfinite(loss))
+        if first - last < HARDLY * (first - reached):
+            yield Finding(
+                "lr-too-low",
+                WARNING,
+                f"with {tried.optimizer} at lr {tried.used:g} the loss on this batch goes from {first:.4g} to "
+                f"{last:.4g} "
+                f"in {len(trial.losses)} steps; with larger rates it has reached {reached:.4g}",
+                f"try lr={suggestion}",
+                (),
+                {**numbers, "reached": reached},
+            )

@@ -1,0 +1,146 @@
+"""The loss functions of torch that a pass calls, with what they were given."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from fastclip.doctor.moments import Moments, moments_of
+from fastclip.doctor.watching import Watch
+
+CLASSES, LOG_CLASSES, BINARY, REGRESSION = "cross_entropy", "nll_loss", "binary", "regression"
+KINDS: dict[Any, str] = {
+    F.cross_entropy: CLASSES,
+    F.nll_loss: LOG_CLASSES,
+    F.binary_cross_entropy_with_logits: BINARY,
+    F.mse_loss: REGRESSION,
+    F.l1_loss: REGRESSION,
+    F.smooth_l1_loss: REGRESSION,
+    F.huber_loss: REGRESSION,
+}
+DIFFERENCES = (torch.sub, torch.subtract, torch.rsub, Tensor.sub, Tensor.subtract, Tensor.__sub__, Tensor.__rsub__)
+# Operations that only move numbers: behind them the one that made them is looked for.
+MOVES: tuple[str, ...] = (
+    "View",
+    "UnsafeView",
+    "Reshape",
+    "Squeeze",
+    "Unsqueeze",
+    "Transpose",
+    "Permute",
+    "T",
+    "Select",
+    "Slice",
+    "Clone",
+    "Expand",
+    "Alias",
+    "ToCopy",
+    "Index",
+)
+MAKERS = {"Sigmoid": "sigmoid", "Softmax": "softmax", "LogSoftmax": "log_softmax"}
+ROUNDING = 1e-2  # how far a sum of probabilities may be from 1: what 16 bits leave of it
+
+
+@dataclass(frozen=True)
+class LossCall:
+    """One call of a loss function, or a difference of two tensors outside of the model.
+
+    Attributes:
+        kind: what it is for, one of CLASSES, LOG_CLASSES, BINARY, REGRESSION.
+        name: of the function.
+        value: its mean over the samples; NaN where it gave a sum or no number.
+        classes: how many there are; 0 where it isn't about classes.
+        given, target: of the model's output and of what it shall be.
+        shapes: of both.
+        made_by: what made the output: "sigmoid", "softmax", "log_softmax" or "".
+        sums_to_one: whether the outputs of each sample are probabilities of the classes.
+        logs_sum_to_one: whether they are logarithms of such.
+    """
+
+    kind: str
+    name: str
+    value: float
+    classes: int
+    given: Moments | None
+    target: Moments | None
+    shapes: tuple[tuple[int, ...], tuple[int, ...]]
+    made_by: str
+    sums_to_one: bool
+    logs_sum_to_one: bool
+
+
+class LossCalls(TorchFunctionMode):
+    """Watches one forward pass.
+
+    Attributes:
+        calls: of loss functions, in order; of those inside the model, too.
+    """
+
+    def __init__(self, watch: Watch) -> None:
+        super().__init__()
+        self._watch = watch
+        self.calls: list[LossCall] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not self._watch.listening:
+            kind = KINDS.get(func)
+            named = kwargs or {}
+            pair = (*args, *(named[key] for key in ("input", "target", "other") if key in named))[:2]
+            if kind is None and func in DIFFERENCES and not self._watch.within:
+                kind, pair = REGRESSION, _output_first(pair)
+            if kind is not None and len(pair) == 2 and all(isinstance(one, Tensor) for one in pair):
+                mean = out if named.get("reduction", "mean") != "sum" else None
+                with torch.no_grad():
+                    self.calls.append(_call(kind, func.__name__, *pair, mean))
+        return out
+
+
+def _output_first(pair: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What the model made, then what it is compared with; empty where a difference is about something else."""
+    learned = [isinstance(one, Tensor) and one.requires_grad for one in pair]
+    return () if sum(learned) != 1 else pair if learned[0] else pair[::-1]
+
+
+def _call(kind: str, name: str, given: Tensor, target: Tensor, out: Any) -> LossCall:
+    classes = 0
+    sums = logs = False
+    if kind in (CLASSES, LOG_CLASSES) and given.is_floating_point() and given.dim() > 0:
+        dim = 0 if given.dim() == 1 else 1
+        classes = given.shape[dim]
+        values = given.double() if given.device.type != "mps" else given.float()
+        if classes > 1:
+            sums = bool((values >= 0).all() and ((values.sum(dim) - 1).abs() < ROUNDING).all())
+            logs = bool((values <= 0).all() and (values.logsumexp(dim).abs() < ROUNDING).all())
+    mean = isinstance(out, Tensor) and out.is_floating_point() and out.numel() > 0
+    return LossCall(
+        kind=kind,
+        name=name,
+        value=float(out.float().mean()) if mean else math.nan,
+        classes=classes,
+        given=moments_of(given),
+        target=moments_of(target),
+        shapes=(tuple(given.shape), tuple(target.shape)),
+        made_by=_made_by(given),
+        sums_to_one=sums,
+        logs_sum_to_one=logs,
+    )
+
+
+def _made_by(tensor: Tensor) -> str:
+    """The activation whose output this is, however it was reshaped since."""
+    node: Any = tensor.grad_fn
+    while node is not None:
+        name = node.name().partition("Backward")[0]
+        if name in MAKERS:
+            return MAKERS[name]
+        if name not in MOVES or not node.next_functions:
+            return ""
+        node = node.next_functions[0][0]
+    return ""

@@ -1,0 +1,141 @@
+"""The loss: what is given to it, and whether its first value is one that a fresh model should have."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from fastclip.doctor.diagnosis import ERROR, INFO, WARNING, Finding
+from fastclip.doctor.inputs import LARGE, SMALL
+from fastclip.doctor.loss_calls import BINARY, CLASSES, LOG_CLASSES, REGRESSION, LossCall
+
+# A fresh model knows nothing: its cross-entropy is log(C), that of guessing. Twice that, and at least 1 above, is a
+# model that is sure of itself and wrong.
+ABOVE_CHANCE, ABOVE_CHANCE_BY = 2.0, 1.0
+
+
+def findings(calls: list[LossCall]) -> Iterator[Finding]:
+    """Of each loss function that was called."""
+    told = set()
+    for call in calls:
+        for finding in _of(call):
+            if (finding.code, finding.where) not in told:  # once for all steps of a loop
+                told.add((finding.code, finding.where))
+                yield finding
+
+
+def _of(call: LossCall) -> Iterator[Finding]:
+    if call.kind == CLASSES:
+        yield from _classes(call)
+    elif call.kind == LOG_CLASSES:
+        yield from _log_classes(call)
+    elif call.kind == BINARY:
+        yield from _binary(call)
+    elif call.kind == REGRESSION:
+        yield from _regression(call)
+
+
+def _classes(call: LossCall) -> Iterator[Finding]:
+    at_best = math.log(1 + (call.classes - 1) / math.e) if call.classes else math.nan
+    if call.sums_to_one:
+        yield Finding(
+            "softmax-twice",
+            ERROR,
+            f"{call.name} gets probabilities: for each sample the {call.classes} outputs sum to 1. It takes a softmax "
+            f"itself, so the loss can never fall below {at_best:.3g}, and the gradients are small",
+            "take the Softmax out of the model and give the loss the outputs before it (logits)",
+            (call.name,),
+            {"classes": float(call.classes), "value": call.value, "least": at_best},
+        )
+    elif call.logs_sum_to_one:
+        yield Finding(
+            "softmax-twice",
+            INFO,
+            f"{call.name} gets logarithms of probabilities, and takes their log_softmax once more, which changes "
+            "nothing",
+            "leave out one of both: no LogSoftmax in the model, or torch.nn.NLLLoss as the loss",
+            (call.name,),
+            {"classes": float(call.classes), "value": call.value},
+        )
+    chance = math.log(call.classes) if call.classes > 1 else math.nan
+    if call.value > max(ABOVE_CHANCE * chance, chance + ABOVE_CHANCE_BY):
+        spread = math.nan if call.given is None else call.given.std
+        yield Finding(
+            "loss-above-chance",
+            WARNING,
+            f"{call.name} starts at {call.value:.4g}; guessing among {call.classes} classes gives {chance:.4g}. The "
+            f"outputs have standard deviation {spread:.3g}: the model is sure of itself, and wrong",
+            "start the last layer small, torch.nn.init.normal_(head.weight, std=0.01), and look at the labels if it "
+            "has been trained already",
+            (call.name,),
+            {"value": call.value, "chance": chance, "outputs_std": spread},
+        )
+
+
+def _log_classes(call: LossCall) -> Iterator[Finding]:
+    if call.given is not None and call.classes > 1 and not call.logs_sum_to_one:
+        what = "probabilities" if call.sums_to_one else "numbers that are no logarithms of probabilities"
+        yield Finding(
+            "nll-without-log",
+            ERROR,
+            f"{call.name} gets {what}: from {call.given.low:.3g} to {call.given.high:.3g}, where it needs log_softmax. "
+            f"Its value, {call.value:.3g}, means nothing, and has no lower bound",
+            "use torch.nn.CrossEntropyLoss on the outputs before any softmax",
+            (call.name,),
+            {"low": call.given.low, "high": call.given.high, "value": call.value},
+        )
+
+
+def _binary(call: LossCall) -> Iterator[Finding]:
+    if call.given is not None and call.made_by == "sigmoid":
+        yield Finding(
+            "sigmoid-twice",
+            ERROR,
+            f"{call.name} gets what a sigmoid gave, from {call.given.low:.3g} to {call.given.high:.3g}, and takes a "
+            "sigmoid itself: its probabilities stay between 0.5 and 0.73",
+            "take the Sigmoid out of the model and give the loss the outputs before it (logits)",
+            (call.name,),
+            {"low": call.given.low, "high": call.given.high, "value": call.value},
+        )
+
+
+def _regression(call: LossCall) -> Iterator[Finding]:
+    ours, theirs = call.shapes
+    if _broadcast_by_mistake(ours, theirs):
+        pairs = math.prod(_broadcast(ours, theirs))
+        yield Finding(
+            "broadcast-loss",
+            ERROR,
+            f"{call.name} compares shape {ours} with shape {theirs}: broadcast, these are {pairs} pairs instead of "
+            f"{math.prod(ours)}, each output against each target, and the model learns the mean",
+            f"give both the same shape: outputs.squeeze(-1) or targets.reshape({ours})",
+            (call.name,),
+            {"pairs": float(pairs), "outputs": float(math.prod(ours))},
+        )
+    m = call.target
+    if m is None or not m.finite or m.max_abs == 0.0:
+        return
+    if not SMALL <= m.rms <= LARGE:
+        yield Finding(
+            "target-scale",
+            WARNING,
+            f"the targets of {call.name} have mean {m.mean:.3g} and standard deviation {m.std:.3g}, from "
+            f"{m.low:.3g} to "
+            f"{m.high:.3g}; a fresh model's outputs are around 1",
+            f"scale them, targets = (targets - {m.mean:.3g}) / {m.std or 1.0:.3g}, and the forecasts back, or "
+            "sklearn.compose.TransformedTargetRegressor",
+            (call.name,),
+            {"mean": m.mean, "std": m.std, "rms": m.rms, "low": m.low, "high": m.high},
+        )
+
+
+def _broadcast(ours: tuple[int, ...], theirs: tuple[int, ...]) -> tuple[int, ...]:
+    width = max(len(ours), len(theirs))
+    padded = [(1,) * (width - len(shape)) + shape for shape in (ours, theirs)]
+    return tuple(max(a, b) for a, b in zip(*padded, strict=True))
+
+
+def _broadcast_by_mistake(ours: tuple[int, ...], theirs: tuple[int, ...]) -> bool:
+    """Both hold the same numbers in the same order, but for dimensions of 1, and together they give more."""
+    squeezed = [tuple(size for size in shape if size != 1) for shape in (ours, theirs)]
+    return squeezed[0] == squeezed[1] and math.prod(_broadcast(ours, theirs)) > math.prod(ours)

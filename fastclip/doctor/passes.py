@@ -1,0 +1,114 @@
+"""A forward and a backward pass with everything watched that the measurements need."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import fastclip.functional as functional
+from fastclip.doctor.diagnosis import Curve
+from fastclip.doctor.initialisation import Weight, weights_of
+from fastclip.doctor.inputs import Given, Inputs
+from fastclip.doctor.layers import Call, Layers
+from fastclip.doctor.loss_calls import LossCall, LossCalls
+from fastclip.doctor.moments import norm_of
+from fastclip.doctor.operations import Activation, Attention, Operations
+from fastclip.doctor.sequences import Sequences, curves_of_loops
+from fastclip.doctor.subject import Subject, during
+from fastclip.doctor.watching import Watch
+from fastclip.stats import GradStats
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one pass showed.
+
+    Attributes:
+        loss: its value.
+        given: the tensors that the model got.
+        calls: of the layers, in the order in which they ran.
+        activations, attentions: in the order in which they happened.
+        follows: position of a call -> the activation that came next.
+        losses: the loss functions that were called.
+        curves: gradients over time.
+        weights: of the layers that ran.
+        grads: of the parameters that got a gradient, and of these; None if the loss doesn't depend on any.
+        without: names of the parameters that got none.
+        weight_grads: name of a layer -> norm of the gradient of its own parameters.
+    """
+
+    loss: float
+    given: list[Given]
+    calls: list[Call]
+    activations: list[Activation]
+    attentions: list[Attention]
+    follows: dict[int, str]
+    losses: list[LossCall]
+    curves: list[Curve]
+    weights: list[Weight]
+    grads: GradStats | None
+    without: tuple[str, ...]
+    weight_grads: dict[str, float]
+
+    @property
+    def zero(self) -> tuple[str, ...]:
+        """Names of the parameters whose gradient is 0 everywhere."""
+        if self.grads is None or self.grads.zeros is None:
+            return ()
+        zeros = zip(self.grads.names, self.grads.zeros.tolist(), self.grads.sizes, strict=True)
+        return tuple(name for name, count, size in zeros if count == size)
+
+    @property
+    def bad(self) -> tuple[str, ...]:
+        """Names of the parameters whose gradient holds NaN or Inf."""
+        if self.grads is None:
+            return ()
+        found = (self.grads.nans + self.grads.infs).tolist()
+        return tuple(name for name, count in zip(self.grads.names, found, strict=True) if count)
+
+
+def gradients(loss: Tensor, tensors: Sequence[Tensor]) -> list[Tensor | None]:
+    """Of the loss with respect to each tensor; None where it doesn't depend on it.
+
+    Nothing is written to any ``.grad``, and hooks on parameters (an optimizer's that steps in the backward pass) don't
+    fire.
+    """
+    if not loss.requires_grad:
+        return [None] * len(tensors)
+    with during("the backward pass"):
+        return list(torch.autograd.grad(loss, tensors, allow_unused=True))
+
+
+def observe(subject: Subject) -> Seen:
+    """One pass under watch; it leaves the gradients in the parameters."""
+    inputs, sequences, layers = Inputs(), Sequences(), Layers(subject.model)
+    watch = Watch(subject.model, [inputs, sequences, layers])
+    operations, losses = Operations(watch, layers), LossCalls(watch)
+    with watch, losses, operations:
+        loss = subject.loss()
+    parameters = list(subject.parameters.values())
+    found = gradients(loss, [*parameters, *sequences.inputs])
+    grads = {name: grad for name, grad in zip(subject.parameters, found, strict=False) if grad is not None}
+    for name, grad in grads.items():
+        subject.parameters[name].grad = grad
+    own = [(name, subject.parameters[name]) for name in grads]
+    return Seen(
+        loss=float(loss.detach()),
+        given=inputs.given(layers.calls),
+        calls=layers.calls,
+        activations=operations.activations,
+        attentions=operations.attentions,
+        follows=operations.follows,
+        losses=losses.calls,
+        curves=sequences.curves(found[len(parameters) :]) + curves_of_loops(layers.calls),
+        weights=weights_of(layers.calls, grads),
+        grads=functional.grad_stats(own, weights=True) if grads else None,
+        without=tuple(name for name in subject.parameters if name not in grads),
+        weight_grads={
+            layer.name: norm_of([grads[name] for name in layer.parameters if name in grads])
+            for layer in {call.layer.name: call.layer for call in layers.calls}.values()
+        },
+    )

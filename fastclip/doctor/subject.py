@@ -1,0 +1,157 @@
+"""What is checked, in one form: a model and a loss that can be asked for again and again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from fastclip.doctor.diagnosis import DoctorError
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model and its loss.
+
+    Attributes:
+        model: what is watched; where the user's is compiled or distributed, the module inside.
+        step: runs it once and returns the loss.
+        others: modules besides the model that a pass may change: the loss, where it is one.
+        parameters: name -> parameter, of those that are trained.
+        optimizer: the user's, or None.
+    """
+
+    model: nn.Module
+    step: Callable[[], Any]
+    others: tuple[nn.Module, ...]
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer | None
+
+    def prepare(self) -> None:
+        """A model that is in evaluation mode as a whole goes into training mode; else each module keeps its own."""
+        if not self.model.training:
+            self.model.train()
+
+    def loss(self) -> Tensor:
+        """Runs one forward pass.
+
+        Raises:
+            DoctorError: the model or the loss failed, or what came back is not one number.
+        """
+        with torch.enable_grad(), during("the forward pass"):
+            loss = self.step()
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.is_complex():
+            got = f"shape {tuple(loss.shape)}, {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise DoctorError(f"the loss has to be a tensor of one real number, got {got}; take its mean()")
+        return loss.reshape(())
+
+
+class during:
+    """Says in which phase of a check the model failed."""
+
+    def __init__(self, phase: str) -> None:
+        self._phase = phase
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if isinstance(error, Exception) and not isinstance(error, DoctorError):
+            said = f"{type(error).__name__}: {error}".strip().rstrip(":")
+            raise DoctorError(f"{self._phase} failed: {said}\nThe model was left as it was.") from error
+
+
+def subject_of(
+    model: Any,
+    batch: Any,
+    loss_fn: Any,
+    optimizer: Any,
+    step: Any,
+) -> Subject:
+    """Checks the arguments of :func:`fastclip.check`, before anything runs.
+
+    Raises:
+        TypeError: neither form, both, or something that can't be called.
+        DoctorError: a model without parameters that are trained, or one that isn't ready.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    model = _inside(model)
+    if step is not None:
+        if batch is not None or loss_fn is not None:
+            raise TypeError("pass either batch and loss_fn, or step; not both")
+        if not callable(step):
+            raise TypeError(f"step: expected a function loss = step(model), got {type(step).__name__}")
+
+        def run() -> Any:
+            return step(model)
+
+    else:
+        if batch is None or loss_fn is None:
+            raise TypeError("pass batch=(inputs, targets) and loss_fn, or a function step, with loss = step(model)")
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            got = (
+                f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, (tuple, list)) else type(batch).__name__
+            )
+            raise TypeError(
+                f"batch: expected (inputs, targets), got a {got}; for several inputs or other losses pass "
+                "step=lambda model: ..., which returns the loss"
+            )
+        if not callable(loss_fn):
+            raise TypeError(f"loss_fn: expected a function of (outputs, targets), got {type(loss_fn).__name__}")
+        inputs, targets = batch
+
+        def run() -> Any:
+            return loss_fn(model(inputs), targets)
+
+    return Subject(
+        model=model,
+        step=run,
+        others=(loss_fn,) if isinstance(loss_fn, nn.Module) else (),
+        parameters=_trained(model),
+        optimizer=optimizer,
+    )
+
+
+def _inside(model: nn.Module) -> nn.Module:
+    """The module that a compiled or distributed one runs: hooks fire there."""
+    while True:
+        compiled = getattr(model, "_orig_mod", None)
+        if isinstance(compiled, nn.Module):
+            model = compiled
+        elif isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if is_lazy(tensor):
+            raise DoctorError(f"{name} has no shape yet: run model(inputs) once, then check it")
+        if tensor.is_meta:
+            raise DoctorError(f"{name} has no values (device meta): load or initialise the model, then check it")
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not trained:
+        raise DoctorError("no parameter of the model requires a gradient, so there is nothing to train")
+    return trained
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested tuples, lists, dicts and packed sequences."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, nn.utils.rnn.PackedSequence):
+        yield value.data
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_in(item)
