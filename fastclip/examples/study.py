@@ -343,7 +343,9 @@ def _draw_scores(axes: Any, study: Study) -> None:
     finite = [run.score for runs in study.runs.values() for run in runs if run.died_at is None]
     if finite and min(finite) > 0 and max(finite) > 100 * min(finite):
         axes.set_yscale("log")
-    axes.set_xticks(range(len(study.runs)), list(study.runs), rotation=30, ha="right")
+    steep = 30 if len(study.runs) <= 7 else 75  # many names stand close
+    axes.set_xticks(range(len(study.runs)), list(study.runs), rotation=steep, ha="right", rotation_mode="anchor")
+    axes.margins(y=0.1)
     axes.set_xlim(-0.5, len(study.runs) - 0.5)
     axes.set_title(study.measure, fontsize=12)
     axes.grid(alpha=0.25, axis="y")
