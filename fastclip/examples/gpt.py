@@ -212,7 +212,7 @@ def claims(runs: Mapping[str, Sequence[Run]], damage_every: int) -> list[str]:
     )
     best, rival = _best(median, CLIPPED), _best(median, (SLOWER, FORGETFUL))
     said += [f"{study.verdict(runs, variant, BARE)}." for variant in CLIPPED]
-    said.append(f"Of the remedies without clipping {rival} is the best; {study.verdict(runs, best, rival)}.")
+    said.append(f"Of the bare remedies {rival.removeprefix('bare, ')} is the best; {study.verdict(runs, best, rival)}.")
     return said
 
 

@@ -34,11 +34,12 @@ from fastclip.policies import SkipLarge
 NEEDS = ("sklearn",)
 BARE, SLOWER, COSINE, WARMUP, PLATEAU = "bare", "lr / 10", "cosine", "warmup", "plateau"
 L2, BACKOFF, WARM_BACKOFF = "L2", "backoff", "warmup, backoff"
-CLIPPED, CLIPPED_COSINE, CLIPPED_L1, CLIPPED_L2 = "max_norm", "max_norm, cosine", "max_norm, L1", "max_norm, L2"
+CLIPPED, CLIPPED_COSINE, CLIPPED_L1, CLIPPED_L2 = "clipped", "clipped, cosine", "clipped, L1", "clipped, L2"
 VARIANTS = (
     *(BARE, SLOWER, COSINE, WARMUP, PLATEAU, L2, BACKOFF, WARM_BACKOFF),
     *(CLIPPED, CLIPPED_COSINE, CLIPPED_L1, CLIPPED_L2),
 )
+LEARNED_EVERY = 9
 SAVED = 80.0  # % right; a run whose weights have broken names less than 40, one that trains more than 85
 
 
@@ -51,10 +52,9 @@ class Settings:
         l1, l2: strengths of the penalties.
         warmup: steps of the schedule that begins with one, and ends in a cosine.
         patience: steps without a better loss, after which ``ReduceLROnPlateau`` takes a tenth of the rate.
-        train_digits: how many digits are learned from.
     """
 
-    seeds: int = 3
+    seeds: int = 5
     steps: int = 400
     lr: float = 0.3
     momentum: float = 0.9
@@ -65,7 +65,6 @@ class Settings:
     patience: int = 20
     batch_size: int = 32
     hidden: int = 128
-    train_digits: int = 200
 
     @classmethod
     def quick(cls) -> Settings:
@@ -82,11 +81,12 @@ class Digits:
     validation_digits: Tensor
 
 
-def load_digits(count: int) -> Digits:
-    """The first ``count`` are for training, the others for validation; they were written by other people."""
+def load_digits() -> Digits:
+    """Every ninth is for training, the others for validation."""
     loaded = extra("sklearn.datasets").load_digits()
     pixels, digits = torch.tensor(loaded.data, dtype=torch.float32) / 16, torch.tensor(loaded.target)
-    return Digits(pixels[:count], digits[:count], pixels[count:], digits[count:])
+    learned = torch.arange(len(digits)) % LEARNED_EVERY == 0
+    return Digits(pixels[learned], digits[learned], pixels[~learned], digits[~learned])
 
 
 def make_model(settings: Settings) -> nn.Module:
@@ -186,12 +186,12 @@ def gaps(runs: Mapping[str, Sequence[Run]], learned: Mapping[str, Sequence[float
 
 def run(settings: Settings, progress: bool = True) -> Study:
     """All variants; the same settings give the same losses on the same machine."""
-    digits = load_digits(settings.train_digits)
+    digits = load_digits()
     learned: dict[str, list[float]] = {}
     train = functools.partial(train_one, digits=digits, settings=settings, learned=learned)
     runs = study.compare(train, VARIANTS, settings.seeds, progress)
     return Study(
-        title=f"{settings.train_digits} digits to learn from, SGD at a learning rate of {settings.lr:g}",
+        title=f"{len(digits.train_digits)} digits to learn from, SGD at a learning rate of {settings.lr:g}",
         measure="validation accuracy in %",
         runs=runs,
         claims=claims(runs),
