@@ -73,12 +73,15 @@ def test_the_loop_records_each_step(wrapped: bool) -> None:
 
 @pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_run_ends_with_the_first_loss_that_is_not_finite(wrapped: bool, bad: float) -> None:
+def test_a_bad_batch_ends_the_bare_run_and_is_skipped_by_the_wrapped(wrapped: bool, bad: float) -> None:
     weight = nn.Parameter(torch.tensor([1.0]))
-    losses = iter([weight.sum(), weight.sum() * bad])
-    run = study.train(sgd(weight, wrapped), lambda: next(losses), 5, pytest.fail)
-    assert run.died_at == len(run.losses) == len(run.total_norms) == 2
-    assert math.isnan(run.score)
+    factors = iter([1.0, bad, 1.0, 1.0])
+    run = study.train(
+        sgd(weight, wrapped), lambda: weight.sum() * next(factors), 4, lambda: 0.5 if wrapped else pytest.fail("judged")
+    )
+    assert len(run.losses) == len(run.total_norms) == (4 if wrapped else 3)
+    assert (run.died_at, run.skipped) == ((None, 1) if wrapped else (3, 0))
+    assert math.isnan(run.score) != wrapped
 
 
 def test_a_run_whose_last_step_broke_the_weights_has_no_score() -> None:
@@ -137,10 +140,15 @@ def test_the_table_hides_nothing() -> None:
         {str(i): [ALIVE, DEAD] for i in range(13)},
     ],
 )
-@pytest.mark.parametrize("panel", [None, lambda axes: axes.plot([1, 2], [3, 4])])
-def test_pictures_with_any_runs(runs: dict[str, list[Run]], panel: Any, tmp_path: Path) -> None:
-    study.save_picture(dataclasses.replace(made_up(**runs), panel=panel), tmp_path / "picture.png")
+def test_pictures_with_any_runs(runs: dict[str, list[Run]], tmp_path: Path) -> None:
+    study.save_picture(made_up(**runs), tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_study_draws_its_own_panel(tmp_path: Path) -> None:
+    drawn: list[Any] = []
+    study.save_picture(dataclasses.replace(made_up(bare=[ALIVE]), panel=drawn.append), tmp_path / "picture.png")
+    assert [type(axes).__name__ for axes in drawn] == ["Axes"]
 
 
 @dataclass(frozen=True)

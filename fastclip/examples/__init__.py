@@ -6,7 +6,10 @@ the same batches and with several seeds; and say what came of it, computed from 
 ``fastclip grid-search``.
 """
 
+# Modules here, each with Settings, NEEDS, run and main, in the order to read them in.
 EXAMPLES: tuple[str, ...] = (
     "rnn",
+    "forecast",
     "translation",
-)  # in the order to read them in: modules here, each with Settings, run and main
+    "sentiment",
+)

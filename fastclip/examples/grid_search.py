@@ -11,9 +11,7 @@ Run it with ``fastclip grid-search``; needs ``pip install 'torch-fastclip[exampl
 
 from __future__ import annotations
 
-import argparse
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastclip.examples import command, study
 from fastclip.examples.extras import extra
 
+EXTRAS = "examples,integrations"
 ROWS, COLUMNS, CLASSES = 8, 8, 10  # of a digit; how many digits there are
 # What a stable training has: hardly a spike, no skipped step, and in no fold an accuracy as if guessed.
 STABLE_SPIKE_RATE, STABLE_ACCURACY = 0.02, 2 / CLASSES
@@ -102,7 +102,7 @@ class Reader(nn.Module):
 
 
 def _extra(module: str) -> Any:
-    return extra(module, "examples,integrations")
+    return extra(module, EXTRAS)
 
 
 def make_search(settings: Settings, jobs: int = 1) -> Any:
@@ -147,14 +147,9 @@ def load_digits(settings: Settings) -> tuple[Any, Any]:
 def run(settings: Settings | None = None, jobs: int = 1) -> Results:
     """The whole search; with one job the same settings give the same results on the same machine."""
     settings = settings or Settings()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the matrices are too small to share
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings.seed)
-            found = make_search(settings, jobs).fit(*load_digits(settings)).cv_results_
-    finally:
-        torch.set_num_threads(threads)
+    with study.one_thread(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        found = make_search(settings, jobs).fit(*load_digits(settings)).cv_results_
     shape = len(settings.lrs), len(settings.max_norms)
     cells = [(settings.lrs.index(pair[LR]), settings.max_norms.index(pair[MAX_NORM])) for pair in found["params"]]
 
@@ -205,8 +200,7 @@ def table(results: Results) -> str:
 
 def save_picture(results: Results, path: Path) -> None:
     """Writes accuracy as a heat map, PNG, with a frame around what was stable and the reason in what was not."""
-    # Figure without pyplot draws with Agg and leaves the caller's backend alone.
-    figure = _extra("matplotlib.figure").Figure(figsize=(9, 6.5), dpi=150, layout="constrained")
+    figure = study.figure(9, 6.5)
     axes = figure.subplots()
     settings, stable = results.settings, results.stable
     image = axes.imshow(results.accuracy.numpy(), cmap="cividis", vmin=0, vmax=1, origin="lower", aspect="auto")
@@ -238,26 +232,16 @@ def _frame(axes: Any, i: int, j: int, stable: Tensor) -> None:
         if not inside or not stable[i + di, j + dj]:
             xs = [j + (dj - di) / 2, j + (dj + di) / 2]
             ys = [i + (di - dj) / 2, i + (di + dj) / 2]
-            axes.plot(xs, ys, color="#D55E00", linewidth=3, clip_on=False)
+            axes.plot(xs, ys, color=study.COLOURS[0], linewidth=3, clip_on=False)
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns its exit status."""
-    parser = argparse.ArgumentParser(prog="fastclip grid-search", description=(__doc__ or "").partition("\n")[0])
+    parser = command.parser_of("fastclip grid-search", __doc__, "grid_search.png")
     parser.add_argument("--seed", type=int, default=Settings.seed, help="of the weights, the batches and the folds")
     parser.add_argument("--jobs", type=int, default=1, help="processes; with several the last digits vary")
-    parser.add_argument("--output", type=Path, default=Path("grid_search.png"), help="the picture; default %(default)s")
-    parser.add_argument("--quick", action="store_true", help="a coarser grid, for a first look")
-    args = parser.parse_args(argv)
-    if args.jobs < 1:
-        parser.error("--jobs must be at least 1")
-    if not args.output.resolve().parent.is_dir():
-        parser.error(f"--output: there is no folder {args.output.resolve().parent}")
-    try:
-        for module in ("sklearn", "skorch", "matplotlib"):  # before the search, not after it
-            _extra(module)
-    except ModuleNotFoundError as error:
-        print(error, file=sys.stderr)
+    args = command.parse(parser, argv, "jobs")
+    if not command.ready(("sklearn", "skorch", "matplotlib"), EXTRAS):
         return 1
     results = run(Settings.quick(args.seed) if args.quick else Settings(seed=args.seed), args.jobs)
     save_picture(results, args.output)

@@ -2,8 +2,8 @@
 
 A tanh network of 64 units gets one of scikit-learn's handwritten digits as 32 pairs of pixels, and says which it is
 after the last. The gradient of the first pair has passed the recurrent matrix 31 times; once that matrix stretches,
-it grows with each step back in time. One step along such a gradient, and plain SGD lands where all units are saturated
-and nothing can be learned any more: no NaN, just an accuracy as if guessed.
+it grows with each step back in time. A few steps along such gradients, and plain SGD lands where units are saturated:
+the gradient now vanishes on its way back, and little can be learned any more. No NaN tells of it, only the accuracy.
 
 The learning rates 0.003, 0.01, 0.03, 0.1 and 0.3 were tried: bare SGD is best at 0.03 and lost from 0.1 on, clipped SGD
 is best at 0.1. So 0.1 is what both are compared at, and bare SGD at 0.03 is the honest rival.
@@ -28,7 +28,7 @@ from fastclip.examples.study import COLOURS, Run, Study, verdict
 NEEDS = ("sklearn",)
 PAIRS, CLASSES = 32, 10  # of pixels in a digit; how many digits there are
 GUESSED = 2 / CLASSES  # an accuracy up to which nothing was learned
-PROBE_EVERY = 10  # steps, after which the gradient is looked at in time
+PROBED_STEPS = 100  # of the first seed: the gradient is looked at in time
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def train_one(variant: str, seed: int, settings: Settings, data: Digits, probes:
     def next_loss() -> Tensor:
         batch = torch.randint(len(data.train_digits), (settings.batch_size,), generator=shuffle)
         pixels, digits = data.train_pixels[batch], data.train_digits[batch]
-        if schedule.last_epoch % PROBE_EVERY == 0:
+        if seed == 0 and schedule.last_epoch < PROBED_STEPS:
             probes.append(norms_in_time(model, pixels, digits))
         return nn.functional.cross_entropy(model(pixels), digits)
 
@@ -133,20 +133,21 @@ def claims(runs: Mapping[str, Sequence[Run]], settings: Settings) -> list[str]:
         return f"{score:.0%}"
 
     return [
-        f"At lr {settings.lr:g} {verdict(runs, 'clipped', 'bare', True, percent)}; "
-        f"nothing was learned by {stuck['bare']} of {settings.seeds} bare and {stuck['clipped']} clipped runs.",
+        f"At lr {settings.lr:g} {verdict(runs, 'clipped', 'bare', True, percent)}.",
+        f"Runs that learned nothing: {stuck['bare']} bare, {stuck['clipped']} clipped.",
         f"A smaller learning rate: {verdict(runs, 'clipped', settings.rival, True, percent)}.",
     ]
 
 
-def draw_norms_in_time(axes: Any, probes: Mapping[str, list[list[float]]]) -> None:
-    """Of each variant, with the first seed, the step whose gradient grew most on its way back."""
+def draw_norms_in_time(axes: Any, probes: Mapping[str, Sequence[Sequence[float]]]) -> None:
+    """Of each variant, with the first seed: the gradient at its largest, and dashed some steps later."""
     for (variant, found), colour in zip(probes.items(), COLOURS, strict=False):
-        worst = max(found, key=max)
-        axes.plot(range(1, PAIRS + 1), worst, color=colour, label=variant)
+        for norms, style in ((max(found, key=max), "-"), (found[-1], "--")):
+            axes.plot(range(1, PAIRS + 1), norms, style, color=colour, label=variant)
     axes.set_yscale("log")
     axes.set_xlabel("pair of pixels", fontsize=12)
-    axes.set_title("gradient of the state after each pair,\nat its largest during the training", fontsize=12)
+    steps = max(map(len, probes.values()))
+    axes.set_title(f"gradient of the state after each pair:\nat its largest; dashed: step {steps}", fontsize=12)
     axes.grid(alpha=0.25)
 
 
@@ -157,7 +158,7 @@ def run(settings: Settings, progress: bool = True) -> Study:
     probes: dict[str, list[list[float]]] = {variant: [] for variant in variants}
 
     def one(variant: str, seed: int) -> Run:
-        return train_one(variant, seed, settings, data, probes[variant] if seed == 0 else [])
+        return train_one(variant, seed, settings, data, probes[variant])
 
     runs = study.compare(one, variants, settings.seeds, progress)
     return Study(

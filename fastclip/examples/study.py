@@ -31,7 +31,8 @@ class Run:
     """One training.
 
     Attributes:
-        losses, total_norms: one per step, the norm before clipping; they end where the run died.
+        losses, total_norms: one per step, the norm before clipping; they end where the run died. Not all are finite
+            where steps were skipped.
         score: the study's measure on unseen data; NaN for a run that died.
         skipped: steps that did not happen.
         clip_rate: share of the steps whose gradients were clipped; None if the optimizer does not clip.
@@ -45,8 +46,8 @@ class Run:
 
     @property
     def died_at(self) -> int | None:
-        """The step, counted from 1, after which there was nothing left to train: a loss or weights not finite."""
-        return None if math.isfinite(self.losses[-1]) and math.isfinite(self.score) else len(self.losses)
+        """The step, counted from 1, with which the run ended because nothing was left to train: it has no score."""
+        return None if math.isfinite(self.score) else len(self.losses)
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def train(
     score: Callable[[], float],
     schedule: LRScheduler | None = None,
 ) -> Run:
-    """The plain loop, until the last step or the first loss that is not finite.
+    """The plain loop, until the last step or the first loss of a model whose weights aren't finite any more.
 
     Args:
         next_loss: draws the next batch, and returns its loss with the graph behind it.
@@ -139,7 +140,7 @@ def train(
         optimizer.zero_grad()
         loss = next_loss()
         losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
+        if not math.isfinite(losses[-1]) and not intact(optimizer):
             total_norms.append(math.nan)
             break
         loss.backward()  # type: ignore[no-untyped-call]
@@ -167,12 +168,16 @@ def parameters(optimizer: Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
+def intact(optimizer: Optimizer) -> bool:
+    """Whether all that it steps is finite."""
+    return all(bool(p.isfinite().all()) for p in parameters(optimizer))
+
+
 def finished(optimizer: Optimizer, losses: list[float], total_norms: list[float], score: Callable[[], float]) -> Run:
-    """The run that ends here; it gets a score if its last loss and all its weights are finite."""
+    """The run that ends here; it gets a score if all its weights are finite."""
     wrapper = optimizer if isinstance(optimizer, fastclip.ClippedOptimizer) else None
     with torch.no_grad():
-        alive = math.isfinite(losses[-1]) and all(bool(p.isfinite().all()) for p in parameters(optimizer))
-        reached = score() if alive else math.nan
+        reached = score() if intact(optimizer) else math.nan
     return Run(
         losses,
         total_norms,
@@ -322,10 +327,11 @@ def _draw_scores(axes: Any, study: Study) -> None:
     lines = itertools.cycle(LINES)
     for i, runs in enumerate(study.runs.values()):
         colour, _ = next(lines)
-        scores = [run.score for run in runs if run.died_at is None]
-        axes.plot([i] * len(scores), scores, "o", color=colour, alpha=0.7)
-        if len(scores) < len(runs):
-            lost = f"{len(runs) - len(scores)} died"
+        # side by side: seeds with the same score would hide each other
+        places = [(i + 0.5 * (1 + j) / (1 + len(runs)) - 0.25, run.score) for j, run in enumerate(runs)]
+        axes.plot(*zip(*places, strict=True), "o", color=colour, alpha=0.8)
+        if deaths(runs):
+            lost = f"{deaths(runs)} died"
             axes.annotate(
                 lost, (i, 0.01), xycoords=("data", "axes fraction"), ha="center", va="bottom", color=colour, fontsize=11
             )
@@ -334,10 +340,11 @@ def _draw_scores(axes: Any, study: Study) -> None:
         axes.axhline(score, color="black", linestyle="--", linewidth=1.2)
         axes.annotate(
             name,
-            (0.02, score),
+            (0.98, score),
             xycoords=("axes fraction", "data"),
             xytext=(0, 3),
             textcoords="offset points",
+            ha="right",
             fontsize=10,
         )
     finite = [run.score for runs in study.runs.values() for run in runs if run.died_at is None]

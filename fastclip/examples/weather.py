@@ -6,16 +6,13 @@ gradient larger, and some twenty steps later the loss is NaN. ``fastclip.Clipped
 gradient, so the same training at the same learning rate gets through its bad steps. Nothing else differs: initial
 weights, batches and schedule are the same. (A smaller learning rate would also help; it has to be found first.)
 
-Run it with ``python -m fastclip.examples.weather``; needs ``pip install 'torch-fastclip[examples]'``.
+Run it with ``fastclip demo``; needs ``pip install 'torch-fastclip[examples]'``.
 """
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -26,14 +23,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import fastclip
+from fastclip.examples import command, study
 from fastclip.examples.extras import extra
+from fastclip.examples.study import COLOURS, Run
 
 FEATURES = ("temp_max", "temp_min", "precipitation", "wind")
 TARGET = FEATURES.index("temp_max")
 FIRST_VALIDATION_YEAR = 2015
-
-# Okabe and Ito: told apart by every kind of colour vision.
-BARE_COLOUR, WRAPPED_COLOUR = "#D55E00", "#0072B2"
+BARE_COLOUR, WRAPPED_COLOUR = COLOURS[:2]
 
 
 @dataclass(frozen=True)
@@ -86,35 +83,6 @@ class Task:
 
 
 @dataclass(frozen=True)
-class History:
-    """One run, step by step.
-
-    Attributes:
-        losses, total_norms: one per step, the norm before clipping; they end with the first NaN loss.
-        steps: optimizer steps asked for.
-        skipped: steps that did not happen because a gradient was not finite.
-        clip_rate: share of the steps whose gradients were clipped; None if the optimizer does not clip.
-        validation_error: mean absolute error in °C.
-    """
-
-    losses: list[float]
-    total_norms: list[float]
-    steps: int
-    skipped: int
-    clip_rate: float | None
-    validation_error: float
-
-    @property
-    def nan_step(self) -> int | None:
-        """The step, counted from 1, at which the loss was NaN."""
-        return len(self.losses) if math.isnan(self.losses[-1]) else None
-
-    @property
-    def final_state(self) -> str:
-        return f"loss {self.losses[-1]:.2g}" if self.nan_step is None else f"NaN at step {self.nan_step}"
-
-
-@dataclass(frozen=True)
 class ClipTiming:
     """Median microseconds of one call on the model's own gradients, with nothing to clip."""
 
@@ -126,9 +94,11 @@ class ClipTiming:
 
 @dataclass(frozen=True)
 class Results:
+    """Both runs, whose score is the mean absolute error in °C on the validation days."""
+
     settings: Settings
-    bare: History
-    wrapped: History
+    bare: Run
+    wrapped: Run
     persistence_error: float
     timing: ClipTiming
 
@@ -145,20 +115,6 @@ class Forecaster(nn.Module):
         states, _ = self.lstm(days)
         forecast: Tensor = self.head(states)
         return forecast.squeeze(-1)
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """The matrices are too small to share, and the number of threads would change the last digits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-# ---- data ----------------------------------------------------------------------------------------------
 
 
 def load_weather() -> Weather:
@@ -191,9 +147,6 @@ def persistence_error(task: Task) -> float:
     return float((tomorrow - today).abs().mean()) * task.degrees
 
 
-# ---- training ------------------------------------------------------------------------------------------
-
-
 def make_model(settings: Settings) -> Forecaster:
     """The same weights for the same seed; torch's global generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
@@ -216,14 +169,12 @@ def validation_error(model: nn.Module, task: Task) -> float:
     return float((forecast - task.validation_targets[:, -1]).abs().mean()) * task.degrees
 
 
-def _step(optimizer: Optimizer, model: nn.Module) -> float:
-    """Steps, and returns the total norm from before it; the wrapped optimizer has measured it already."""
-    if isinstance(optimizer, fastclip.ClippedOptimizer):
-        optimizer.step()
-        return math.nan if optimizer.last_norm is None else float(optimizer.last_norm)
-    total_norm = float(fastclip.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
-    optimizer.step()
-    return total_norm
+def batches(task: Task, settings: Settings) -> Iterator[Tensor]:
+    """Of each epoch all windows, in an order of its own."""
+    shuffle = torch.Generator().manual_seed(settings.seed)
+    for _ in range(settings.epochs):
+        order = torch.randperm(len(task.train_inputs), generator=shuffle)
+        yield from torch.split(order, settings.batch_size)
 
 
 def train(
@@ -232,51 +183,27 @@ def train(
     task: Task,
     settings: Settings,
     progress: bool = True,
-) -> History:
-    """Trains a new model until the last epoch or the first NaN loss."""
+) -> Run:
+    """Trains a new model until the last epoch or the loss is NaN for good."""
     model = make_model(settings)
     optimizer = make_optimizer(model, settings)
-    shuffle = torch.Generator().manual_seed(settings.seed)
-    batches = math.ceil(len(task.train_inputs) / settings.batch_size)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs * batches)
-    losses: list[float] = []
-    total_norms: list[float] = []
+    steps = settings.epochs * math.ceil(len(task.train_inputs) / settings.batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    drawn = batches(task, settings)
+    with extra("tqdm").tqdm(total=steps, desc=f"{label:8}", unit="step", disable=not progress) as bar:
 
-    def train_epoch() -> None:
-        order = torch.randperm(len(task.train_inputs), generator=shuffle)
-        for first in range(0, len(order), settings.batch_size):
-            batch = order[first : first + settings.batch_size]
-            optimizer.zero_grad()
-            loss = nn.functional.mse_loss(model(task.train_inputs[batch]), task.train_targets[batch])
-            losses.append(loss.item())
-            if math.isnan(losses[-1]):
-                total_norms.append(math.nan)
-                return
-            loss.backward()  # type: ignore[no-untyped-call]
-            total_norms.append(_step(optimizer, model))
-            schedule.step()
+        def next_loss() -> Tensor:
+            batch = next(drawn)
+            bar.update()
+            return nn.functional.mse_loss(model(task.train_inputs[batch]), task.train_targets[batch])
 
-    bar = extra("tqdm").tqdm(range(settings.epochs), desc=f"{label:8}", unit="epoch", disable=not progress)
-    for _ in bar:
-        train_epoch()
-        if math.isnan(losses[-1]):
-            bar.set_postfix_str(f"NaN at step {len(losses)}, stopped")
-            break
-        bar.set_postfix_str(f"loss {losses[-1]:.3g}")
-    bar.close()
-
-    wrapper = optimizer if isinstance(optimizer, fastclip.ClippedOptimizer) else None
-    return History(
-        losses=losses,
-        total_norms=total_norms,
-        steps=len(losses) - math.isnan(losses[-1]),
-        skipped=int(wrapper.skipped_steps) if wrapper else 0,
-        clip_rate=float(wrapper.clip_rate) if wrapper else None,
-        validation_error=validation_error(model, task),
-    )
+        found = study.train(optimizer, next_loss, steps, lambda: validation_error(model, task), schedule)
+        bar.set_postfix_str(final_state(found))
+    return found
 
 
-# ---- the time that clipping takes ----------------------------------------------------------------------
+def final_state(found: Run) -> str:
+    return f"loss {found.losses[-1]:.2g}" if found.died_at is None else f"NaN at step {found.died_at}"
 
 
 def time_clipping(task: Task, settings: Settings) -> ClipTiming:
@@ -311,7 +238,7 @@ def time_clipping(task: Task, settings: Settings) -> ClipTiming:
 def run(settings: Settings | None = None, progress: bool = True) -> Results:
     """Both trainings and the measurement; the same settings give the same losses on the same machine."""
     settings = settings or Settings()
-    with _one_thread():
+    with study.one_thread():
         task = prepare(load_weather(), settings.window)
         return Results(
             settings=settings,
@@ -322,19 +249,16 @@ def run(settings: Settings | None = None, progress: bool = True) -> Results:
         )
 
 
-# ---- results -------------------------------------------------------------------------------------------
-
-
 def table(results: Results) -> str:
     """The outcome as aligned text, and below it the time that clipping took."""
 
     def error(value: float) -> str:
         return "NaN" if math.isnan(value) else f"{value:.2f}" if value < 1e4 else f"{value:.1e}"
 
-    def row(name: str, history: History) -> tuple[str, ...]:
-        clip_rate = "-" if history.clip_rate is None else f"{history.clip_rate:.1%}"
-        steps, skipped = str(history.steps), str(history.skipped)
-        return name, error(history.validation_error), steps, skipped, clip_rate, history.final_state
+    def row(name: str, found: Run) -> tuple[str, ...]:
+        clip_rate = "-" if found.clip_rate is None else f"{found.clip_rate:.1%}"
+        steps = len(found.losses) - (found.died_at is not None)
+        return name, error(found.score), str(steps), str(found.skipped), clip_rate, final_state(found)
 
     rows = [
         ("", "validation MAE in °C", "steps", "skipped", "clip rate", "final state"),
@@ -342,16 +266,10 @@ def table(results: Results) -> str:
         row("wrapped", results.wrapped),
         ("persistence", error(results.persistence_error), "-", "-", "-", "tomorrow = today"),
     ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for first, *middle, last in rows:
-        cells = [cell.rjust(width) for cell, width in zip(middle, widths[1:-1], strict=True)]
-        lines.append("   ".join([first.ljust(widths[0]), *cells, last]))
-    lines.insert(1, "-" * max(map(len, lines)))
     timing = results.timing
     return "\n".join(
         [
-            *lines,
+            study.aligned(rows),
             "",
             f"Clipping per step: torch {timing.torch_us:.1f} µs, fastclip {timing.fastclip_us:.1f} µs "
             f"(median of {results.settings.timing_calls} calls in turns, 1 thread, nothing to clip;",
@@ -362,8 +280,7 @@ def table(results: Results) -> str:
 
 def save_picture(results: Results, path: Path) -> None:
     """Writes the loss and the total norm of both runs, step by step, as a PNG."""
-    # Figure without pyplot draws with Agg and leaves the caller's backend alone.
-    figure = extra("matplotlib.figure").Figure(figsize=(9, 7), dpi=150, layout="constrained")
+    figure = study.figure(9, 7)
     loss_axes, norm_axes = figure.subplots(2, 1, sharex=True)
     bare, wrapped, settings = results.bare, results.wrapped, results.settings
 
@@ -410,10 +327,10 @@ def save_picture(results: Results, path: Path) -> None:
     norm_axes.set_ylabel("total_norm before clipping", fontsize=13)
     norm_axes.set_xlabel("step", fontsize=13)
     loss_axes.legend(fontsize=12, loc="upper right")
-    outcome = "ends in NaN" if bare.nan_step else f"ends at loss {bare.losses[-1]:.2g}"
+    outcome = "ends in NaN" if bare.died_at else f"ends at loss {bare.losses[-1]:.2g}"
     figure.suptitle(
         f"Same model, data and learning rate ({settings.lr:g}): bare SGD {outcome},\n"
-        f"wrapped it forecasts to {wrapped.validation_error:.2f} °C (persistence: {results.persistence_error:.2f} °C)",
+        f"wrapped it forecasts to {wrapped.score:.2f} °C (persistence: {results.persistence_error:.2f} °C)",
         fontsize=14,
     )
     figure.savefig(path)
@@ -421,27 +338,14 @@ def save_picture(results: Results, path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fastclip.examples.weather",
-        description="Train a weather forecast at a learning rate that kills the bare optimizer, and wrap it.",
-    )
+    parser = command.parser_of("fastclip demo", __doc__, "demo.png")
     parser.add_argument("--epochs", type=int, help=f"default {Settings.epochs}, with --quick {Settings.quick().epochs}")
     parser.add_argument("--seed", type=int, default=Settings.seed, help="of the weights and the batches; default 0")
-    parser.add_argument("--output", type=Path, default=Path("demo.png"), help="the picture; default %(default)s")
-    parser.add_argument("--quick", action="store_true", help="fewer epochs, for a first look")
-    args = parser.parse_args(argv)
-    if args.epochs is not None and args.epochs < 1:
-        parser.error("--epochs must be at least 1")
-    if not args.output.resolve().parent.is_dir():
-        parser.error(f"--output: there is no folder {args.output.resolve().parent}")
+    args = command.parse(parser, argv, "epochs")
     settings = Settings.quick(args.seed) if args.quick else Settings(seed=args.seed)
     if args.epochs is not None:
         settings = replace(settings, epochs=args.epochs)
-    try:
-        for module in ("vega_datasets", "tqdm", "matplotlib"):  # before the training, not after it
-            extra(module)
-    except ModuleNotFoundError as error:
-        print(error, file=sys.stderr)
+    if not command.ready(("vega_datasets", "pandas", "tqdm", "matplotlib")):
         return 1
     results = run(settings)
     save_picture(results, args.output)
