@@ -23,7 +23,10 @@ from fastclip.examples import __main__ as all_examples
 from fastclip.examples import study
 from fastclip.examples.study import Run, Study
 
-for extra in ("matplotlib", "tqdm"):
+ROOT = Path(__file__).parents[1]
+KEPT = ROOT / "bench" / "results" / "examples"
+
+for extra in ("matplotlib", "tqdm", "pandas", "sklearn", "num2words", "vaderSentiment", "vega_datasets"):
     pytest.importorskip(extra, reason="needs torch-fastclip[examples]")
 
 ALIVE = Run([2.0, 1.0], [1.0, 0.5], score=0.5, clip_rate=0.25)
@@ -250,13 +253,23 @@ def test_a_missing_extra_is_named_before_training(
 def test_results_are_kept_and_make_the_readmes_table(
     example: Called, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert all_examples.main([str(tmp_path), "--quick"]) == 0
+    assert all_examples.main([str(tmp_path), "--quick", "--pictures", str(tmp_path)]) == 0
+    assert (tmp_path / "made_up.png").exists()
     assert capsys.readouterr().out.splitlines()[2:] == ["| `made_up` | What it shows. | A claim. |"]
     kept = json.loads((tmp_path / "made_up.json").read_text())
     assert kept["settings"] == {"seeds": 2, "steps": 10}
     assert kept["runs"]["bare"] == [{"score": None, "died_at": 2, "skipped": 0}] * 2
     assert kept["runs"]["wrapped"] == [{"score": 0.5, "died_at": None, "skipped": 0}] * 2
     assert kept["made_with"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize(
+    "argv", [["no/such/folder"], ["{folder}", "--pictures", "no/such/folder"], ["{folder}", "--only", "x"]]
+)
+def test_bad_folders_are_refused_before_all_trainings(example: Called, argv: list[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        all_examples.main([part.format(folder=tmp_path) for part in argv])
+    assert example.settings == []
 
 
 def test_every_example_is_listed() -> None:
@@ -266,3 +279,38 @@ def test_every_example_is_listed() -> None:
     for name in examples.EXAMPLES:
         module = importlib.import_module(f"fastclip.examples.{name}")
         assert (module.__doc__ or "").partition("\n")[0].endswith(".")
+
+
+@pytest.mark.parametrize("name", examples.EXAMPLES)
+def test_the_short_form_prints_its_claims(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = importlib.import_module(f"fastclip.examples.{name}")
+    made: list[Study] = []
+    run = module.run
+
+    def kept_run(settings: Any, progress: bool) -> Study:
+        made.append(run(settings, progress))
+        return made[-1]
+
+    monkeypatch.setattr(module, "run", kept_run)
+    picture = tmp_path / "picture.png"
+    assert fastclip_command.main(["example", name, "--quick", "--output", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out.splitlines()
+    assert made[0].claims
+    assert printed[-2 - len(made[0].claims) : -2] == list(made[0].claims)
+    assert {len(runs) for runs in made[0].runs.values()} == {module.Settings.quick().seeds}
+
+
+@pytest.mark.parametrize("name", examples.EXAMPLES)
+def test_results_that_are_kept_are_of_the_full_form(name: str) -> None:
+    module = importlib.import_module(f"fastclip.examples.{name}")
+    kept = json.loads((KEPT / f"{name}.json").read_text())
+    settings = module.Settings()
+    assert kept["settings"] == json.loads(json.dumps(dataclasses.asdict(settings)))
+    assert {len(runs) for runs in kept["runs"].values()} == {settings.seeds}
+
+
+def test_the_readme_says_what_was_printed() -> None:
+    assert all_examples.markdown(KEPT) in (ROOT / "README.md").read_text()

@@ -84,7 +84,7 @@ def test_imports_point_downwards(path):
 def test_importing_fastclip_imports_no_extra():
     extras = {"pandas", "matplotlib", "vega_datasets", "triton", "torchvision", "sklearn", "deepspeed"}
     extras |= {"accelerate", "transformers", "lightning", "pytorch_lightning", "keras", "ultralytics", "skorch"}
-    extras |= {"rich", "tensorboard", "wandb"}
+    extras |= {"rich", "tensorboard", "wandb", "num2words", "vaderSentiment"}
     code = f"import sys, fastclip; print(sorted({extras!r} & set(sys.modules)))"
     assert run(code) == "[]"
 

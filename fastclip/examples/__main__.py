@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fastclip.examples import EXAMPLES, command
-from fastclip.examples.study import Study
+from fastclip.examples.study import Study, save_picture
 from fastclip.version import __version__
 
 
@@ -78,12 +78,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastclip.examples", description=__doc__)
     parser.add_argument("folder", type=Path, help="gets or has a JSON file for each example")
     parser.add_argument("--only", nargs="+", choices=EXAMPLES, default=EXAMPLES, metavar="NAME", help="default: all")
+    parser.add_argument("--pictures", type=Path, help="a folder that gets the picture of each")
     parser.add_argument("--quick", action="store_true", help="the short form of each")
     args = parser.parse_args(argv)
-    if not args.folder.is_dir():
-        parser.error(f"there is no folder {args.folder}")
+    for folder in (args.folder, args.pictures):
+        if folder is not None and not folder.is_dir():
+            parser.error(f"there is no folder {folder}")
     modules = {name: module_of(name) for name in args.only}
-    if not command.ready(["tqdm", *(needed for module in modules.values() for needed in module.NEEDS)]):
+    if not command.ready(["matplotlib", "tqdm", *(needed for module in modules.values() for needed in module.NEEDS)]):
         return 1
     for name, module in modules.items():
         settings = module.Settings.quick() if args.quick else module.Settings()
@@ -95,6 +97,8 @@ def main(argv: list[str] | None = None) -> int:
         (args.folder / f"{name}.json").write_text(
             json.dumps(kept, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         )
+        if args.pictures is not None:
+            save_picture(study, args.pictures / f"{name}.png")
         print(f"{name}: {seconds} s of CPU time", file=sys.stderr)
     print(markdown(args.folder))
     return 0
