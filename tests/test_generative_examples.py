@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import fastclip
-from fastclip import __main__ as command
 from fastclip.examples import gan, gpt
 from fastclip.examples.study import Run, Study
 
@@ -208,18 +205,6 @@ def test_claims_of_the_gan(scores: tuple[float, ...], said: str) -> None:
     assert found[0] == f"{2 if math.isnan(scores[0]) else 0} of 2 bare runs end in NaN."
     assert f"constant picture 18.8: {said}" in found[-1]
     assert found[1].startswith(f"{gan.EACH} is ")
-
-
-@pytest.mark.parametrize("name", ["gpt", "gan"])
-def test_the_command_prints_the_claims_and_draws(
-    name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
-) -> None:
-    found = request.getfixturevalue(f"{name}_study")
-    monkeypatch.setattr({"gpt": gpt, "gan": gan}[name], "run", lambda settings, progress: found)
-    picture = tmp_path / "picture.png"
-    assert command.main(["example", name, "--quick", "--output", str(picture)]) == 0
-    assert capsys.readouterr().out.endswith("\n".join([*found.claims, "", f"Picture: {picture}\n"]))
-    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(

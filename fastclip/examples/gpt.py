@@ -53,7 +53,7 @@ class Settings:
     """
 
     seeds: int = 3
-    steps: int = 210
+    steps: int = 180
     warmup: int = 20
     lr: float = 1.2e-2
     damage_every: int = 40
