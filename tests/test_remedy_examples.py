@@ -80,6 +80,8 @@ def test_what_crosses_a_boundary(variant: str) -> None:
     loss = reading.next_loss()
     if variant == long_sequences.DETACH:
         assert reading.boundaries == []
+        assert reading.state.requires_grad
+        assert not reading.cross(reading.state).requires_grad
         return
     assert len(reading.boundaries) == reading.settings.chunks - 1
     norms = [float(grad.norm()) for grad in torch.autograd.grad(loss, reading.boundaries, retain_graph=True)]
@@ -165,6 +167,14 @@ def test_networks_have_as_many_linear_layers(variant: str) -> None:
     model = vanishing.make_model(variant, vanishing.Settings())
     assert sum(isinstance(module, nn.Linear) for module in model.modules()) == 13
     assert any(isinstance(module, nn.LayerNorm) for module in model.modules()) == (variant == vanishing.SKIPS)
+
+
+def test_a_skip_connection_hands_its_input_on() -> None:
+    silent = nn.Linear(vanishing.PIXELS, vanishing.PIXELS)
+    nn.init.zeros_(silent.weight)
+    nn.init.zeros_(silent.bias)
+    x = torch.randn(3, vanishing.PIXELS)
+    assert torch.equal(vanishing.Skip(silent, nn.Sigmoid())(x), x + 0.5)
 
 
 @pytest.mark.parametrize("module", [vanishing, regularisation])
