@@ -163,7 +163,7 @@ def claims(runs: Mapping[str, Sequence[Run]], arrived: Mapping[str, Sequence[flo
         + (
             "."
             if study.wins(runs[BOUNDARY], runs[DETACH]) == len(runs[DETACH])
-            else ": where nothing is to be learned over such distances, detach() does as well."
+            else ": here detach() is enough."
         ),
     ]
 
