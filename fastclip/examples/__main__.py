@@ -59,6 +59,7 @@ def facts(study: Study, settings: Any) -> dict[str, Any]:
             ]
             for variant, runs in study.runs.items()
         },
+        "details": study.details.splitlines(),
         "claims": list(study.claims),
     }
 

@@ -160,11 +160,7 @@ def claims(runs: Mapping[str, Sequence[Run]], arrived: Mapping[str, Sequence[flo
         f"{study.verdict(runs, BOUNDARY, FULL)}.",
         f"{study.verdict(runs, BOUNDARY, CLIPPED)}.",
         f"{study.verdict(runs, BOUNDARY, DETACH)}"
-        + (
-            "."
-            if study.wins(runs[BOUNDARY], runs[DETACH]) == len(runs[DETACH])
-            else ": here detach() is enough."
-        ),
+        + ("." if study.wins(runs[BOUNDARY], runs[DETACH]) == len(runs[DETACH]) else ": here detach() is enough."),
     ]
 
 

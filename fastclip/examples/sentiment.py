@@ -149,7 +149,7 @@ def claims(runs: Mapping[str, Sequence[Run]], settings: Settings, baseline: floa
     return [
         f"At lr {settings.lr:g} {verdict(runs, 'clipped', 'bare')}.",
         f"A smaller learning rate: {verdict(runs, 'clipped', settings.rival)}.",
-        f"Below the baseline's error of {number(baseline)}: {', '.join(below) or 'none'}.",
+        f"Below the baseline's error of {number(baseline)}: {' and '.join(below) or 'none'}.",
     ]
 
 

@@ -324,37 +324,40 @@ def _draw_curves(axes: Any, study: Study, curves: Sequence[Sequence[Sequence[flo
 
 
 def _draw_scores(axes: Any, study: Study) -> None:
+    reached = [run.score for runs in study.runs.values() for run in runs if run.died_at is None]
+    # The error of one that has exploded and lives would press all others into one line.
+    largest = (
+        math.inf if study.higher_is_better or not reached else 10 * statistics.median(map(abs, reached)) or math.inf
+    )
     lines = itertools.cycle(LINES)
     for i, runs in enumerate(study.runs.values()):
         colour, _ = next(lines)
         # side by side: seeds with the same score would hide each other
         places = [(i + 0.5 * (1 + j) / (1 + len(runs)) - 0.25, run.score) for j, run in enumerate(runs)]
-        axes.plot(*zip(*places, strict=True), "o", color=colour, alpha=0.8)
-        if deaths(runs):
-            lost = f"{deaths(runs)} died"
-            axes.annotate(
-                lost, (i, 0.01), xycoords=("data", "axes fraction"), ha="center", va="bottom", color=colour, fontsize=11
-            )
+        drawn = [(x, score) for x, score in places if abs(score) <= largest]
+        axes.plot(*zip(*drawn, strict=True) if drawn else ([], []), "o", color=colour, alpha=0.8)
+        beyond = sum(run.died_at is None for run in runs) - len(drawn)
+        missing = [f"{count} {why}" for count, why in ((deaths(runs), "died"), (beyond, "off the scale")) if count]
+        axes.annotate(
+            ", ".join(missing),
+            (i, 0.02 if study.higher_is_better else 0.98),  # on the side of the worst
+            xycoords=("data", "axes fraction"),
+            rotation=90,
+            ha="center",
+            va="bottom" if study.higher_is_better else "top",
+            color=colour,
+            fontsize=11,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1} if missing else None,
+        )
+    title = study.measure
     if study.baseline is not None:
         name, score = study.baseline
         axes.axhline(score, color="black", linestyle="--", linewidth=1.2)
-        axes.annotate(
-            name,
-            (0.98, score),
-            xycoords=("axes fraction", "data"),
-            xytext=(0, 3),
-            textcoords="offset points",
-            ha="right",
-            fontsize=10,
-        )
-    finite = [run.score for runs in study.runs.values() for run in runs if run.died_at is None]
-    if finite and min(finite) > 0 and max(finite) > 100 * min(finite):
-        axes.set_yscale("log")
+        title += f"\n(dashed: {name})"
     steep = 30 if len(study.runs) <= 7 else 75  # many names stand close
     axes.set_xticks(range(len(study.runs)), list(study.runs), rotation=steep, ha="right", rotation_mode="anchor")
-    axes.margins(y=0.1)
     axes.set_xlim(-0.5, len(study.runs) - 0.5)
-    axes.set_title(study.measure, fontsize=12)
+    axes.set_title(title, fontsize=12)
     axes.grid(alpha=0.25, axis="y")
 
 

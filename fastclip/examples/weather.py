@@ -190,7 +190,7 @@ def train(
     steps = settings.epochs * math.ceil(len(task.train_inputs) / settings.batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     drawn = batches(task, settings)
-    with extra("tqdm").tqdm(total=steps, desc=f"{label:8}", unit="step", disable=not progress) as bar:
+    with extra("tqdm").tqdm(total=steps, desc=f"{label:8}", unit="step", mininterval=0.5, disable=not progress) as bar:
 
         def next_loss() -> Tensor:
             batch = next(drawn)
