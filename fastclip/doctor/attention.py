@@ -25,7 +25,7 @@ def findings(attentions: list[Attention]) -> Iterator[Finding]:
             yield Finding(
                 "attention-saturated",
                 WARNING,
-                f"the attention scores in {where or 'the model'} have standard deviation {one.std:.3g} over {one.keys} "
+                f"the attention scores in {where} have standard deviation {one.std:.3g} over {one.keys} "
                 f"keys, so the weights lie on few of them (entropy {one.entropy:.0%} of the possible) and pass "
                 "hardly any "
                 "gradient",

@@ -8,11 +8,13 @@ import statistics
 from fastclip.doctor.diagnosis import Bound
 from fastclip.stats import GradStats
 
-# Pascanu et al. 2013, section 3.2: from half to ten times the average norm over many updates. Twice the median of a few
-# lies in there, and lets what is usual pass.
+# Pascanu et al. 2013, section 3.2: from half to ten times the average norm over many updates. Twice what is usual lies
+# in there. A few steps on one batch learn it by heart and their norms fall, so that of the first counts where it is
+# larger than the median.
 TIMES = 2.0
-EXPLODED = 1.0  # where norms say nothing because they explode: the usual bound to start with
-SPREAD = 10.0  # a largest norm of so many times the median: spikes, which a rule that learns what is usual tells apart
+USUAL = 1.0  # where the norms say nothing
+# A norm of so many times the median of those before it is a spike: a rule that learns what is usual tells it apart.
+SPIKE = 10.0
 # The gradient of one tensor, in units of its weight, against the median of all: then one bound for all is about this
 # one.
 DOMINATES, SHARE = 100.0, 0.99
@@ -22,37 +24,35 @@ def bound_of(norms: tuple[float, ...], stats: GradStats | None, codes: set[str],
     """Of the norms of a few steps.
 
     Args:
+        norms: empty where every step that was tried led astray.
         stats: of the gradients and weights in the first pass.
         codes: of what was found.
         at: under what the norms were seen.
     """
     finite = [norm for norm in norms if 0 < norm < math.inf]
-    if not finite:
-        return Bound(
-            math.nan,
-            "GlobalNorm(1.0)",
-            "no norm was finite and above 0: a bound can't be told before that is cured",
-            norms,
-            math.nan,
-            math.nan,
+    exploding = any(code.startswith("exploding") for code in codes)
+    median, largest = (statistics.median(finite), max(finite)) if finite else (math.nan, math.nan)
+    if exploding or not finite or len(finite) < len(norms):
+        why = (
+            "what explodes needs a bound from the first step on, and its norms are no measure for one"
+            if exploding
+            else "the norms that were seen are no measure for a bound"
         )
-    median, largest = statistics.median(finite), max(finite)
-    seen = f"over {len(finite)} passes{at} the norm was {median:.3g} in the middle and {largest:.3g} at most"
-    bound = rounded(TIMES * median)
-    exploding = sorted(code for code in codes if code.startswith("exploding"))
-    if exploding or len(finite) < len(norms):
-        policy = f"GlobalNorm({EXPLODED})"
-        why = f"{seen}; what explodes needs a bound from the first step on, and it is no measure for one"
-        bound = EXPLODED
-    elif largest > SPREAD * median:
+        why += f"; {USUAL:g} is the usual one to begin with. Check again when the causes are cured"
+        return Bound(USUAL, f"GlobalNorm({USUAL})", why, norms, median, largest)
+    seen = f"the norm was {median:.3g} in one pass"
+    if len(finite) > 1:
+        seen = f"over {len(finite)} steps{at} the norm began at {norms[0]:.3g} and was {largest:.3g} at most"
+    bound = rounded(TIMES * max(median, norms[0]))
+    if any(norm > SPIKE * statistics.median(norms[:i]) for i, norm in enumerate(norms) if i):
         policy = f"Chain(ZScore(), GlobalNorm({bound:g}))"
-        why = f"{seen}: spikes. ZScore learns what is usual and clips what isn't, GlobalNorm is the cap"
+        why = f"{seen}, in a spike. ZScore learns what is usual and clips what isn't, GlobalNorm is the cap"
     elif (name := dominant(stats)) is not None:
         policy = "Unitwise(0.01)"
         why = f"{seen}, nearly all of it from {name}: a bound of the joint norm would be one for this tensor alone"
     else:
         policy = f"GlobalNorm({bound:g})"
-        why = f"{seen}: twice the middle lets what is usual pass and stops a spike"
+        why = f"{seen}; twice what is usual lets it pass and stops a spike"
     return Bound(bound, policy, why, norms, median, largest)
 
 

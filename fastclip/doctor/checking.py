@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -57,7 +58,8 @@ def check(
         optimizer: the one it is trained with: its learning rate is judged, with a new optimizer of its class and
             settings. Without one, AdamW is what a learning rate is suggested for.
         step: instead of ``batch`` and ``loss_fn``, for several inputs, own losses, masks: ``loss = step(model)`` runs
-            the model that it is given, and returns the loss. What else it changes is its own business.
+            the model that it is given, and returns the loss. It is called some 70 times; what else it changes is its
+            own business.
         max_seconds: learning rates are tried for so long at most; 0 for not at all.
 
     Returns:
@@ -80,13 +82,22 @@ def check(
     """
     seconds = number("max_seconds", max_seconds)
     subject = subject_of(model, batch, loss_fn, optimizer, step)
-    with Untouched([subject.model, *subject.others]) as untouched, _uncompiled():
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        Untouched([subject.model, *subject.others]) as untouched,
+        _uncompiled(),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", "Using a target size")  # "broadcast-loss" tells of it
         bad = _bad_parameters(subject)
         subject.prepare()
         seen = observe(subject)
         found = [*_of_the_pass(seen)]
         notes = [*inputs.notes(seen.given), *units.notes(seen.activations)]
-        tried, trial = None, None
+        if seen.hidden:
+            notes.append("layers inside of torch.func's vmap or grad: their tensors have no values of their own")
+        tried, trial, steady = None, None, None
         if bad:
             found.append(_nonfinite_parameters(bad))
         if bad or not math.isfinite(seen.loss) or seen.bad:
@@ -95,15 +106,18 @@ def check(
             found += _of_what_is_not_finite(subject, seen, bad)
             notes.append("learning rates: the loss or the gradients aren't finite")
         elif seen.grads is not None:
-            tried, trial, why_not = _tried(subject, untouched, seconds)
+            tried, trial, steady, why_not = _tried(subject, untouched, seconds)
             notes += [f"learning rates: {why_not}"] * bool(why_not)
             if tried is not None:
                 found += learning_rate.findings(tried, trial)
     codes = {finding.code for finding in found}
     total_norm = math.nan if seen.grads is None else float(seen.grads.total_norm)
-    of_steps = trial is not None and not learning_rate.diverged(trial.losses)
-    norms = trial.norms if trial is not None and of_steps else (total_norm,)
-    at = f" with {tried.optimizer} at lr {trial.lr:.2g}" if tried is not None and trial is not None and of_steps else ""
+    norms: tuple[float, ...] = ()
+    at = ""
+    if trial is None and math.isfinite(seen.loss):
+        norms = (total_norm,)
+    if steady is not None and tried is not None:
+        norms, at = steady.norms, f" with {tried.optimizer} at lr {steady.lr:.2g}"
     return Diagnosis(
         findings=tuple(sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))),
         rows=tuple(_row(place, call, seen) for place, call in enumerate(seen.calls)),
@@ -123,7 +137,7 @@ def _uncompiled() -> AbstractContextManager[object]:
 
 
 def _of_the_pass(seen: Seen) -> Iterator[Finding]:
-    if not seen.calls and not seen.given:
+    if not seen.calls and not seen.given and not seen.hidden:
         raise DoctorError("the step never called the model: it has to run the one it is given, loss = step(model)")
     has_zero_weights = any(weight.std == 0.0 for weight in seen.weights)
     yield from inputs.findings(seen.given)
@@ -167,22 +181,30 @@ def _of_what_is_not_finite(subject: Subject, seen: Seen, bad: tuple[str, ...]) -
         yield from origin.backward_findings(seen.bad, *counts, nodes)
 
 
-def _tried(subject: Subject, untouched: Untouched, seconds: float) -> tuple[Range | None, Trial | None, str]:
-    """A range test, a trial, and why there is none or not all of it."""
+def _tried(
+    subject: Subject, untouched: Untouched, seconds: float
+) -> tuple[Range | None, Trial | None, Trial | None, str]:
+    """A range test, a trial of the learning rate in use, one that didn't diverge, and why some of it is missing."""
     if seconds == 0.0:
-        return None, None, "max_seconds is 0"
+        return None, None, None, "max_seconds is 0"
     if why_not := learning_rate.can_try(subject):
-        return None, None, why_not
+        return None, None, None, why_not
     trainer = learning_rate.Trainer(subject, untouched, time.monotonic() + seconds)
     with progress_bar(learning_rate.POINTS + learning_rate.STEPS) as progress:
         try:
             tried = learning_rate.range_of(trainer, progress)
             lr = trainer.used if math.isfinite(trainer.used) else math.nan if tried is None else tried.suggested
             trial = None if math.isnan(lr) else learning_rate.trial_of(trainer, lr, progress)
+            steady = trial
+            if trial is not None and learning_rate.diverged(trial.losses):
+                again = math.nan if tried is None else min(tried.suggested, lr / learning_rate.MARGIN)
+                steady = None if math.isnan(again) else learning_rate.trial_of(trainer, again, progress)
+            if steady is not None and learning_rate.diverged(steady.losses):
+                steady = None
         except DoctorError as error:
-            return None, None, str(error).splitlines()[0]
+            return None, None, None, str(error).splitlines()[0]
     late = f"{seconds:g} seconds were over before all were tried; a smaller batch, or a larger max_seconds, helps"
-    return tried, trial, late if trainer.late else ""
+    return tried, trial, steady, late if trainer.late else ""
 
 
 def _row(place: int, call: Call, seen: Seen) -> Row:
@@ -190,7 +212,8 @@ def _row(place: int, call: Call, seen: Seen) -> Row:
     stds = [weight.std for weight in seen.weights if weight.layer == call.layer.name]
     dead = [one.dead for one in seen.activations if one.call == place]
     return Row(
-        layer=call.label,
+        layer=call.layer.name,
+        call=call.number + 1,
         kind=call.layer.kind,
         mean=math.nan if made is None else made.mean,
         std=math.nan if made is None else made.std,

@@ -61,7 +61,8 @@ def _asked(path: str, seed: int | None) -> dict[str, Any]:
     factory: Any = module
     for part in name.split("."):
         if not hasattr(factory, part):
-            known = [n for n, value in vars(module).items() if inspect.isfunction(value) and not n.startswith("_")]
+            own = {n: value for n, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
+            known = [n for n, value in own.items() if inspect.isfunction(value) and not n.startswith("_")]
             raise DoctorError(f"{place} has no {name!r}; its functions are {', '.join(known) or 'none'}")
         factory = getattr(factory, part)
     if not callable(factory):

@@ -44,7 +44,7 @@ def findings(calls: list[Call], weight_grads: dict[str, float]) -> Iterator[Find
         "fit": deltas.fit,
     }
     where = (first.layer.name, last.layer.name)
-    path = f"from {last.label} ({last.output_grad:.2g}) back to {first.label} ({first.output_grad:.2g})"
+    path = f"norm {last.output_grad:.2g} at layer {last.label}, {first.output_grad:.2g} at layer {first.label}"
     if growth > 1.0 / TOLD:
         yield Finding(
             "exploding-depth",

@@ -49,7 +49,8 @@ class Row:
     """One call of one layer, in the order in which the layers ran.
 
     Attributes:
-        layer: its name in the model; ``name (call 2)`` where it ran several times.
+        layer: its name in the model.
+        call: which of the layer's calls, from 1.
         kind: name of its class.
         mean, std: of its output; NaN where that has no numbers.
         gain: root mean square of the output without the bias, divided by that of the input; NaN where it has none.
@@ -61,6 +62,7 @@ class Row:
     """
 
     layer: str
+    call: int
     kind: str
     mean: float
     std: float
@@ -77,10 +79,12 @@ class Curve:
 
     Attributes:
         layer: its name.
+        kind: name of its class.
         norms: norm of the gradient at each time step, the first step first.
     """
 
     layer: str
+    kind: str
     norms: tuple[float, ...]
 
 
@@ -123,7 +127,7 @@ class Bound:
     """What to clip by.
 
     Attributes:
-        max_norm: bound of the norm of all gradients; NaN if no norm was finite.
+        max_norm: bound of the norm of all gradients.
         policy: as Python.
         why: the reason.
         norms: that were seen.
@@ -136,6 +140,12 @@ class Bound:
     norms: tuple[float, ...]
     median: float
     largest: float
+
+    @property
+    def argument(self) -> str:
+        """What to give to :class:`fastclip.ClippedOptimizer`."""
+        plain = self.policy.startswith("GlobalNorm") and math.isfinite(self.max_norm)
+        return f"max_norm={self.max_norm:g}" if plain else f"policy={self.policy}"
 
 
 @dataclass(frozen=True)

@@ -70,17 +70,19 @@ def findings(calls: list[Call], weights: list[Weight], follows: dict[int, str]) 
     Args:
         follows: position of a call -> the activation that comes after it.
     """
-    for weight in weights:
-        if weight.alike and weight.units > 1:
-            yield Finding(
-                "constant-weights",
-                ERROR,
-                f"{weight.layer}.{weight.name} starts with {weight.units} rows that are all the same, and so are the "
-                "gradients of these rows: its units will stay copies of one unit",
-                f"start it at random: {suggested(weight.layer, weight.name, weight.kind, '')}",
-                (weight.layer,),
-                {"units": float(weight.units), "std": weight.std},
-            )
+    copies = [weight for weight in weights if weight.alike]
+    if copies:
+        first = copies[0]
+        more = f"; {len(copies) - 1} more weights are like it" if len(copies) > 1 else ""
+        yield Finding(
+            "constant-weights",
+            ERROR,
+            f"{first.name} of layer {first.layer} starts with {first.units} rows that are all the same, and so are the "
+            f"gradients of these rows: its units will stay copies of one unit{more}",
+            f"start it at random: {suggested(first.layer, first.name, first.kind, '')}",
+            tuple(dict.fromkeys(weight.layer for weight in copies)),
+            {"units": float(first.units), "std": first.std, "weights": float(len(copies))},
+        )
     alike = {weight.layer for weight in weights if weight.std == 0.0}
     stds = {weight.layer: weight.std for weight in weights}
     outside: dict[bool, list[tuple[int, Call]]] = {True: [], False: []}
@@ -97,7 +99,7 @@ def findings(calls: list[Call], weights: list[Weight], follows: dict[int, str]) 
         yield Finding(
             "init-too-large" if large else "init-too-small",
             WARNING,
-            f"{call.layer.name} multiplies {what} by {call.gain:.3g} (root mean square); its weights have "
+            f"layer {call.layer.name} multiplies {what} by {call.gain:.3g} (root mean square); its weights have "
             f"standard deviation {stds.get(call.layer.name, math.nan):.3g}{more}",
             suggested(call.layer.name, _main(call), call.layer.kind, follows.get(place, "")),
             tuple(one.layer.name for _, one in found),

@@ -26,7 +26,7 @@ UNEVEN = 100.0
 MIN_SAMPLES = 8  # of fewer, a constant feature or a spread says nothing
 NAMED = 8  # features that are listed
 
-FED = (*AFFINE, nn.RNNBase, nn.RNNCellBase)
+FED = (*AFFINE, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 SCALED = "scale each feature: sklearn.preprocessing.StandardScaler, fitted to the training part alone"
@@ -40,6 +40,7 @@ class Given:
         name: how to get at it from the model's arguments.
         moments: None where it holds no real numbers.
         dtype: its own.
+        dims: how many dimensions it has.
         judged: whether a layer with weights gets it at about this size, and no normalisation comes first.
         means, stds: of each feature; empty where there are too few samples.
     """
@@ -47,6 +48,7 @@ class Given:
     name: str
     moments: Moments | None
     dtype: torch.dtype
+    dims: int
     judged: bool
     means: tuple[float, ...]
     stds: tuple[float, ...]
@@ -106,7 +108,7 @@ def _facts(name: str, tensor: Tensor, convolved: bool) -> Given:
             spread, mean = torch.var_mean(rows.to(wide_dtype(rows.device)) / largest, dim=0, correction=0)
             means = tuple((mean * largest).tolist())
             stds = tuple((spread.sqrt() * largest).tolist())
-    return Given(name, moments, tensor.dtype, False, means, stds)
+    return Given(name, moments, tensor.dtype, tensor.dim(), False, means, stds)
 
 
 def notes(given: list[Given]) -> Iterator[str]:
@@ -115,9 +117,9 @@ def notes(given: list[Given]) -> Iterator[str]:
         if one.moments is None:
             yield f"the scale of {one.name}: {one.dtype} has none (indices, masks)"
         elif one.moments.finite and one.moments.max_abs > 0 and not one.judged:
-            yield f"the scale of {one.name}: the model changes it before the first layer with weights"
+            yield f"the scale of {one.name}: no linear, convolutional, recurrent or attention layer gets it as it is"
     if not given:
-        yield "the inputs: the model was called without a tensor"
+        yield "the inputs: the model was called without a tensor, or not by itself"
 
 
 def findings(given: list[Given]) -> Iterator[Finding]:
@@ -140,15 +142,17 @@ def findings(given: list[Given]) -> Iterator[Finding]:
         if not one.judged:
             continue
         numbers = {"mean": m.mean, "std": m.std, "rms": m.rms, "low": m.low, "high": m.high}
-        about = f"{one.name} has mean {m.mean:.3g} and standard deviation {m.std:.3g}, from {m.low:.3g} to {m.high:.3g}"
+        about = f"{one.name}: mean {m.mean:.3g}, standard deviation {m.std:.3g}, from {m.low:.3g} to {m.high:.3g}"
         if not SMALL <= m.rms <= LARGE:
+            by_hand = f"inputs = (inputs - {m.mean:.3g}) / {m.std or 1.0:.3g}"
+            if one.dims == 2 and one.stds:
+                by_hand = "inputs = (inputs - inputs.mean(0)) / inputs.std(0).clamp_min(1e-8)"
             way = "MinMaxScaler" if m.low >= 0 and m.std > 0 and abs(m.mean) < 3 * m.std else "StandardScaler"
             yield Finding(
                 "input-scale",
                 WARNING,
                 f"{about}; layers are initialised for numbers around 1",
-                f"scale it: sklearn.preprocessing.{way}(), fitted to the training part alone, or "
-                f"inputs = (inputs - {m.mean:.3g}) / {m.std or 1.0:.3g}",
+                f"scale it: sklearn.preprocessing.{way}(), fitted to the training part alone, or {by_hand}",
                 (one.name,),
                 numbers,
             )
@@ -156,7 +160,7 @@ def findings(given: list[Given]) -> Iterator[Finding]:
             yield Finding(
                 "input-offset",
                 WARNING,
-                f"{about}: its mean is {abs(m.mean) / m.std:.3g} deviations away from 0",
+                f"{about}. The mean is {abs(m.mean) / m.std:.3g} deviations away from 0",
                 f"centre it: sklearn.preprocessing.StandardScaler(), or inputs = inputs - {m.mean:.3g}",
                 (one.name,),
                 numbers,

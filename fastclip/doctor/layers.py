@@ -99,15 +99,19 @@ class Layers(Listener):
     """Notes each call of a layer.
 
     Attributes:
+        modules: of the model, by name.
         calls: in the order in which they ended.
         arrived: those whose gradient has come back so far, in the order of the backward pass.
+        backward: whether the gradients that come back are those of the loss; a step may ask for others on its way.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self.modules = dict(model.named_modules())
         self._layers = layers_of(model)
         self._counts: dict[str, int] = {}
         self.calls: list[Call] = []
         self.arrived: list[Call] = []
+        self.backward = False
 
     def left(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         layer = self._layers.get(name)
@@ -132,8 +136,9 @@ class Layers(Listener):
 
     def _note(self, call: Call) -> Any:
         def hook(grad: Tensor) -> None:
-            call.grads.append(census_of(grad.detach()))
-            self.arrived.append(call)
+            if self.backward:
+                call.grads.append(census_of(grad.detach()))
+                self.arrived.append(call)
 
         return hook
 

@@ -159,16 +159,17 @@ def findings(tried: Range, trial: Trial | None) -> Iterator[Finding]:
         "suggested": tried.suggested,
         "diverges": tried.diverges,
     }
+    steps = f"with {tried.optimizer} at lr {tried.used:g} the loss on this batch goes from {first:.4g} to {last:.4g}"
+    steps += f" in {len(trial.losses)} steps"
     if diverged(trial.losses):
         beyond = "" if math.isnan(tried.diverges) else f"; growing from {LOWEST:g}, it diverges at {tried.diverges:.2g}"
         yield Finding(
             "lr-too-high",
             ERROR,
-            f"with {tried.optimizer} at lr {tried.used:g} the loss on this batch goes from {first:.4g} to "
-            f"{last:.4g} in "
-            f"{len(trial.losses)} steps{beyond}",
-            f"start with lr={suggestion or f'{tried.used / MARGIN:.1g}'}, and a warmup: "
-            "torch.optim.lr_scheduler.LinearLR(optimizer)",
+            f"{steps}{beyond}",
+            f"start with lr={suggestion}, and a warmup: torch.optim.lr_scheduler.LinearLR(optimizer)"
+            if suggestion
+            else "cure what else was found first: no learning rate brought this loss down",
             (),
             numbers,
         )
@@ -178,9 +179,7 @@ def findings(tried: Range, trial: Trial | None) -> Iterator[Finding]:
             yield Finding(
                 "lr-too-low",
                 WARNING,
-                f"with {tried.optimizer} at lr {tried.used:g} the loss on this batch goes from {first:.4g} to "
-                f"{last:.4g} "
-                f"in {len(trial.losses)} steps; with larger rates it has reached {reached:.4g}",
+                f"{steps}; with larger rates it has reached {reached:.4g}",
                 f"try lr={suggestion}",
                 (),
                 {**numbers, "reached": reached},

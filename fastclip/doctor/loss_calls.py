@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fastclip.doctor.moments import Moments, moments_of
-from fastclip.doctor.watching import Watch
+from fastclip.doctor.watching import Watch, is_transformed
 
 CLASSES, LOG_CLASSES, BINARY, REGRESSION = "cross_entropy", "nll_loss", "binary", "regression"
 KINDS: dict[Any, str] = {
@@ -89,7 +89,7 @@ class LossCalls(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if not self._watch.listening:
+        if not self._watch.listening and not is_transformed():
             kind = KINDS.get(func)
             named = kwargs or {}
             pair = (*args, *(named[key] for key in ("input", "target", "other") if key in named))[:2]
@@ -115,7 +115,7 @@ def _call(kind: str, name: str, given: Tensor, target: Tensor, out: Any) -> Loss
         dim = 0 if given.dim() == 1 else 1
         classes = given.shape[dim]
         values = given.double() if given.device.type != "mps" else given.float()
-        if classes > 1:
+        if classes > 1 and given.numel():
             sums = bool((values >= 0).all() and ((values.sum(dim) - 1).abs() < ROUNDING).all())
             logs = bool((values <= 0).all() and (values.logsumexp(dim).abs() < ROUNDING).all())
     mean = isinstance(out, Tensor) and out.is_floating_point() and out.numel() > 0

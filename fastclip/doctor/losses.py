@@ -51,8 +51,8 @@ def _classes(call: LossCall) -> Iterator[Finding]:
         yield Finding(
             "softmax-twice",
             INFO,
-            f"{call.name} gets logarithms of probabilities, and takes their log_softmax once more, which changes "
-            "nothing",
+            f"{call.name} gets logarithms of the probabilities of {call.classes} classes, and takes their log_softmax "
+            "once more, which changes nothing",
             "leave out one of both: no LogSoftmax in the model, or torch.nn.NLLLoss as the loss",
             (call.name,),
             {"classes": float(call.classes), "value": call.value},

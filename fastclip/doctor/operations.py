@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastclip.doctor.layers import CONVOLUTIONS, Layers
-from fastclip.doctor.watching import Watch
+from fastclip.doctor.watching import Watch, is_transformed
 from fastclip.types import wide_dtype
 
+RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 RELU, SIGMOID, TANH = "relu", "sigmoid", "tanh"
 ACTIVATIONS = (RELU, SIGMOID, TANH)
 OTHERS = {"gelu": "relu", "silu": "relu", "leaky_relu": "relu", "elu": "relu"}  # name -> what an init takes it for
@@ -82,13 +83,15 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if not self._watch.listening:
+        if not self._watch.listening and not is_transformed():
             with torch.no_grad():
                 self._look(func._schema.name.removeprefix("aten::"), args, kwargs or {}, out)
         return out
 
     def _look(self, name: str, args: Any, kwargs: Any, out: Any) -> None:
         kind = name.removesuffix("_")
+        if self._watch.within and isinstance(self._layers.modules[self._watch.within[-1]], RECURRENT):
+            return  # its gates are its own business
         if kind in ACTIVATIONS:
             self._activation(kind, out)
         elif kind in OTHERS:
@@ -133,7 +136,7 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         entropy = -torch.special.xlogy(weights, weights).sum(dim=-1) / counts.to(wide).log()
         mean = torch.where(visible, scores, 0.0).sum(dim=-1) / counts
         spread = torch.where(visible, scores - mean[:, None], 0.0).square().sum() / counts.sum()
-        self.attentions.append(Attention(self._watch.within[-1], keys, math.sqrt(float(spread)), float(entropy.mean())))
+        self.attentions.append(Attention(self._watch.where, keys, math.sqrt(float(spread)), float(entropy.mean())))
 
     def _fused(self, args: Any, kwargs: Any) -> None:
         query, key = args[0], args[1]

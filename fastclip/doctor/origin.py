@@ -79,7 +79,7 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._watch.listening or self.first_nan is not None:
             return func(*args, **(kwargs or {}))
         name = func._schema.name.removeprefix("aten::").rstrip("_")
-        given = [t for t in tensors_in((args, kwargs)) if t.is_floating_point() and t.numel()]
+        given = [t.detach() for t in tensors_in((args, kwargs)) if t.is_floating_point() and t.numel()]
         nan_before = any(bool(t.isnan().any()) for t in given)
         finite_before = not nan_before and all(bool(t.isfinite().all()) for t in given)
         fed = [t[torch.isfinite(t)] for t in given]
@@ -91,8 +91,7 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         made = [t for t in tensors_in(out) if t.is_floating_point()]
         nan = any(bool(t.isnan().any()) for t in made)
         if nan or (finite_before and any(bool(t.isinf().any()) for t in made)):
-            where = self._watch.within[-1] if self._watch.within else "the loss"
-            origin = Origin(name, where, "NaN" if nan else "Inf", low, high)
+            origin = Origin(name, self._watch.where, "NaN" if nan else "Inf", low, high)
             self.first = self.first or (origin if finite_before else None)
             self.first_nan = self.first_nan or (origin if nan else None)
         return out
@@ -144,6 +143,7 @@ def traced(subject: Subject) -> tuple[Operations, Nodes | None]:
     if not loss.requires_grad or not bool(loss.isfinite()):
         return operations, None
     nodes = Nodes(loss, layers)
+    layers.backward = True
     torch.autograd.grad(loss, list(subject.parameters.values()), allow_unused=True)
     return operations, nodes
 
@@ -152,20 +152,25 @@ def forward_findings(loss: float, operations: Operations | None) -> Iterator[Fin
     """Of a loss that isn't finite."""
     told = operations and (operations.first or operations.first_nan)
     if not told:
+        cause = "inputs or parameters aren't finite themselves" if operations is None else "no operation shows where"
         yield Finding(
             "nonfinite-loss",
             ERROR,
-            f"the loss is {loss}, from inputs or parameters that aren't finite themselves",
-            "look at these first: torch.isfinite(inputs).all(), and fastclip.grad_stats(list(model.parameters()))",
+            f"the loss is {loss}: {cause}",
+            "begin with the first of them: torch.isfinite(tensor).all() tells"
+            if operations is None
+            else "look at code of your own that isn't made of torch's operations",
+            (),
+            {"loss": loss},
         )
         return
     yield Finding(
         "nonfinite-loss",
         ERROR,
-        f"the loss is {loss}: the first {told.what} is made by {told.operation} in {told.where or 'the model'}, of "
+        f"the loss is {loss}: the first {told.what} is made by {told.operation} in {told.where}, of "
         f"numbers from {told.low:.3g} to {told.high:.3g}",
         _cure(told.operation, "look at what goes in there; smaller inputs, weights or a wider dtype may help"),
-        (told.where or "the model",),
+        (told.where,),
         {"loss": loss, "low": told.low, "high": told.high},
     )
 
@@ -190,7 +195,7 @@ def backward_findings(bad: tuple[str, ...], nans: int, infs: int, nodes: Nodes |
         ERROR,
         f"{count}. The first {first.what} on the way back is made by {first.operation}, when the gradient has come "
         "back "
-        f"as far as {first.where}",
+        f"as far as layer {first.where}",
         _cure(
             first.operation,
             "look at what this operation gets in the forward pass: at 0, or far out, its slope is infinite",

@@ -38,6 +38,7 @@ class Seen:
         grads: of the parameters that got a gradient, and of these; None if the loss doesn't depend on any.
         without: names of the parameters that got none.
         weight_grads: name of a layer -> norm of the gradient of its own parameters.
+        hidden: whether some layers ran where they couldn't be watched.
     """
 
     loss: float
@@ -52,6 +53,7 @@ class Seen:
     grads: GradStats | None
     without: tuple[str, ...]
     weight_grads: dict[str, float]
+    hidden: bool
 
     @property
     def zero(self) -> tuple[str, ...]:
@@ -90,6 +92,7 @@ def observe(subject: Subject) -> Seen:
     with watch, losses, operations:
         loss = subject.loss()
     parameters = list(subject.parameters.values())
+    layers.backward = True
     found = gradients(loss, [*parameters, *sequences.inputs])
     grads = {name: grad for name, grad in zip(subject.parameters, found, strict=False) if grad is not None}
     for name, grad in grads.items():
@@ -111,4 +114,5 @@ def observe(subject: Subject) -> Seen:
             layer.name: norm_of([grads[name] for name in layer.parameters if name in grads])
             for layer in {call.layer.name: call.layer for call in layers.calls}.values()
         },
+        hidden=watch.hidden,
     )

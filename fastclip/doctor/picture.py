@@ -48,7 +48,9 @@ def _layers(diagnosis: Diagnosis, axes: Any, curves: dict[str, tuple[list[float]
         axes.plot(places, [v if 0 < v < math.inf else math.nan for v in values], "o-", ms=4, color=colour, label=label)
     _log(axes, [value for values, _ in curves.values() for value in values])
     if len(places) <= NAMED:
-        axes.set_xticks(places, [row.layer for row in diagnosis.rows], rotation=45, ha="right", fontsize=8)
+        axes.set_xticks(
+            places, [row.layer if row.call == 1 else "" for row in diagnosis.rows], rotation=45, ha="right", fontsize=8
+        )
     else:
         axes.set_xlabel("layer, in the order in which they ran")
 
@@ -82,8 +84,9 @@ def _rates(diagnosis: Diagnosis, axes: Any) -> None:
     losses = [loss if math.isfinite(loss) else math.nan for loss in lr.losses[1:]]
     axes.plot(lr.lrs[:-1], losses, color=BLUE)
     axes.set_xscale("log")
-    top = max(abs(lr.losses[0]), *(abs(loss) for loss in losses if not math.isnan(loss)), 1e-30)
-    axes.set_ylim(top=min(top, 2 * abs(lr.losses[0]) or top) * 1.05)
+    known = [loss for loss in (lr.losses[0], *losses) if not math.isnan(loss)]
+    if min(known) > 0:
+        axes.set_yscale("log")  # a loss that diverges, or begins far up, would press the rest into a line
     for value, label, colour in ((lr.used, "in use", RED), (lr.suggested, "suggested", GREEN)):
         if not math.isnan(value):
             axes.axvline(value, linestyle="--", color=colour, label=f"{label}: {value:.2g}")

@@ -37,7 +37,8 @@ def _underflow(calls: list[Call]) -> Iterator[Finding]:
     yield Finding(
         "underflow",
         WARNING,
-        f"{share:.0%} of the gradient that reaches {call.layer.name} is below {tiny:.2g}, where {_name(census.dtype)} "
+        f"{share:.0%} of the gradient that reaches layer {call.layer.name} is below {tiny:.2g}, where "
+        f"{_name(census.dtype)} "
         "loses bits; smaller ones are already 0",
         "scale the loss: fastclip.GradScaler(), or train in torch.bfloat16"
         if census.dtype == torch.float16
@@ -61,7 +62,7 @@ def _overflow(calls: list[Call]) -> Iterator[Finding]:
     yield Finding(
         "overflow",
         WARNING,
-        f"the {what} of {call.layer.name} goes up to {size:.3g}; the largest number of {_name(dtype)} is "
+        f"the {what} of layer {call.layer.name} goes up to {size:.3g}; the largest number of {_name(dtype)} is "
         f"{torch.finfo(dtype).max:.3g}",
         "use torch.bfloat16, which has the range of float32, or keep this layer in float32"
         if dtype == torch.float16

@@ -56,7 +56,11 @@ class Sequences(Listener):
                 steps = _from_the_end(grad, given.batch_sizes)
             else:
                 steps = list(grad.unbind(1 if module.batch_first and grad.dim() == 3 else 0))
-            found.append(Curve(name, tuple(functional.grad_stats(steps, extras=False).tensor_norms.tolist())))
+            found.append(
+                Curve(
+                    name, type(module).__name__, tuple(functional.grad_stats(steps, extras=False).tensor_norms.tolist())
+                )
+            )
         return found
 
 
@@ -76,7 +80,7 @@ def curves_of_loops(calls: list[Call]) -> list[Curve]:
     for call in calls:
         loops.setdefault(call.layer.name, []).append(call)
     return [
-        Curve(name, tuple(call.output_grad for call in of_layer))
+        Curve(name, of_layer[0].layer.kind, tuple(call.output_grad for call in of_layer))
         for name, of_layer in loops.items()
         if len(of_layer) >= MIN_STEPS
     ]

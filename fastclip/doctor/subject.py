@@ -42,7 +42,7 @@ class Subject:
         Raises:
             DoctorError: the model or the loss failed, or what came back is not one number.
         """
-        with torch.enable_grad(), during("the forward pass"):
+        with during("the forward pass"):
             loss = self.step()
         if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.is_complex():
             got = f"shape {tuple(loss.shape)}, {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__
@@ -132,6 +132,9 @@ def _inside(model: nn.Module) -> nn.Module:
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise DoctorError(f"{name or 'the model'} is compiled by torch.jit: check the module that it was made of")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if is_lazy(tensor):
             raise DoctorError(f"{name} has no shape yet: run model(inputs) once, then check it")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections import Counter
 
-from fastclip.doctor.diagnosis import INFO, SEVERITIES, Diagnosis
+from fastclip.doctor.diagnosis import INFO, SEVERITIES, Diagnosis, Row
+from fastclip.doctor.sequences import MIN_STEPS
 
 WIDTH = 110
 MAX_ROWS = 40  # of the table; a deeper model shows its first and last layers
@@ -21,7 +23,7 @@ def told(diagnosis: Diagnosis) -> str:
         parts.append(f"{said}\n{_wrapped(f'To do: {finding.advice}.', '  ')}")
     parts.append(_summary(diagnosis))
     bound = diagnosis.bound
-    parts.append(_wrapped(f"To clip by: {bound.policy}; {bound.why}."))
+    parts.append(_wrapped(f"Clipping: fastclip.ClippedOptimizer(optimizer, {bound.argument}): {bound.why}."))
     if diagnosis.lr is not None:
         parts.append(_wrapped(_rates(diagnosis)))
     if diagnosis.notes:
@@ -62,14 +64,16 @@ def _rates(diagnosis: Diagnosis) -> str:
 
 def _table(diagnosis: Diagnosis) -> str:
     head = ("layer", "kind", "mean", "std", "gain", "weight std", "output grad", "weight grad", "dead")
+    calls = Counter(row.layer for row in diagnosis.rows)
     rows = [
         (
-            row.layer,
+            _label(row, calls[row.layer]),
             row.kind,
             *map(_n, (row.mean, row.std, row.gain, row.weight_std, row.output_grad, row.weight_grad)),
             "" if math.isnan(row.dead) else f"{row.dead:.0%}",
         )
         for row in diagnosis.rows
+        if row.call == 1 or calls[row.layer] < MIN_STEPS  # else its calls are time steps, one like the other
     ]
     left_out = len(rows) - MAX_ROWS
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
@@ -83,6 +87,10 @@ def _table(diagnosis: Diagnosis) -> str:
         half = MAX_ROWS // 2
         lines[1 + half : -half] = [f"... {left_out} more"]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _label(row: Row, calls: int) -> str:
+    return row.layer if calls == 1 else f"{row.layer} (call {row.call} of {calls})"
 
 
 def _n(value: float) -> str:

@@ -32,7 +32,7 @@ def findings(activations: list[Activation], calls: list[Call]) -> Iterator[Findi
         yield Finding(
             "dead-units",
             ERROR if one.dead == 1.0 else WARNING if one.dead >= DEAD else INFO,
-            f"{one.dead:.0%} of the ReLU units behind {where[0]} are 0 for all {one.samples} "
+            f"{one.dead:.0%} of the ReLU units behind layer {where[0]} are 0 for all {one.samples} "
             f"samples{_and_more(where)}: "
             "they pass no gradient and can't come back by themselves",
             "use torch.nn.LeakyReLU(0.01) or GELU, start the bias at 0 (torch.nn.init.zeros_(layer.bias)), and lower "
@@ -46,7 +46,8 @@ def findings(activations: list[Activation], calls: list[Call]) -> Iterator[Findi
         yield Finding(
             "saturated-units",
             WARNING,
-            f"{one.dead:.0%} of what the {one.kind} behind {where[0]} gives lies where it is flat{_and_more(where)}: "
+            f"{one.dead:.0%} of what the {one.kind} behind layer {where[0]} gives lies where it is "
+            f"flat{_and_more(where)}: "
             "nearly no gradient gets through there",
             "make what goes into it smaller: scale the inputs, torch.nn.init.xavier_normal_(layer.weight), or a "
             "torch.nn.LayerNorm before it",

@@ -47,7 +47,11 @@ class Untouched:
         # in-place writes to a copy would count as writes to the tensor, and break a graph that the user still holds
         self._stack.enter_context(torch.autograd.grad_mode._unsafe_preserve_version_counter(tuple(self._tensors)))
         self._stack.callback(self._point_back)
-        self.rewind()
+        try:
+            self.rewind()
+        except BaseException:  # no memory for the copies, or the user has had enough
+            self.__exit__(None, None, None)
+            raise
         return self
 
     def rewind(self) -> None:
@@ -77,7 +81,8 @@ class Untouched:
 
     def _put_attributes(self) -> None:
         for attributes, kept in self._attributes:
-            attributes.clear()
+            for name in attributes.keys() - kept.keys():
+                del attributes[name]
             for name, (value, content) in kept.items():
                 attributes[name] = value
                 if content is not None:
@@ -129,7 +134,11 @@ def _generators() -> Iterator[tuple[Callable[[], Any], Callable[[Any], None]]]:
     yield np.random.get_state, np.random.set_state
     yield torch.get_rng_state, torch.set_rng_state
     accelerator = torch.accelerator.current_accelerator()
-    if accelerator is None or (accelerator.type == "cuda" and not cuda_in_use()):
+    if (
+        accelerator is None
+        or (accelerator.type == "cuda" and not cuda_in_use())
+        or not torch.accelerator.is_available()
+    ):
         return
     device_module = torch.get_device_module(accelerator.type)
     if accelerator.type == "mps":

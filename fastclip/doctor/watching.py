@@ -6,7 +6,13 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import nn
+
+
+def is_transformed() -> bool:
+    """Whether this runs inside of torch.func.vmap, grad or the like."""
+    return bool(torch._C._functorch.peek_interpreter_stack() is not None)
 
 
 class Listener:
@@ -29,13 +35,19 @@ class Watch:
     Attributes:
         within: names of the modules that run at this moment, the innermost last.
         listening: whether a listener is at work; what it computes is no part of the model.
+        hidden: whether a module ran inside of a transform of torch.func, where its tensors have no values of their own.
     """
 
     def __init__(self, model: nn.Module, listeners: Sequence[Listener]) -> None:
         self._model, self._listeners = model, listeners
         self._handles: list[Any] = []
         self.within: list[str] = []
-        self.listening = False
+        self.listening = self.hidden = False
+
+    @property
+    def where(self) -> str:
+        """Name of the module that runs at this moment."""
+        return (self.within[-1] or "the model") if self.within else "the loss"
 
     def __enter__(self) -> Watch:
         for name, module in self._model.named_modules():
@@ -52,6 +64,9 @@ class Watch:
     def _entering(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             self.within.append(name)
+            if is_transformed():
+                self.hidden = True
+                return None
             self.listening = True
             for listener in self._listeners:
                 args, kwargs = listener.entered(name, module, args, kwargs) or (args, kwargs)
@@ -63,7 +78,7 @@ class Watch:
     def _leaving(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             self.listening = True
-            for listener in self._listeners:
+            for listener in () if is_transformed() else self._listeners:
                 listener.left(name, module, args, kwargs, output)
             self.listening = False
             self.within.pop()

@@ -1,0 +1,99 @@
+"""Learning rates: far too high and far too low are told, what is usual isn't."""
+
+import math
+
+import pytest
+import torch
+from patients import Sequence, Transformer, classes, mlp, series, tokens
+from torch import nn
+
+import fastclip
+
+MODELS = {
+    "MLP": (lambda: mlp(nn.ReLU, 2), classes, nn.CrossEntropyLoss()),
+    "RNN": (lambda: Sequence(nn.LSTM(4, 16, batch_first=True)), lambda: series(6), nn.MSELoss()),
+    "transformer": (lambda: Transformer(1), tokens, nn.CrossEntropyLoss()),
+}
+OPTIMIZERS = {
+    "AdamW": (torch.optim.AdamW, 100.0, 1e-3, 1e-9),
+    "SGD": (lambda p, lr: torch.optim.SGD(p, lr=lr, momentum=0.9), 1e4, 0.01, 1e-9),
+    "wrapped": (lambda p, lr: fastclip.ClippedOptimizer(torch.optim.Adam(p, lr=lr), max_norm=1.0), 100.0, 1e-3, 1e-9),
+}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("case", MODELS)
+def test_too_high_and_too_low_are_told(case, kind):
+    (make, batch, loss_fn), (optimizer, high, usual, low) = MODELS[case], OPTIMIZERS[kind]
+    for lr, code in ((high, "lr-too-high"), (usual, None), (low, "lr-too-low")):
+        model = make()
+        diagnosis = fastclip.check(model, batch(), loss_fn, optimizer(model.parameters(), lr))
+        told = {c for c in diagnosis.codes if c.startswith("lr-")}
+        assert told == ({code} if code else set()), lr
+        assert diagnosis.lr.used == lr
+        assert low < diagnosis.lr.suggested < high
+
+
+def test_the_suggested_rate_brings_the_loss_down():
+    diagnosis = fastclip.check(mlp(nn.ReLU, 2), classes(), nn.CrossEntropyLoss())
+    assert diagnosis.trial.lr == diagnosis.lr.suggested
+    assert diagnosis.trial.losses[-1] < 0.8 * diagnosis.trial.losses[0]
+
+
+def test_the_settings_of_the_groups_are_the_users():
+    """The learning rates of the groups keep their ratio, and their other settings count."""
+    torch.manual_seed(0)
+    model, batch = mlp(nn.ReLU, 1), classes()
+    groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 0.0}]
+    optimizer = torch.optim.SGD(groups, lr=0.05, momentum=0.9, nesterov=True)
+    diagnosis = fastclip.check(model, batch, nn.CrossEntropyLoss(), optimizer)
+    reference = mlp(nn.ReLU, 1)
+    reference.load_state_dict(model.state_dict())
+    own = torch.optim.SGD(reference[0].parameters(), lr=0.05, momentum=0.9, nesterov=True)
+    for expected in diagnosis.trial.losses:
+        loss = nn.functional.cross_entropy(reference(batch[0]), batch[1])
+        assert float(loss.detach()) == pytest.approx(expected, rel=1e-6)
+        own.zero_grad()
+        loss.backward()
+        own.step()
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "why"),
+    [
+        (lambda p: torch.optim.LBFGS(p), "LBFGS finds its steps by itself"),
+        (lambda p: torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1), "none of the model's parameters"),
+    ],
+)
+def test_what_cant_be_tried_is_said(optimizer, why):
+    model = mlp(nn.ReLU, 1)
+    diagnosis = fastclip.check(model, classes(), nn.CrossEntropyLoss(), optimizer(model.parameters()))
+    assert diagnosis.lr is None
+    assert any(why in note for note in diagnosis.notes)
+
+
+def test_an_optimizer_that_cant_be_made_again_is_said():
+    class Fussy(torch.optim.SGD):
+        def __init__(self, params, lr, *, secret):
+            super().__init__(params, lr)
+
+    model = mlp(nn.ReLU, 1)
+    optimizer = Fussy(model.parameters(), 0.1, secret=1)
+    diagnosis = fastclip.check(model, classes(), nn.CrossEntropyLoss(), optimizer)
+    assert diagnosis.lr is None
+    assert any("making a Fussy like the one in use failed" in note for note in diagnosis.notes)
+
+
+def test_no_time_is_said():
+    diagnosis = fastclip.check(mlp(nn.ReLU, 1), classes(), nn.CrossEntropyLoss(), max_seconds=1e-9)
+    assert diagnosis.lr is None
+    assert any("seconds were over" in note for note in diagnosis.notes)
+
+
+def test_a_loss_that_falls_below_zero_has_not_diverged():
+    model, (x, _) = mlp(nn.Tanh, 1), classes()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    diagnosis = fastclip.check(model, optimizer=optimizer, step=lambda model: model(x).mean())
+    assert diagnosis.trial.losses[-1] < 0
+    assert "lr-too-high" not in diagnosis.codes
+    assert math.isfinite(diagnosis.lr.suggested)
