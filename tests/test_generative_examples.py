@@ -14,7 +14,7 @@ import fastclip
 from fastclip.examples import gan, gpt
 from fastclip.examples.study import Run, Study
 
-for extra in ("matplotlib", "tqdm", "scipy", "sklearn"):
+for extra in ("matplotlib", "tqdm", "sklearn"):
     pytest.importorskip(extra, reason="needs torch-fastclip[examples]")
 
 NAN = math.nan
@@ -188,6 +188,18 @@ def test_digits_of_the_gan(gan_study: Study) -> None:
         assert math.isfinite(gan_study.runs[variant][0].score)
     assert gan_study.runs[gan.BARE][0].died_at is not None
     assert gan_study.claims[0] == "1 of 1 bare runs end in NaN."
+
+
+def test_the_picture_has_a_row_for_each_variant_and_one_of_real_digits() -> None:
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    images = {name: torch.full((3, gan.PIXELS), value) for name, value in (("a", 1.0), ("b", NAN), ("c", -1.0))}
+    gan.draw(axes, images)
+    (shown,) = axes.get_images()
+    assert shown.get_array().shape == (30, 30)
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b", "c"]
+    assert [float(shown.get_array()[row, 5]) for row in (5, 15, 25)] == [1.0, 0.0, -1.0]
 
 
 @pytest.mark.parametrize(
