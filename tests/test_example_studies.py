@@ -311,9 +311,15 @@ def test_padding_does_not_change_a_rating() -> None:
 def test_sentiment_claims() -> None:
     settings = sentiment.Settings()
     found = {"bare": runs(NAN, 1.6), "clipped": runs(1.1, 1.2), settings.rival: runs(1.0, 1.1)}
-    assert sentiment.claims(found, settings, 1.5) == [
+    of_strangers = {"bare": [], "clipped": [1.5, 1.7], settings.rival: [1.5]}
+    assert sentiment.claims(found, settings, (1.5, 1.55), of_strangers) == [
         "At lr 2 clipped is better than bare with each of 2 seeds (median 1.15 against no score); bare died with 1.",
         "A smaller learning rate: clipped is worse than bare, lr 0.3 with each of 2 seeds (median 1.15 against 1.05).",
         "Below the baseline's error of 1.5: clipped and bare, lr 0.3.",
+        "On words without relatives: clipped 1.6, bare, lr 0.3 1.5; baseline 1.55.",
     ]
-    assert sentiment.claims(found, settings, 1.0)[-1] == "Below the baseline's error of 1: none."
+    nothing = sentiment.claims(found, settings, (1.0, 1.55), {"bare": []})
+    assert nothing[2:] == [
+        "Below the baseline's error of 1: none.",
+        "On words without relatives: none; baseline 1.55.",
+    ]

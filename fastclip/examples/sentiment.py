@@ -14,6 +14,7 @@ Run it with ``fastclip example sentiment``; needs ``pip install 'torch-fastclip[
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -142,37 +143,41 @@ def baseline_errors(lexicon: Lexicon) -> tuple[float, float]:
     return error(median, lexicon.test_ratings), error(median, lexicon.test_ratings[lexicon.strangers])
 
 
-def claims(runs: Mapping[str, Sequence[Run]], settings: Settings, baseline: float) -> list[str]:
-    """What the runs show."""
+def claims(
+    runs: Mapping[str, Sequence[Run]],
+    settings: Settings,
+    baselines: tuple[float, float],
+    of_strangers: Mapping[str, Sequence[float]],
+) -> list[str]:
+    """What the runs show; ``baselines`` and ``of_strangers``: errors on all test words, and without relatives."""
     medians = {variant: study.median_score(of_one) for variant, of_one in runs.items()}
-    below = [variant for variant, median in medians.items() if median < baseline]
+    below = [variant for variant, median in medians.items() if median < baselines[0]]
+    told = [f"{variant} {number(statistics.median(errors))}" for variant, errors in of_strangers.items() if errors]
     return [
         f"At lr {settings.lr:g} {verdict(runs, 'clipped', 'bare')}.",
         f"A smaller learning rate: {verdict(runs, 'clipped', settings.rival)}.",
-        f"Below the baseline's error of {number(baseline)}: {' and '.join(below) or 'none'}.",
+        f"Below the baseline's error of {number(baselines[0])}: {' and '.join(below) or 'none'}.",
+        f"On words without relatives: {', '.join(told) or 'none'}; baseline {number(baselines[1])}.",
     ]
 
 
 def run(settings: Settings, progress: bool = True) -> Study:
     """All trainings; the same settings give the same losses on the same machine."""
     lexicon = split_words()
-    baseline, baseline_of_strangers = baseline_errors(lexicon)
+    baselines = baseline_errors(lexicon)
     of_strangers: dict[str, list[float]] = {variant: [] for variant in ("bare", "clipped", settings.rival)}
 
     def one(variant: str, seed: int) -> Run:
         return train_one(variant, seed, settings, lexicon, of_strangers[variant])
 
     runs = study.compare(one, list(of_strangers), settings.seeds, progress)
-    told = [f"{variant} {' '.join(map(number, errors)) or 'none'}" for variant, errors in of_strangers.items()]
     return Study(
         title=f"A character LSTM rates words it has not seen, lr {settings.lr:g}",
         measure="error of the rating, -4 to 4",
         runs=runs,
-        claims=claims(runs, settings, baseline),
-        baseline=("median word", baseline),
+        claims=claims(runs, settings, baselines, of_strangers),
+        baseline=("median word", baselines[0]),
         max_norm=settings.max_norm,
-        details=f"On the {int(lexicon.strangers.sum())} of {len(lexicon.strangers)} test words without a relative: "
-        f"{'; '.join(told)}; median word {number(baseline_of_strangers)}.",
     )
 
 
