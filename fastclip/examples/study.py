@@ -329,7 +329,7 @@ def _draw_scores(axes: Any, study: Study) -> None:
     largest = (
         math.inf if study.higher_is_better or not reached else 10 * statistics.median(map(abs, reached)) or math.inf
     )
-    lines = itertools.cycle(LINES)
+    lines, letters = itertools.cycle(LINES), 0
     for i, runs in enumerate(study.runs.values()):
         colour, _ = next(lines)
         # side by side: seeds with the same score would hide each other
@@ -338,6 +338,7 @@ def _draw_scores(axes: Any, study: Study) -> None:
         axes.plot(*zip(*drawn, strict=True) if drawn else ([], []), "o", color=colour, alpha=0.8)
         beyond = sum(run.died_at is None for run in runs) - len(drawn)
         missing = [f"{count} {why}" for count, why in ((deaths(runs), "died"), (beyond, "off the scale")) if count]
+        letters = max(letters, len(", ".join(missing)))
         axes.annotate(
             ", ".join(missing),
             (i, 0.02 if study.higher_is_better else 0.98),  # on the side of the worst
@@ -354,6 +355,9 @@ def _draw_scores(axes: Any, study: Study) -> None:
         name, score = study.baseline
         axes.axhline(score, color="black", linestyle="--", linewidth=1.2)
         title += f"\n(dashed: {name})"
+    bottom, top = axes.get_ylim()
+    room = 0.04 * letters * (top - bottom)  # no score hides behind these words
+    axes.set_ylim(bottom - room * study.higher_is_better, top + room * (not study.higher_is_better))
     steep = 30 if len(study.runs) <= 7 else 75  # many names stand close
     axes.set_xticks(range(len(study.runs)), list(study.runs), rotation=steep, ha="right", rotation_mode="anchor")
     axes.set_xlim(-0.5, len(study.runs) - 0.5)
