@@ -295,7 +295,9 @@ def save_picture(study: Study, path: Path) -> None:
     if study.panel is not None:
         study.panel(axes["panel"])
     handles, labels = axes["norm"].get_legend_handles_labels()
-    drawn.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), fontsize=12)
+    legend = drawn.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), fontsize=12)
+    for line in legend.get_lines():
+        line.set(linewidth=3, alpha=1)
     drawn.suptitle(study.title, fontsize=14)
     drawn.savefig(path)
 
