@@ -37,7 +37,15 @@ def forecasts(steps):
     return torch.randn(16, steps, 4), torch.randn(16, steps, 1)
 
 
+def zero_head():
+    """A last layer that starts at 0 by intent: its rows get different gradients."""
+    model = mlp(nn.ReLU, 2)
+    nn.init.zeros_(model[-1].weight)
+    return model
+
+
 HEALTHY = {
+    "MLP, last layer at 0": (zero_head, classes, nn.CrossEntropyLoss()),
     "MLP, ReLU": (lambda: mlp(nn.ReLU, 3), classes, nn.CrossEntropyLoss()),
     "MLP, GELU": (lambda: mlp(nn.GELU, 3), classes, nn.CrossEntropyLoss()),
     "MLP, tanh": (lambda: mlp(nn.Tanh, 4), classes, nn.CrossEntropyLoss()),

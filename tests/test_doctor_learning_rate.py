@@ -90,6 +90,22 @@ def test_no_time_is_said():
     assert any("seconds were over" in note for note in diagnosis.notes)
 
 
+def test_a_range_test_that_had_no_time_for_all_suggests_nothing_it_hasnt_seen(monkeypatch):
+    """Each pass takes a second by the clock: the range test ends while the loss still falls, the trial has its time."""
+    from fastclip.doctor import learning_rate
+
+    clock = iter(range(1000))
+    monkeypatch.setattr(learning_rate.time, "monotonic", lambda: float(next(clock)))
+    model = mlp(nn.ReLU, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    diagnosis = fastclip.check(model, classes(), nn.CrossEntropyLoss(), optimizer, max_seconds=50)
+    assert len(diagnosis.lr.lrs) == 30
+    assert math.isnan(diagnosis.lr.suggested)
+    assert "the loss still falls" in str(diagnosis)
+    assert len(diagnosis.trial.losses) > 10
+    assert any("50 seconds were over" in note for note in diagnosis.notes)
+
+
 def test_a_loss_that_falls_below_zero_has_not_diverged():
     model, (x, _) = mlp(nn.Tanh, 1), classes()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)

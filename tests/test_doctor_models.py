@@ -243,13 +243,30 @@ def test_layers_inside_of_a_transform_are_said():
     assert diagnosis.total_norm > 0
 
 
+def test_a_softmax_over_classes_is_no_attention():
+    model, (x, y) = Transformer(1), tokens()
+
+    def sure(model):
+        chances = (100 * model(x)).reshape(8, 12, 50).softmax(dim=-1)
+        return -chances.flatten(0, 1)[torch.arange(96), y].mean()
+
+    assert "attention-saturated" not in check(model, step=sure).codes
+
+
 class Checkpointed(nn.Module):
-    def __init__(self):
+    def __init__(self, reentrant=False):
         super().__init__()
         self.rnn, self.head = nn.LSTM(4, 16, batch_first=True), nn.Linear(16, 1)
+        self.reentrant = reentrant
 
     def forward(self, x):
-        return self.head(checkpoint(self.rnn, x, use_reentrant=False)[0][:, -1])
+        return self.head(checkpoint(self.rnn, x, use_reentrant=self.reentrant)[0][:, -1])
+
+
+def test_a_reentrant_checkpoint_is_refused():
+    x, y = series()
+    with pytest.raises(fastclip.DoctorError, match="use_reentrant=False"):
+        check(Checkpointed(reentrant=True), (x.requires_grad_(), y), MSE)
 
 
 class Sparse(nn.Module):
@@ -302,7 +319,10 @@ def test_what_else_models_do():
 
 
 def test_few_samples_are_said():
-    assert any("dead units" in note for note in check(mlp(nn.ReLU, 1), classes(4), CE).notes)
+    diagnosis = check(mlp(nn.ReLU, 8), classes(4), CE)
+    assert max(row.dead for row in diagnosis.rows[:-1]) >= 0.5  # by chance: hardly any samples
+    assert "dead-units" not in diagnosis.codes
+    assert any("dead units" in note for note in diagnosis.notes)
 
 
 def test_frozen_layers_in_front_have_no_gradient():

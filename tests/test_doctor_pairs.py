@@ -168,6 +168,13 @@ PAIRS = {
         lambda: scaled_inputs(100.0),
         CE,
     ),
+    ("input-scale", "MLP that divides"): (
+        net,
+        lambda: scaled_inputs(100.0),
+        lambda: Wrapped(net(), before=lambda x: x / 100),
+        lambda: scaled_inputs(100.0),
+        CE,
+    ),
     ("input-offset", "MLP"): (net, lambda: scaled_inputs(1.0, 8.0), net, classes, CE),
     ("input-offset", "RNN"): (rnn, lambda: scaled_inputs(0.5, 7.0, series), rnn, series, MSE),
     ("input-spread", "MLP"): (net, uneven, net, classes, CE),

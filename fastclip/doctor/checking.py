@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -189,7 +188,7 @@ def _tried(
         return None, None, None, "max_seconds is 0"
     if why_not := learning_rate.can_try(subject):
         return None, None, None, why_not
-    trainer = learning_rate.Trainer(subject, untouched, time.monotonic() + seconds)
+    trainer = learning_rate.Trainer(subject, untouched, seconds)
     with progress_bar(learning_rate.POINTS + learning_rate.STEPS) as progress:
         try:
             tried = learning_rate.range_of(trainer, progress)

@@ -52,16 +52,16 @@ class Layer:
 def layers_of(model: nn.Module) -> dict[str, Layer]:
     """Name of a module -> the layer that it is."""
     found = {}
+    known = {id(parameter): name for name, parameter in model.named_parameters()}  # a shared one has one name
     for name, module in model.named_modules():
         if "parametrizations" in name.split("."):
             continue
-        prefix = f"{name}." if name else ""
-        own = {f"{prefix}{key}": p for key, p in module._parameters.items() if p is not None}
+        own = [parameter for parameter in module._parameters.values() if parameter is not None]
         if parametrize.is_parametrized(module):
-            inner = module.parametrizations.named_parameters(prefix=f"{prefix}parametrizations")
-            own |= dict(inner)
-        if any(parameter.dim() >= 2 for parameter in own.values()):
-            found[name] = Layer(name or type(model).__name__, module, tuple(own))
+            own += module.parametrizations.parameters()
+        if any(parameter.dim() >= 2 for parameter in own):
+            names = tuple(known[id(parameter)] for parameter in own)
+            found[name] = Layer(name or type(model).__name__, module, names)
     return found
 
 

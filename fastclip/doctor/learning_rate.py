@@ -17,6 +17,7 @@ from fastclip.doctor.untouched import Untouched
 from fastclip.optim import ClippedOptimizer
 
 LOWEST, HIGHEST, POINTS = 1e-7, 10.0, 49  # six points for each factor of ten: 1.47 from one to the next
+RANGE_SHARE = 0.6  # of the time, for 49 of 69 steps
 STEPS = 20  # at the learning rate in use
 # A loss four times the one it began with will not come back: where range tests usually end.
 DIVERGED = 4.0
@@ -39,7 +40,7 @@ class Trainer:
 
     Args:
         subject: its model has to be :class:`Untouched`.
-        deadline: in seconds of ``time.monotonic()``; no step starts later.
+        seconds: how long all may take; the range test leaves some of it for what comes after it.
 
     Attributes:
         kind: name of the optimizer's class.
@@ -47,8 +48,9 @@ class Trainer:
         late: whether a step was left out because of the deadline.
     """
 
-    def __init__(self, subject: Subject, untouched: Untouched, deadline: float) -> None:
-        self._subject, self._untouched, self._deadline = subject, untouched, deadline
+    def __init__(self, subject: Subject, untouched: Untouched, seconds: float) -> None:
+        self._subject, self._untouched = subject, untouched
+        self._begin, self._seconds = time.monotonic(), seconds
         self._parameters = list(subject.parameters.values())
         optimizer = _inner(subject.optimizer)
         self._class: Any = torch.optim.AdamW if optimizer is None else type(optimizer)
@@ -57,8 +59,14 @@ class Trainer:
         self.used = math.nan if optimizer is None else float(self._groups[0]["lr"])
         self.late = False
 
-    def run(self, lrs: list[float], progress: Any) -> tuple[list[float], list[float]]:
-        """One step for each learning rate, of the first group; the others keep their distance. Stops at divergence."""
+    def run(self, lrs: list[float], progress: Any, share: float = 1.0) -> tuple[list[float], list[float]]:
+        """One step for each learning rate, of the first group; the others keep their distance.
+
+        Stops at divergence, and starts no step after ``share`` of the seconds.
+
+        Returns:
+            The loss and the norm of all gradients before each step.
+        """
         self._untouched.rewind()
         self._subject.prepare()
         with during(f"making a {self.kind} like the one in use"):
@@ -67,7 +75,7 @@ class Trainer:
         losses: list[float] = []
         norms: list[float] = []
         for lr in lrs:
-            if time.monotonic() > self._deadline:
+            if time.monotonic() - self._begin > share * self._seconds:
                 self.late = True
                 break
             loss = self._subject.loss()
@@ -122,19 +130,22 @@ def range_of(trainer: Trainer, progress: Any) -> Range | None:
     """None where there was no time for it."""
     ratio = (HIGHEST / LOWEST) ** (1.0 / (POINTS - 1))
     lrs = [LOWEST * ratio**i for i in range(POINTS)]
-    losses, _ = trainer.run(lrs, progress)
+    losses, _ = trainer.run(lrs, progress, RANGE_SHARE)
     if len(losses) < 2:
         return None
     finite = [loss for loss in losses if math.isfinite(loss)]
     lowest = min(range(len(losses)), key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf)
-    fell = bool(finite) and losses[0] - losses[lowest] > LEAST * max(abs(losses[0]), abs(losses[lowest]))
+    falling = trainer.late and lowest == len(losses) - 1  # nobody knows how far
+    fell = (
+        not falling and bool(finite) and losses[0] - losses[lowest] > LEAST * max(abs(losses[0]), abs(losses[lowest]))
+    )
     return Range(
         optimizer=trainer.kind,
         lrs=tuple(lrs[: len(losses)]),
         losses=tuple(losses),
         used=trainer.used,
         # the loss of a step is what the rates before it have reached
-        suggested=lrs[max(lowest - 1, 0)] / MARGIN if fell and not trainer.late else math.nan,
+        suggested=lrs[max(lowest - 1, 0)] / MARGIN if fell else math.nan,
         diverges=lrs[max(len(losses) - 2, 0)] if diverged(losses) else math.nan,
     )
 

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastclip.doctor.diagnosis import ERROR, Finding
 from fastclip.doctor.layers import Layers
+from fastclip.doctor.passes import steps_back
 from fastclip.doctor.subject import Subject, tensors_in
 from fastclip.doctor.watching import Watch
 
@@ -107,15 +108,8 @@ class Nodes:
     def __init__(self, loss: Tensor, layers: Layers) -> None:
         self._layers = layers
         self.first: Origin | None = None
-        waiting: list[Any] = [loss.grad_fn]
-        known = set()
-        while waiting:
-            node = waiting.pop()
-            if node is None or node in known:
-                continue
-            known.add(node)
+        for node in steps_back(loss):
             node.register_hook(self._hook(node.name()))
-            waiting += [following for following, _ in node.next_functions]
 
     def _hook(self, name: str) -> Any:
         def hook(made: tuple[Tensor | None, ...], given: tuple[Tensor | None, ...]) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import fastclip.functional as functional
-from fastclip.doctor.diagnosis import Curve
+from fastclip.doctor.diagnosis import Curve, DoctorError
 from fastclip.doctor.initialisation import Weight, weights_of
 from fastclip.doctor.inputs import Given, Inputs
 from fastclip.doctor.layers import Call, Layers
@@ -72,6 +73,18 @@ class Seen:
         return tuple(name for name, count in zip(self.grads.names, found, strict=True) if count)
 
 
+def steps_back(loss: Tensor) -> Iterator[Any]:
+    """Each node of the graph that the backward pass goes through."""
+    waiting: list[Any] = [loss.grad_fn]
+    known = set()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in known:
+            known.add(node)
+            yield node
+            waiting += [following for following, _ in node.next_functions]
+
+
 def gradients(loss: Tensor, tensors: Sequence[Tensor]) -> list[Tensor | None]:
     """Of the loss with respect to each tensor; None where it doesn't depend on it.
 
@@ -91,6 +104,11 @@ def observe(subject: Subject) -> Seen:
     operations, losses = Operations(watch, layers), LossCalls(watch)
     with watch, losses, operations:
         loss = subject.loss()
+    if any(node.name() == "CheckpointFunctionBackward" for node in steps_back(loss)):
+        raise DoctorError(
+            "a checkpoint with use_reentrant=True starts a backward pass of its own, which can't be watched: use "
+            "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+        )
     parameters = list(subject.parameters.values())
     layers.backward = True
     found = gradients(loss, [*parameters, *sequences.inputs])

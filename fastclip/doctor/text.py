@@ -54,7 +54,10 @@ def _rates(diagnosis: Diagnosis) -> str:
     assert lr is not None
     low, high = lr.lrs[0], lr.lrs[-1]
     said = f"Learning rate, {lr.optimizer} on this batch, from {low:.0e} to {high:.2g}: "
-    said += "the loss hardly fell" if math.isnan(lr.suggested) else f"lr={lr.suggested:.1g} is a good start"
+    if not math.isnan(lr.suggested):
+        said += f"lr={lr.suggested:.1g} is a good start"
+    else:
+        said += "the loss still falls" if lr.losses[-1] == min(lr.losses) else "the loss hardly fell"
     if not math.isnan(lr.diverges):
         said += f", from {lr.diverges:.2g} on it diverges"
     if not math.isnan(lr.used):
