@@ -2,8 +2,8 @@
 
 The model reads bytes and is judged by the bits it needs for each byte of files it has not seen. AdamW with beta2 0.999,
 a short warmup and a cosine schedule are as in real training; the loss spikes are put in on purpose: every
-``damage_every`` steps the batch is one byte repeated, as a file full of zeros would give. Such a gradient is ten to
-sixty times as long as usual; worse, its square stays in AdamW's second moment for a thousand steps and keeps the steps
+``damage_every`` steps the batch is one byte repeated, as a file full of zeros would give. Such a gradient is some
+twenty times as long as usual; worse, its square stays in AdamW's second moment for a thousand steps and keeps the steps
 after it short. One variant never sees the damage, to tell what it costs.
 
 The learning rate is the better one of 4e-3 and 1.2e-2 for undamaged data. The bare optimizer gets two more chances: a
