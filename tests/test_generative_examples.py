@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import fastclip
-from fastclip.examples import gan, gpt
+from fastclip.examples import gan, gpt, study
 from fastclip.examples.study import Run, Study
 
 for extra in ("matplotlib", "tqdm", "sklearn"):
@@ -188,6 +190,42 @@ def test_digits_of_the_gan(gan_study: Study) -> None:
         assert math.isfinite(gan_study.runs[variant][0].score)
     assert gan_study.runs[gan.BARE][0].died_at is not None
     assert gan_study.claims[0] == "1 of 1 bare runs end in NaN."
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Those that are drawn."""
+    drawn: list[Any] = []
+    figure = study.figure
+    monkeypatch.setattr(study, "figure", lambda *size: drawn.append(figure(*size)) or drawn[-1])
+    return drawn
+
+
+@pytest.mark.parametrize(("losses", "scale"), [([3.0, -2.0, -5.0], "symlog"), ([3.0, 2.0, 0.0], "log")])
+def test_losses_below_zero_are_in_the_picture(
+    losses: list[float], scale: str, figures: list[Any], tmp_path: Path
+) -> None:
+    found = {"bare": [Run(losses, [1.0, 1.0, 1.0], 1.0)]}
+    study.save_picture(Study("title", "error", found, []), tmp_path / "picture.png")
+    axes = next(axes for axes in figures[0].axes if axes.get_ylabel() == "training loss")
+    assert axes.get_yscale() == scale
+    if scale == "symlog":
+        assert axes.get_ylim()[0] < -5.0
+
+
+@pytest.mark.parametrize("higher_is_better", [False, True])
+@pytest.mark.parametrize("panel", [None, lambda axes: None])
+def test_no_score_is_hidden_by_words(higher_is_better: bool, panel: Any, figures: list[Any], tmp_path: Path) -> None:
+    worst = 10.0 if higher_is_better else 30.0
+    found = {"bare": runs(NAN, worst, 20.0), "clipped": runs(12.0, 20.0, 28.0)}
+    made_up = Study("title", "error", found, [], higher_is_better=higher_is_better, panel=panel)
+    study.save_picture(made_up, tmp_path / "picture.png")
+    axes = next(axes for axes in figures[0].axes if axes.get_title() == "error")
+    (words,) = [text for text in axes.texts if text.get_text()]
+    assert words.get_text() == "1 died"
+    for dots in axes.get_lines():
+        for x, y in axes.transData.transform(dots.get_xydata()):
+            assert not words.get_window_extent().padded(4).contains(x, y)
 
 
 def test_the_picture_has_a_row_for_each_variant_and_one_of_real_digits() -> None:
