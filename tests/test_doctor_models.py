@@ -168,11 +168,31 @@ def test_padding_behind_the_last_step_is_no_trend():
 def test_a_compiled_model_is_seen_inside():
     model, batch = mlp(nn.Sigmoid, 10), classes()
     expected = check(model, batch, CE)
-    compiled = torch.compile(model, backend="eager")
-    assert check(compiled, batch, CE).to_json() == expected.to_json()
+    assert check(torch.compile(model, backend="eager"), batch, CE).to_json() == expected.to_json()
     model.compile(backend="eager")
     assert check(model, batch, CE).to_json() == expected.to_json()
-    assert compiled(batch[0]).shape == (64, 3)
+
+
+def test_nothing_is_compiled_during_a_check_and_all_of_it_after():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    class Holder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = torch.compile(mlp(nn.Tanh, 1), backend=backend)
+
+        def forward(self, x):
+            return self.inner(x)
+
+    model, batch = Holder(), classes()
+    assert len(fastclip.check(model, batch, CE).rows) == 2
+    assert not graphs
+    model(batch[0])
+    assert len(graphs) == 1  # torch.compile hasn't given up on it
 
 
 def test_layers_that_run_several_times():
