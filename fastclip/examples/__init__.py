@@ -12,4 +12,9 @@ EXAMPLES: tuple[str, ...] = (
     "forecast",
     "translation",
     "sentiment",
+    "gpt",
+    "gan",
+    "long_sequences",
+    "vanishing",
+    "regularisation",
 )

@@ -303,11 +303,17 @@ def save_picture(study: Study, path: Path) -> None:
 
 
 def _draw_curves(axes: Any, study: Study, curves: Sequence[Sequence[Sequence[float]]]) -> None:
-    axes.set_yscale("log")
-    drawable = [v for of_variant in curves for values in of_variant for v in values if math.isfinite(v) and v > 0]
+    finite = [v for of_variant in curves for values in of_variant for v in values if math.isfinite(v)]
+    drawable = [v for v in finite if v > 0]
     # A run that explodes passes 1e30: shown in full, it would press everything else into one line.
     top = min(max(drawable), 1e4 * statistics.median(drawable)) if drawable else 1.0
-    axes.set_ylim(min(drawable, default=1.0) / 2, 2 * top)
+    bottom = min(finite, default=1.0)
+    if bottom < 0:  # a GAN's losses
+        axes.set_yscale("symlog")
+        axes.set_ylim(max(2 * bottom, -2 * top), 2 * top)
+    else:
+        axes.set_yscale("log")
+        axes.set_ylim(min(drawable, default=1.0) / 2, 2 * top)
     lines = itertools.cycle(LINES)
     for (variant, runs), of_variant in zip(study.runs.items(), curves, strict=True):
         colour, style = next(lines)
@@ -325,7 +331,7 @@ def _draw_scores(axes: Any, study: Study) -> None:
     largest = (
         math.inf if study.higher_is_better or not reached else 10 * statistics.median(map(abs, reached)) or math.inf
     )
-    lines = itertools.cycle(LINES)
+    lines, letters = itertools.cycle(LINES), 0
     for i, runs in enumerate(study.runs.values()):
         colour, _ = next(lines)
         # side by side: seeds with the same score would hide each other
@@ -334,6 +340,7 @@ def _draw_scores(axes: Any, study: Study) -> None:
         axes.plot(*zip(*drawn, strict=True) if drawn else ([], []), "o", color=colour, alpha=0.8)
         beyond = sum(run.died_at is None for run in runs) - len(drawn)
         missing = [f"{count} {why}" for count, why in ((deaths(runs), "died"), (beyond, "off the scale")) if count]
+        letters = max(letters, len(", ".join(missing)))
         axes.annotate(
             ", ".join(missing),
             (i, 0.02 if study.higher_is_better else 0.98),  # on the side of the worst
@@ -350,7 +357,11 @@ def _draw_scores(axes: Any, study: Study) -> None:
         name, score = study.baseline
         axes.axhline(score, color="black", linestyle="--", linewidth=1.2)
         title += f"\n(dashed: {name})"
-    axes.set_xticks(range(len(study.runs)), list(study.runs), rotation=30, ha="right")
+    bottom, top = axes.get_ylim()
+    room = 0.04 * letters * (top - bottom)  # no score hides behind these words
+    axes.set_ylim(bottom - room * study.higher_is_better, top + room * (not study.higher_is_better))
+    steep = 30 if len(study.runs) <= 7 else 75  # many names stand close
+    axes.set_xticks(range(len(study.runs)), list(study.runs), rotation=steep, ha="right", rotation_mode="anchor")
     axes.set_xlim(-0.5, len(study.runs) - 0.5)
     axes.set_title(title, fontsize=12)
     axes.grid(alpha=0.25, axis="y")
