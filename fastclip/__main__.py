@@ -1,5 +1,5 @@
-"""``python -m fastclip``: what runs here and why; ``demo``, ``example``, ``check``, ``grid-search``, ``bench``, ``report``
-and ``watch``."""
+"""``python -m fastclip``: what runs here and why; ``demo``, ``example``, ``check``, ``grid-search``, ``bench``,
+``report`` and ``watch``."""
 
 from __future__ import annotations
 
