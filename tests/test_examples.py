@@ -274,7 +274,7 @@ def test_bad_folders_are_refused_before_all_trainings(example: Called, argv: lis
 
 def test_every_example_is_listed() -> None:
     folder = Path(examples.__file__).parent
-    shared = {"__init__", "__main__", "command", "extras", "study", "grid_search", "weather"}
+    shared = {"__init__", "__main__", "command", "digits", "extras", "study", "grid_search", "weather"}
     assert {path.stem for path in folder.glob("*.py")} - shared == set(examples.EXAMPLES)
     for name in examples.EXAMPLES:
         module = importlib.import_module(f"fastclip.examples.{name}")

@@ -180,9 +180,9 @@ def test_a_skip_connection_hands_its_input_on() -> None:
 @pytest.mark.parametrize("module", [vanishing, regularisation])
 def test_digits_are_split_without_overlap(module: Any) -> None:
     digits = module.load_digits()
-    assert len(digits.train_digits) + len(digits.validation_digits) == 1797
+    assert len(digits.train_digits) + len(digits.test_digits) == 1797
     assert len(digits.train_digits) == (200 if module is regularisation else 1347)
-    everything = torch.cat([digits.train_pixels, digits.validation_pixels])
+    everything = torch.cat([digits.train_pixels, digits.test_pixels])
     assert len(everything.unique(dim=0)) == 1797
     assert (float(everything.min()), float(everything.max())) == (0.0, 1.0)
 

@@ -27,13 +27,12 @@ from torch.optim import Optimizer
 
 import fastclip
 from fastclip.examples import study
-from fastclip.examples.extras import extra
+from fastclip.examples.digits import PIXELS, all_digits
 from fastclip.examples.study import Run, Study
 
 NEEDS = ("sklearn",)
 BARE, SLOWER, EACH, TOGETHER = "bare", "bare, lr / 4", "each clipped", "ClipGroup"
 VARIANTS = (BARE, SLOWER, EACH, TOGETHER)
-PIXELS = 64
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ class Digits:
 
 def load_digits() -> Digits:
     """Every fourth digit is for validation."""
-    pixels = torch.tensor(extra("sklearn.datasets").load_digits().data, dtype=torch.float32) / 8 - 1
+    pixels = 2 * all_digits()[0] - 1
     held_out = torch.arange(len(pixels)) % 4 == 0
     return Digits(pixels[~held_out], pixels[held_out])
 

@@ -27,7 +27,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, R
 
 import fastclip
 from fastclip.examples import study
-from fastclip.examples.extras import extra
+from fastclip.examples.digits import Digits, all_digits
 from fastclip.examples.study import Run, Study
 from fastclip.policies import SkipLarge
 
@@ -71,20 +71,9 @@ class Settings:
         return cls(seeds=1, steps=100)
 
 
-@dataclass(frozen=True)
-class Digits:
-    """Pixels from 0 to 1 ``[n, 64]``, and what they show ``[n]``."""
-
-    train_pixels: Tensor
-    train_digits: Tensor
-    validation_pixels: Tensor
-    validation_digits: Tensor
-
-
 def load_digits() -> Digits:
     """Every ninth is for training, the others for validation."""
-    loaded = extra("sklearn.datasets").load_digits()
-    pixels, digits = torch.tensor(loaded.data, dtype=torch.float32) / 16, torch.tensor(loaded.target)
+    pixels, digits = all_digits()
     learned = torch.arange(len(digits)) % LEARNED_EVERY == 0
     return Digits(pixels[learned], digits[learned], pixels[~learned], digits[~learned])
 
@@ -141,7 +130,7 @@ def train_one(variant: str, seed: int, digits: Digits, settings: Settings, learn
 
     def score() -> float:
         learned.setdefault(variant, []).append(percent_right(model, digits.train_pixels, digits.train_digits))
-        return percent_right(model, digits.validation_pixels, digits.validation_digits)
+        return percent_right(model, digits.test_pixels, digits.test_digits)
 
     return study.train(optimizer, next_loss, settings.steps, score, make_schedule(variant, optimizer, settings))
 

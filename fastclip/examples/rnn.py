@@ -22,11 +22,12 @@ from torch import Tensor, nn
 
 import fastclip
 from fastclip.examples import study
+from fastclip.examples.digits import CLASSES, Digits, all_digits
 from fastclip.examples.extras import extra
 from fastclip.examples.study import COLOURS, Run, Study, verdict
 
 NEEDS = ("sklearn",)
-PAIRS, CLASSES = 32, 10  # of pixels in a digit; how many digits there are
+PAIRS = 32  # of pixels in a digit
 GUESSED = 2 / CLASSES  # an accuracy up to which nothing was learned
 PROBED_STEPS = 100  # of the first seed: the gradient is looked at in time
 
@@ -58,16 +59,6 @@ class Settings:
         return f"bare, lr {self.smaller_lr:g}"
 
 
-@dataclass(frozen=True)
-class Digits:
-    """Pixels ``[digits, 64]`` from 0 to 1, and which digit each is; the test digits are trained on by nobody."""
-
-    train_pixels: Tensor
-    train_digits: Tensor
-    test_pixels: Tensor
-    test_digits: Tensor
-
-
 class Reader(nn.Module):
     """Reads a digit pair by pair, and says which it is."""
 
@@ -84,10 +75,9 @@ class Reader(nn.Module):
 
 def load_digits() -> Digits:
     """1,797 digits, of which three in ten are for the test, as many of each."""
-    bunch = extra("sklearn.datasets").load_digits()
-    pixels, digits = torch.tensor(bunch.data / 16, dtype=torch.float32), torch.tensor(bunch.target)
+    pixels, digits = all_digits()
     split = extra("sklearn.model_selection").train_test_split
-    trained, tested = split(range(len(digits)), test_size=0.3, stratify=bunch.target, random_state=0)
+    trained, tested = split(range(len(digits)), test_size=0.3, stratify=digits, random_state=0)
     return Digits(pixels[trained], digits[trained], pixels[tested], digits[tested])
 
 

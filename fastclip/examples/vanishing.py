@@ -26,7 +26,7 @@ import fastclip
 from fastclip.doctor import Diagnosis, Finding
 from fastclip.doctor.diagnosis import INFO
 from fastclip.examples import study
-from fastclip.examples.extras import extra
+from fastclip.examples.digits import CLASSES, PIXELS, Digits, all_digits
 from fastclip.examples.study import LINES, Run, Study
 
 NEEDS = ("sklearn",)
@@ -34,7 +34,6 @@ SIGMOID, CLIPPED, ADAM, FASTER = "sigmoid", "sigmoid, clipped", "sigmoid, Adam",
 RELU, SKIPS = "ReLU, He", "skips, LayerNorm"
 VARIANTS = (SIGMOID, CLIPPED, ADAM, FASTER, RELU, SKIPS)
 NETWORKS = (SIGMOID, RELU, SKIPS)
-PIXELS, DIGITS = 64, 10
 
 
 @dataclass(frozen=True)
@@ -55,20 +54,9 @@ class Settings:
         return cls(seeds=1, steps=80)
 
 
-@dataclass(frozen=True)
-class Digits:
-    """Pixels from 0 to 1 ``[n, 64]``, and what they show ``[n]``."""
-
-    train_pixels: Tensor
-    train_digits: Tensor
-    validation_pixels: Tensor
-    validation_digits: Tensor
-
-
 def load_digits() -> Digits:
     """Every fourth is for validation."""
-    loaded = extra("sklearn.datasets").load_digits()
-    pixels, digits = torch.tensor(loaded.data, dtype=torch.float32) / 16, torch.tensor(loaded.target)
+    pixels, digits = all_digits()
     held_out = torch.arange(len(digits)) % 4 == 0
     return Digits(pixels[~held_out], digits[~held_out], pixels[held_out], digits[held_out])
 
@@ -96,7 +84,7 @@ def make_model(variant: str, settings: Settings) -> nn.Module:
             layers += [linear, nn.ReLU()]
         else:
             layers += [Skip(linear, nn.Sigmoid())] if variant == SKIPS else [linear, nn.Sigmoid()]
-    return nn.Sequential(*layers, nn.Linear(PIXELS, DIGITS))
+    return nn.Sequential(*layers, nn.Linear(PIXELS, CLASSES))
 
 
 def make_optimizer(variant: str, model: nn.Module, settings: Settings) -> Optimizer:
@@ -125,8 +113,8 @@ def train_one(variant: str, seed: int, digits: Digits, settings: Settings) -> Ru
         return nn.functional.cross_entropy(model(digits.train_pixels[chosen]), digits.train_digits[chosen])
 
     def accuracy() -> float:
-        guessed = model(digits.validation_pixels).argmax(1)
-        return 100 * float((guessed == digits.validation_digits).float().mean())
+        guessed = model(digits.test_pixels).argmax(1)
+        return 100 * float((guessed == digits.test_digits).float().mean())
 
     return study.train(make_optimizer(variant, model, settings), next_loss, settings.steps, accuracy)
 
@@ -187,7 +175,7 @@ def run(settings: Settings, progress: bool = True) -> Study:
     train = functools.partial(train_one, digits=digits, settings=settings)
     runs = study.compare(train, VARIANTS, settings.seeds, progress)
     most = digits.train_digits.mode().values
-    chance = 100 * float((digits.validation_digits == most).float().mean())
+    chance = 100 * float((digits.test_digits == most).float().mean())
     return Study(
         title=f"{settings.layers} layers on 8 x 8 digits",
         measure="validation accuracy in %",
