@@ -113,3 +113,10 @@ def test_a_loss_that_falls_below_zero_has_not_diverged():
     assert diagnosis.trial.losses[-1] < 0
     assert "lr-too-high" not in diagnosis.codes
     assert math.isfinite(diagnosis.lr.suggested)
+
+
+def test_a_loss_that_never_moves_is_not_said_to_fall():
+    x, y = torch.randn(16, 32), torch.zeros(16, dtype=torch.long)
+    diagnosis = fastclip.check(nn.Linear(32, 1), (x, y), nn.CrossEntropyLoss())
+    assert set(diagnosis.lr.losses) == {0.0}
+    assert "the loss hardly fell" in str(diagnosis)

@@ -188,6 +188,13 @@ PAIRS = {
         tokens,
         CE,
     ),
+    ("one-class", "MLP"): (
+        lambda: ending(width=1),
+        lambda: (torch.randn(64, 32), torch.zeros(64, dtype=torch.long)),
+        lambda: ending(width=2),
+        lambda: (torch.randn(64, 32), torch.randint(2, (64,))),
+        CE,
+    ),
     ("nll-without-log", "MLP"): (ending, classes, lambda: ending(nn.LogSoftmax(dim=1)), classes, nn.NLLLoss()),
     ("nll-without-log", "MLP, probabilities"): (
         lambda: ending(nn.Softmax(dim=1)),

@@ -36,6 +36,17 @@ def _of(call: LossCall) -> Iterator[Finding]:
 
 
 def _classes(call: LossCall) -> Iterator[Finding]:
+    if call.classes == 1:
+        yield Finding(
+            "one-class",
+            ERROR,
+            f"{call.name} gets one output for each sample, so one class, whose probability is 1 whatever it is: the loss "
+            f"is {call.value:.3g}, and no gradient comes from it",
+            "for two classes use torch.nn.BCEWithLogitsLoss with targets of 0.0 and 1.0 in the outputs' shape, or make two "
+            "outputs",
+            (call.name,),
+            {"classes": 1.0, "value": call.value},
+        )
     at_best = math.log(1 + (call.classes - 1) / math.e) if call.classes else math.nan
     if call.sums_to_one:
         yield Finding(

@@ -57,7 +57,8 @@ def _rates(diagnosis: Diagnosis) -> str:
     if not math.isnan(lr.suggested):
         said += f"lr={lr.suggested:.1g} is a good start"
     else:
-        said += "the loss still falls" if lr.losses[-1] == min(lr.losses) else "the loss hardly fell"
+        falls = lr.losses[-1] == min(lr.losses) < lr.losses[0]
+        said += "the loss still falls" if falls else "the loss hardly fell"
     if not math.isnan(lr.diverges):
         said += f", from {lr.diverges:.2g} on it diverges"
     if not math.isnan(lr.used):
