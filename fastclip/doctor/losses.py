@@ -40,10 +40,10 @@ def _classes(call: LossCall) -> Iterator[Finding]:
         yield Finding(
             "one-class",
             ERROR,
-            f"{call.name} gets one output for each sample, so one class, whose probability is 1 whatever it is: the loss "
-            f"is {call.value:.3g}, and no gradient comes from it",
-            "for two classes use torch.nn.BCEWithLogitsLoss with targets of 0.0 and 1.0 in the outputs' shape, or make two "
-            "outputs",
+            f"{call.name} gets one output for each sample, so one class, whose probability is 1 whatever it is: the "
+            f"loss is {call.value:.3g}, and no gradient comes from it",
+            "for two classes use torch.nn.BCEWithLogitsLoss with targets of 0.0 and 1.0 in the outputs' shape, or make "
+            "two outputs",
             (call.name,),
             {"classes": 1.0, "value": call.value},
         )
