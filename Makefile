@@ -51,7 +51,8 @@ $(VENV)/.frameworks: $(VENV)/.installed
 emulator: $(VENV)/.installed $(VENV)/.frameworks
 	FASTCLIP_CUDA=emulated $(PIP) --no-deps --upgrade --target build/emulated .
 	cd build && env -u FASTCLIP_BACKEND PYTHONPATH=emulated ../$(BIN)/python -m pytest -c ../pyproject.toml --rootdir .. \
-	-p no:cacheprovider -q -n auto --maxprocesses 4 -k "cuda or every_unit" ../tests
+	-p no:cacheprovider -q -n auto --maxprocesses 4 -k "cuda or every_unit" \
+	--ignore ../tests/test_cuda_build.py ../tests
 
 # The tests of every backend over the Triton kernels, in Triton's interpreter: numpy does what a GPU would do.
 interpreter: $(VENV)/.installed $(VENV)/.frameworks
