@@ -14,6 +14,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 import fastclip
 from fastclip._native import C
+from fastclip.riding import TWICE_FROM_BYTES
 
 from . import oracle, peers
 from .oracle import WrongResult
@@ -482,7 +483,8 @@ def step(
         return (total_norm, None) if bare else (float(returned), oracle.relative_error(returned, total_norm))
 
     writes = scaled or share < 1
-    rides = rule.rides and (inputs.device == "cpu" or scaled)  # a GPU's coefficient isn't known when it is launched
+    # A GPU's coefficient isn't known when the step is launched.
+    rides = rule.rides and (inputs.device == "cpu" or scaled or inputs.bytes() >= TWICE_FROM_BYTES)
     penalised = l2 != 0
     our_passes = {
         "reads": rule.reads + 1 + penalised + (writes and not rides),

@@ -298,6 +298,12 @@ py::tuple gather(const py::list& tensors, bool take_grad) {
   return py::make_tuple(grads, in_order ? py::object(py::none()) : py::object(py::cast(positions)), std::move(table));
 }
 
+std::int64_t size_bytes(const GradTable& table) {
+  std::int64_t bytes = 0;
+  for (const TensorRef& tensor : table.tensors) bytes += tensor.size * element_bytes(tensor.dtype);
+  return bytes;
+}
+
 py::bytes facts(const GradTable& table) {
   std::vector<std::int64_t> numbers;
   numbers.reserve(3 * table.tensors.size());

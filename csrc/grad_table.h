@@ -51,6 +51,9 @@ GradTable split(const GradTable& table, const std::vector<std::int64_t>& counts)
 // its gradient has size 0 there, and its reason in `refused`.
 GradTable partners(const GradTable& table, const py::list& weights);
 
+// Of all tensors together.
+std::int64_t size_bytes(const GradTable& table);
+
 // Address, elements and dtype of each tensor, as int64; equal bytes mean the same tensors at the same places.
 py::bytes facts(const GradTable& table);
 

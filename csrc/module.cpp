@@ -90,6 +90,7 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("refused", &GradTable::refused)
       .def_readonly("readonly", &GradTable::readonly)
       .def_readonly("wide", &GradTable::wide)
+      .def_property_readonly("size_bytes", &size_bytes)
       .def_property_readonly("facts", &facts)
       .def("__len__", [](const GradTable& table) { return table.tensors.size(); });
 

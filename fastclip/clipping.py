@@ -13,7 +13,7 @@ from torch import Tensor
 from fastclip import distributed
 from fastclip.backends import Plan, plan
 from fastclip.policies import Decision, Policy
-from fastclip.reading import Reading, any_of, check_not_captured, read
+from fastclip.reading import Reading, any_of, check_not_captured, flag, read
 from fastclip.stats import GradStats, stats_of
 from fastclip.tensors import Grads
 from fastclip.ties import Ties, ties_of
@@ -56,7 +56,8 @@ class Verdict:
             reasons.append(~(self.reading.rows[MAX_ABS] <= clamp).all())  # NaN hides how large the others are
         for factor in (coef, unit_coefs):
             if isinstance(factor, Tensor):
-                reasons.append((factor != 1.0).any())
+                differs = factor != 1.0
+                reasons.append(differs.any() if differs.dim() else differs)
             elif factor is not None:
                 reasons.append(factor != 1.0)
         return any_of(reasons)
@@ -84,7 +85,7 @@ class Verdict:
         if isinstance(skip, Tensor):  # selected, not multiplied by 0: 0 x NaN is NaN
             if not isinstance(factor, Tensor):
                 factor = torch.full((), factor, dtype=wide_dtype(skip.device), device=skip.device)
-            factor = torch.where(skip > 0, 1.0, factor)
+            factor = torch.where(flag(skip), 1.0, factor)
         if unit_coefs is not None and units is not None:
             plan.scale_units_(units.dims, units.counts, torch.as_tensor(factor))
         elif isinstance(factor, Tensor) or factor != 1.0:

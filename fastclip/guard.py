@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -31,11 +32,16 @@ OWN_RULES = ("policy", "group_max_norm")  # keys of a param group that take it o
 
 
 class Clearance(NamedTuple):
-    """What a look at the gradients leads to: whether to step at all, and what rides."""
+    """What a look at the gradients leads to: whether to step at all, and what rides.
+
+    Attributes:
+        may_be_one: whether the device may find a ``grad_scale`` of 1, which shall then cost nothing.
+    """
 
     go: bool
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
+    may_be_one: bool = False
 
 
 class Guard(Reports):
@@ -197,13 +203,16 @@ class Guard(Reports):
 
     def _call_at_its_lr(self, inner_step: Callable[..., Any], clearance: Clearance, kwargs: dict[str, Any]) -> Any:
         attributes = vars(self.optimizer)
-        if clearance[1:] == (None, None) and not any(name in attributes for name in riding.RIDERS):
+        if clearance[1:3] == (None, None) and not any(name in attributes for name in riding.RIDERS):
             return inner_step(**kwargs)
         return self._call_with_riders(inner_step, clearance, kwargs)
 
     @_disable_dynamo  # torch disables it for its fused steps too, and a graph can't break inside a `with`
     def _call_with_riders(self, inner_step: Callable[..., Any], clearance: Clearance, kwargs: dict[str, Any]) -> Any:
-        with riding.aboard(self.optimizer, grad_scale=clearance.grad_scale, found_inf=clearance.found_inf):
+        with (
+            riding.aboard(self.optimizer, grad_scale=clearance.grad_scale, found_inf=clearance.found_inf),
+            riding.launched_twice() if clearance.may_be_one else nullcontext(),  # type: ignore[no-untyped-call]
+        ):
             return inner_step(**kwargs)
 
     def look(self, owner: Optimizer, again: bool = False) -> Clearance:
@@ -290,15 +299,16 @@ class Guard(Reports):
             return Clearance(False)
         riding_inf = skip.to(torch.float32) if isinstance(skip, Tensor) else None
         only = verdicts[0]
-        # Riding costs a write of every gradient, whatever the coefficient; without a scale a pass that returns at once
-        # where there is nothing to clip is never dearer.
+        # Riding costs a write of every gradient, whatever the coefficient. So where only the device knows that there is
+        # nothing to clip, and no scale has to ride anyway: the step launched twice if that pays, else a pass of its own
+        # that returns at once.
         coef, work = only.decision.clip_coef, only.reading.plan
-        writes_less = isinstance(coef, Tensor) and grad_scale is None and work.returns_early
         rides = rides and len(verdicts) == 1 and only.is_one_number and not twice and not work.wide
-        if rides and not writes_less:
+        may_be_one = isinstance(coef, Tensor) and grad_scale is None and work.returns_early
+        if rides and (not may_be_one or work.size_bytes >= riding.TWICE_FROM_BYTES):
             by = riding.divisor(coef, grad_scale)
             if isinstance(by, Tensor) or by == 1.0:
-                return Clearance(True, by if isinstance(by, Tensor) else None, riding_inf)
+                return Clearance(True, by if isinstance(by, Tensor) else None, riding_inf, may_be_one)
             if by is not None:
                 return Clearance(True, torch.tensor(by, dtype=torch.float32), riding_inf)
         for verdict in verdicts:

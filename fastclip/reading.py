@@ -267,12 +267,18 @@ def check_not_captured(why_not: str, instead: str) -> None:
         raise RuntimeError(f"{why_not}, and a CUDA graph is being captured; {instead}. Nothing was written")
 
 
+def flag(value: Tensor) -> Tensor:
+    """One element, true unless it is 0, as a 0-d bool: what is one already costs no operation on its device."""
+    value = value.detach().reshape(()) if value.dim() or value.requires_grad else value
+    return value if value.dtype == torch.bool else value != 0
+
+
 def any_of(reasons: Iterable[bool | Tensor]) -> bool | Tensor:
     """Whether one of them holds: bools, or 0-d tensors that aren't 0; a tensor where the host would have to wait."""
     tensors = []
     for reason in reasons:
         if isinstance(reason, Tensor) and not known_to_host(reason):
-            tensors.append(reason.detach().reshape(()) != 0)
+            tensors.append(flag(reason))
         elif reason:
             return True
     if not tensors:

@@ -13,7 +13,7 @@ from fastclip.backends import reference
 from fastclip.backends.reference import narrowed
 from fastclip.clipping import Verdict
 from fastclip.ladder import Event, Ladder
-from fastclip.reading import Peers, Reading, penalties
+from fastclip.reading import Peers, Reading, flag, penalties
 from fastclip.stats import GradStats, stats_from
 from fastclip.tensors import GroupNames
 from fastclip.types import INFS, NANS, NORM, TOTAL_NORM, SkipLimitError, on_device
@@ -135,7 +135,7 @@ class Echo:
 def _flag(value: bool | Tensor, device: torch.device) -> Tensor:
     """0-d, bool."""
     if isinstance(value, Tensor):
-        return value.to(device).reshape(()) > 0
+        return flag(value).to(device)
     return torch.full((), value, dtype=torch.bool, device=device)
 
 
@@ -149,6 +149,7 @@ class Record:
         self.seen: list[Seen] = []
         self._norm: Tensor | None = None  # of ``seen``, once someone has asked
         self._echo = Echo()
+        self._one: Tensor | None = None  # bool, true, on the gradients' device
         self.listeners: list[Callable[[Outcome], None]] = []  # each is told of every step
 
     def __getstate__(self) -> dict[str, Any]:
@@ -169,11 +170,15 @@ class Record:
             return
         device = seen[0].totals.device
         was_skipped = _flag(skipped, device)
-        was_clipped = _flag(clipped, device) & ~was_skipped
+        was_clipped = _flag(clipped, device) > was_skipped
         before = on_device(counts, torch.int64, device) if isinstance(counts, list) else counts.to(device)
-        kept = torch.stack([torch.ones_like(was_skipped)] * IN_A_ROW + [was_skipped])
-        self._counts = before * kept + torch.stack([kept[0], was_clipped, was_skipped, was_skipped])
-        self._echo.send(self._counts)
+        if self._one is None or self._one.device != device:
+            self._one = on_device(True, torch.bool, device)
+        # Each operation is a launch: as few as can be.
+        after = before + torch.stack([self._one, was_clipped, was_skipped, was_skipped])
+        after[IN_A_ROW].mul_(was_skipped)
+        self._counts = after
+        self._echo.send(after)
 
     @property
     def counts(self) -> Tensor:

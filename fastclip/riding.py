@@ -14,9 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 FUSED_STEPS = ("torch.optim.adam", "torch.optim.adamw", "torch.optim.sgd", "torch.optim.adagrad")
+FUSED_KERNELS = {getattr(torch.ops.aten, f"_fused_{name}_") for name in ("adam", "adamw", "sgd", "adagrad")}
 RIDERS = ("grad_scale", "found_inf")
+
+# Of gradients: from here on a step takes a GPU longer than it takes the host to launch it twice (bench/NOTES.md).
+TWICE_FROM_BYTES = 1 << 30
 
 FLOAT32 = torch.finfo(torch.float32)
 
@@ -78,3 +83,24 @@ class aboard:
         for name in RIDERS:
             self._attributes.pop(name, None)
         self._attributes.update(self._before)
+
+
+class launched_twice(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """During the ``with`` block a ``grad_scale`` of 1 costs no write of the gradients, though only the device knows it.
+
+    Each of torch's fused kernels is launched with the ``grad_scale`` and without it. One of the two finds its
+    ``found_inf`` set, and returns before it reads anything.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        grad_scale, found_inf = (kwargs.get(name) for name in RIDERS)
+        if func.overloadpacket not in FUSED_KERNELS or grad_scale is None:
+            return func(*args, **kwargs)
+        is_one = (grad_scale == 1.0).to(torch.float32)  # not NaN, which has to reach the gradients
+        for rider, idle in ((None, 1.0 - is_one), (grad_scale, is_one)):
+            skip = idle if found_inf is None else torch.maximum(idle, found_inf)
+            func(*args, **{**kwargs, "grad_scale": rider, "found_inf": skip})
+        return None

@@ -82,6 +82,10 @@ class Table(Protocol):
     def wide(self) -> bool:
         """Whether one of them is float64 or complex128."""
 
+    @property
+    def size_bytes(self) -> int:
+        """Of all of them together."""
+
     def __len__(self) -> int: ...
 
 

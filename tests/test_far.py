@@ -7,6 +7,7 @@ import gpu
 import pytest
 import torch
 from far import go_far, no_waiting
+from fastclip.bench.model import GUARDS_LAUNCHES, TWICE_LAUNCHES
 from small import (
     EXTREMES,
     INNERS,
@@ -25,6 +26,7 @@ from small import (
     small_model,
     tolerance,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastclip
 import fastclip.clipping
@@ -540,6 +542,141 @@ def test_a_write_that_returns_early_is_preferred_to_riding(far, monkeypatch, max
     assert aboard == [{"found_inf"} if fastclip.backends.forced in gpu.NAMES else {"found_inf", "grad_scale"}]
     want = 5.0 if max_norm > 5 else 0.5
     assert float(p.grad.norm()) == pytest.approx(want, rel=1e-5)
+
+
+class FusedLaunches(TorchDispatchMode):
+    """What rode with each launch of one of torch's fused kernels."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in fastclip.riding.FUSED_KERNELS:
+            self.seen.append({name: kwargs.get(name) for name in fastclip.riding.RIDERS})
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def launched_twice(far, monkeypatch):
+    """Every list is long enough, and the backend's writes return early."""
+    monkeypatch.setattr(fastclip.backends.reference, "returns_early", True)
+    monkeypatch.setattr(fastclip.riding, "TWICE_FROM_BYTES", 0)
+
+
+@pytest.mark.parametrize("tensor_lr", [False, True])
+@pytest.mark.parametrize("max_norm", [0.5, 1e6])
+@every_fused
+def test_of_two_launches_the_one_that_is_meant_steps(name, max_norm, tensor_lr, launched_twice):
+    """With nothing to clip no scale rides, so no gradient is written; and nothing waits. Bad steps change nothing."""
+    model, twin = small_model(), small_model()
+    opt, plain = ClippedOptimizer(INNERS[name](model.parameters()), max_norm), INNERS[name](twin.parameters())
+    for each in (opt, plain):
+        for group in each.param_groups:
+            group["lr"] = torch.tensor(group["lr"]) if tensor_lr else group["lr"]
+    for step in range(5):
+        bad = step in (1, 3)
+        opt.zero_grad()
+        backward(model, step)
+        if bad:
+            poison(model)
+        before, state = flat(model), copy.deepcopy(opt.state_dict())
+        with FusedLaunches() as launches, may_wait(name, step == 0):
+            opt.step()
+        without, with_scale = launches.seen
+        assert without["grad_scale"] is None
+        if bad:
+            assert (float(without["found_inf"]), float(with_scale["found_inf"])) == (1.0, 1.0)
+            assert torch.equal(flat(model), before)
+            assert identical(opt.state_dict(), state)
+            continue
+        clips = max_norm < 1.0
+        assert (float(without["found_inf"]), float(with_scale["found_inf"])) == (float(clips), float(not clips))
+        reference_step(twin, plain, step, max_norm)
+        close = tolerance(name, clips)
+        torch.testing.assert_close(flat(model), flat(twin), **close)
+        torch.testing.assert_close(grads(model), grads(twin), **close)
+        assert clean(opt, opt.inner)
+    assert (opt.steps, opt.clipped_steps, opt.skipped_steps) == (5, 3 * clips, 2)
+
+
+@every_fused
+def test_a_coefficient_that_is_nan_is_not_taken_for_one(name, launched_twice):
+    model, twin = small_model(), small_model()
+    opt = ClippedOptimizer(INNERS[name](model.parameters()), 0.5, nonfinite="propagate")
+    plain = INNERS[name](twin.parameters())
+    for each, m in ((opt, model), (plain, twin)):
+        backward(m, 0)
+        poison(m)
+        if each is plain:
+            torch.nn.utils.clip_grad_norm_(m.parameters(), 0.5)
+        each.step()
+    assert torch.equal(flat(model).isnan(), flat(twin).isnan())
+    assert flat(model).isnan().all()
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations that a GPU has to be launched for, but those of the backend."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.count, self.is_backend = 0, False
+        for name in ("read", "scale_"):
+            whole = getattr(fastclip.backends.reference, name)
+            monkeypatch.setattr(fastclip.backends.reference, name, self._uncounted(whole))
+
+    def _uncounted(self, whole):
+        def call(*args):
+            self.is_backend = True
+            try:
+                whole(*args)
+            finally:
+                self.is_backend = False
+
+        return call
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        memory_or_host_alone = func.is_view or "empty" in func.name() or func.namespace == "profiler"
+        self.count += not (self.is_backend or memory_or_host_alone)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_far_step_launches_no_more_than_the_model_says(twice, monkeypatch):
+    go_far(monkeypatch, "reference")
+    monkeypatch.setattr(fastclip.backends.reference, "returns_early", True)
+    monkeypatch.setattr(fastclip.riding, "TWICE_FROM_BYTES", 0 if twice else 1 << 60)
+    model, twin = small_model(), small_model()
+    opt, plain = (
+        ClippedOptimizer(INNERS["adamw-fused"](model.parameters()), 0.5),
+        INNERS["adamw-fused"](twin.parameters()),
+    )
+    for each, m in ((opt, model), (plain, twin)):
+        backward(m, 0)
+        each.step()  # makes its state
+    counts = []
+    for each in (opt, plain):
+        with Launches(monkeypatch) as launches:
+            each.step()
+        counts.append(launches.count)
+    the_steps_own = 1 if twice else 0  # the kernel, once more
+    assert counts[0] - counts[1] - the_steps_own == GUARDS_LAUNCHES + (TWICE_LAUNCHES if twice else 0)
+
+
+def test_only_steps_of_many_bytes_are_launched_twice(far, monkeypatch):
+    """Below that the host would be what takes the time; and a loss scale rides in any case."""
+    monkeypatch.setattr(fastclip.backends.reference, "returns_early", True)
+    model = small_model()
+    opt = ClippedOptimizer(INNERS["adamw-fused"](model.parameters()), 0.5)
+    size_bytes = sum(p.numel() * 4 for p in model.parameters())
+    for least, grad_scale, launched in ((size_bytes + 1, None, 1), (size_bytes, None, 2), (size_bytes, 8.0, 1)):
+        monkeypatch.setattr(fastclip.riding, "TWICE_FROM_BYTES", least)
+        backward(model, 0)
+        if grad_scale is not None:
+            opt.grad_scale = torch.tensor(grad_scale)
+        with FusedLaunches() as launches:
+            opt.step()
+        assert len(launches.seen) == launched
 
 
 def test_a_number_keeps_its_bits_where_the_device_decides_about_the_step(far) -> None:

@@ -95,7 +95,7 @@ def test_weights_find_the_same_partners(in_python: None) -> None:
             tables.partners(tables.table_of(grads, CPU), weights),
             C.partners(C.GradTable(grads, CPU), weights),
         )
-        assert (list(own.refused), own.facts) == (list(native.refused), native.facts)
+        assert (list(own.refused), own.facts, own.size_bytes) == (list(native.refused), native.facts, native.size_bytes)
 
 
 def test_equal_facts_mean_the_same_places() -> None:

@@ -87,6 +87,11 @@ class Plan:
         return any(part.table.wide for part in self.parts)
 
     @property
+    def size_bytes(self) -> int:
+        """Of all gradients together."""
+        return sum(part.table.size_bytes for part in self.parts)
+
+    @property
     def returns_early(self) -> bool:
         """Whether scaling by 1 costs nothing, also where only a device knows that it is 1."""
         return all(part.backend.returns_early for part in self.parts)

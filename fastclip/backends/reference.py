@@ -55,6 +55,10 @@ class ReferenceTable:
     def __len__(self) -> int:
         return len(self.grads)
 
+    @property
+    def size_bytes(self) -> int:
+        return sum(grad.nbytes for grad in self.grads)
+
 
 def unavailable() -> str:
     return ""

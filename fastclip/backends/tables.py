@@ -48,6 +48,10 @@ class PlainTable:
         return len(self.grads)
 
     @property
+    def size_bytes(self) -> int:
+        return sum(grad.nbytes for grad in self.grads)
+
+    @property
     def facts(self) -> bytes:
         return struct.pack(f"{len(self.numbers)}q", *self.numbers)
 
