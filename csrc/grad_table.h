@@ -27,6 +27,7 @@ struct GradTable {
   py::dict refused;    // position -> why it can't be served
   py::dict readonly;   // position -> why it can be read but not written
   bool wide = false;   // holds float64 or complex128
+  py::bytes facts = py::reinterpret_steal<py::bytes>(py::handle());  // see facts(), which makes it
 };
 
 // torch's classes and its exchange table; before anything else.
@@ -54,8 +55,9 @@ GradTable partners(const GradTable& table, const py::list& weights);
 // Of all tensors together.
 std::int64_t size_bytes(const GradTable& table);
 
-// Address, elements and dtype of each tensor, as int64; equal bytes mean the same tensors at the same places.
-py::bytes facts(const GradTable& table);
+// Address, elements and dtype of each tensor, as int64; equal bytes mean the same tensors at the same places. Made once,
+// so that Python hashes it once.
+const py::bytes& facts(GradTable& table);
 
 // -> index of the first inference tensor, None if there is none.
 py::object first_inference(const py::list& tensors);

@@ -91,7 +91,7 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("readonly", &GradTable::readonly)
       .def_readonly("wide", &GradTable::wide)
       .def_property_readonly("size_bytes", &size_bytes)
-      .def_property_readonly("facts", &facts)
+      .def_property_readonly("facts", [](GradTable& table) { return facts(table); })
       .def("__len__", [](const GradTable& table) { return table.tensors.size(); });
 
 #if defined(_OPENMP)

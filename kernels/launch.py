@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import struct
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ _partials: dict[tuple[torch.device, int], Tensor] = {}
 _done: dict[tuple[torch.device, int], Tensor] = {}
 
 
+@functools.lru_cache(maxsize=64)
 def bits_of(number: float) -> int:
     """A float64 as an integer: Triton would pass it on as float32."""
     return int(struct.unpack("<q", struct.pack("<d", number))[0])
@@ -45,7 +48,7 @@ class Where:
             of_weights = None if weights is None else np.frombuffer(weights, np.int64).reshape(-1, 3)
             works = works_of(np.frombuffer(facts, np.int64).reshape(-1, 3), counts, of_weights)
             return [
-                Work(to_device(w.words, self.device), to_device(w.owners, self.device), w.present, w.units, w.cut)
+                replace(w, words=to_device(w.words, self.device), owners=to_device(w.owners, self.device))
                 for w in works
             ]
 
@@ -73,11 +76,13 @@ class Where:
             found = kept[key] = torch.zeros(max(2 * size, LEAST), dtype=dtype, device=self.device)
         return found
 
-    def launch(self, kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+    def launch(
+        self, kernel: Any, programs: int, *arguments: Any, varying: tuple[Tensor | None, ...] = (), **constants: Any
+    ) -> None:
         """As ``kernel[(programs,)](*arguments, **constants)``; from the second time on without Triton's dispatcher,
-        which looks at each argument's type and at each constant again: here they follow from which are None, from the
-        dtype of those that aren't, and from the constants."""
-        kinds = [getattr(argument, "dtype", argument is None) for argument in arguments]
+        which looks at each argument's type and at each constant again: here they follow from the constants and from
+        those arguments that may be None or of another dtype, which ``varying`` lists."""
+        kinds = [None if argument is None else argument.dtype for argument in varying]
         key = (self.device, kernel, *kinds, *constants.values())
         known = _compiled.get(key)
         # Interpreted, numpy would warn of what the kernels do on purpose.
@@ -118,7 +123,7 @@ def read(
     where = Where(rows.device)
     fields, count = rows.shape
     works = where.works(facts, counts, weights)
-    joined_here = totals if len(works) == 1 and works[0].units == 1 else None
+    joined_here, heads_here = (totals, heads) if len(works) == 1 and works[0].units == 1 else (None, None)
     for work in works:
         partials, own_weights = rows, weight_rows
         done = where.workspace(_done, count + 1, torch.int32)
@@ -140,12 +145,13 @@ def read(
             bits_of(p),
             divisor,
             joined_here,
-            heads if joined_here is not None else None,
+            heads_here,
             bits_of(max_norm),
             bits_of(eps),
             strengths,
             weight_rows,
             own_weights,
+            varying=(divisor, joined_here, heads_here, strengths),
             PRESENT=work.present,
             ALL=extras or p != 2.0,
             EXTRAS=extras,
@@ -157,8 +163,8 @@ def read(
 
 def finish(rows: Tensor, p: float, max_norm: float, eps: float, totals: Tensor, heads: Tensor | None) -> None:
     """Joins ``rows``, float64 ``[>= 3, n]``, into ``totals``, float64 ``[4]``, and ``heads``, float32 ``[2]``."""
-    bounds = bits_of(max_norm), bits_of(eps)
-    Where(rows.device).launch(finish_kernel, 1, rows, rows.shape[1], bits_of(p), totals, heads, *bounds)
+    arguments = rows, rows.shape[1], bits_of(p), totals, heads, bits_of(max_norm), bits_of(eps)
+    Where(rows.device).launch(finish_kernel, 1, *arguments, varying=(heads,))
 
 
 def join(unit_rows: Tensor, counts: list[int], p: float, rows: Tensor) -> None:
@@ -174,7 +180,8 @@ def _write(facts: bytes, device: torch.device, change: Any, factors: Tensor | No
     where = Where(device)
     for work in where.works(facts, counts):
         arguments = work.words, work.owners, factors, bits_of(bound)
-        where.launch(write.write_kernel, work.chunks, *arguments, PRESENT=work.present, CHANGE=change, UNITS=work.units)
+        constants = {"PRESENT": work.present, "CHANGE": change, "UNITS": work.units}
+        where.launch(write.write_kernel, work.chunks, *arguments, varying=(factors,), **constants)
 
 
 def scale(facts: bytes, device: torch.device, factor: Tensor) -> None:

@@ -32,6 +32,7 @@ class Work:
     Attributes:
         words: int64 ``[tensors, WORDS]``, see chunks.py; on the host a numpy array, on the device a tensor.
         owners: int32 ``[chunks]``, each chunk's tensor.
+        chunks: how many there are.
         present: bit k is set if a tensor of dtype k is among them.
         units: 1, or how many short units make a chunk.
         cut: whether a unit consists of several chunks.
@@ -39,13 +40,10 @@ class Work:
 
     words: Any
     owners: Any
+    chunks: int
     present: int
     units: int
     cut: bool
-
-    @property
-    def chunks(self) -> int:
-        return len(self.owners)
 
 
 def works_of(facts: np.ndarray, counts: list[int] | None = None, weights: np.ndarray | None = None) -> list[Work]:
@@ -90,7 +88,8 @@ def works_of(facts: np.ndarray, counts: list[int] | None = None, weights: np.nda
         own[:, FIRST_CHUNK] = np.cumsum(chunks) - chunks
         owners = np.repeat(np.arange(len(chosen), dtype=np.int32), chunks)
         present = int(np.bitwise_or.reduce(1 << dtype[chosen]))
-        works.append(Work(own, owners, present, together, bool(together == 1 and (pieces[chosen] > 1).any())))
+        cut = bool(together == 1 and (pieces[chosen] > 1).any())
+        works.append(Work(own, owners, len(owners), present, together, cut))
     return works
 
 

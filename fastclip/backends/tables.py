@@ -49,7 +49,8 @@ class PlainTable:
 
     @property
     def size_bytes(self) -> int:
-        return sum(grad.nbytes for grad in self.grads)
+        sizes, codes = self.numbers[1::3], self.numbers[2::3]
+        return sum(size * DTYPES[code].itemsize for size, code in zip(sizes, codes, strict=True))
 
     @property
     def facts(self) -> bytes:
