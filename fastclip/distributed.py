@@ -262,7 +262,8 @@ def _device_for(group: Any, device: torch.device) -> torch.device:
     types = [own.type for own in group._device_types]
     if device.type in types or not types:
         return device
-    accelerator = torch.accelerator.current_accelerator()
+    # A build of torch for a GPU names one, and asked for its index raises, where there is none.
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     return torch.device(types[0], torch.accelerator.current_device_index()) if accelerator else torch.device(types[0])
 
 

@@ -753,7 +753,7 @@ def test_a_child_is_not_another_process():
     before = machine.Others()._ticks()[2]
     program = "import time\nwhile time.process_time() < 0.4: pass"
     subprocess.run([sys.executable, "-c", program], check=True)
-    assert machine.Others()._ticks()[2] - before >= 0.4
+    assert machine.Others()._ticks()[2] - before >= 0.395  # the difference of two sums of hundredths
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc/self/status")

@@ -124,6 +124,14 @@ def optimizer_steps(name, form, backend):
     return ps, guard, dict(torch._dynamo.utils.counters["graph_break"])
 
 
+def as_far_as_torch(name):
+    """How near a compiled step has to be to the eager one: compiled, SGD of torch 2.10 and 2.11 rounds otherwise."""
+    eager, compiled = (optimizer_steps(name, "clip+step", backend)[0] for backend in (None, "eager"))
+    if all(torch.equal(a, b) for a, b in zip(eager, compiled, strict=True)):
+        return {"rtol": 0, "atol": 0}
+    return {"rtol": 1e-6, "atol": 1e-7}
+
+
 @pytest.mark.parametrize("form", ["wrapper", "attached"])
 @pytest.mark.parametrize("name", INNERS)
 def test_a_compiled_step_equals_the_eager_one(name, form):
@@ -137,12 +145,13 @@ def test_a_compiled_step_equals_the_eager_one(name, form):
     assert len(breaks) <= len(theirs) + 1
     if name != "foreach":  # Dynamo takes foreach's capturable road: other arithmetic, with or without clipping
         eager, *_ = optimizer_steps(name, form, None)
-        torch.testing.assert_close(ps, eager, rtol=0, atol=0)
+        torch.testing.assert_close(ps, eager, **as_far_as_torch(name))
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo's own
 @pytest.mark.parametrize("name", ["fused", "loop"])
 def test_a_compiled_step_with_a_closure(name):
+    close = as_far_as_torch(name)
     torch._dynamo.reset()
     ps, twins = parameters(), parameters()
     opt = fastclip.ClippedOptimizer(INNERS[name](ps), 0.5)
@@ -156,6 +165,6 @@ def test_a_compiled_step_with_a_closure(name):
 
     compiled = torch.compile(opt.step, backend="eager")
     for _ in range(3):
-        assert torch.equal(compiled(lambda: closure(ps)), eager.step(lambda: closure(twins)))
-    assert all(torch.equal(a, b) for a, b in zip(ps, twins, strict=True))
+        torch.testing.assert_close(compiled(lambda: closure(ps)), eager.step(lambda: closure(twins)), **close)
+    torch.testing.assert_close(ps, twins, **close)
     assert opt.clipped_steps == 3

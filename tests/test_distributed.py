@@ -1138,6 +1138,16 @@ def test_a_vector_goes_where_the_group_can_work():
     assert distributed._device_for(Group("cuda"), cpu).type == "cuda"
 
 
+def test_a_vector_asks_no_gpu_that_is_not_there(monkeypatch):
+    """A CUDA build of torch names its accelerator also where there is none, and then raises when it is asked more."""
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(
+        torch.accelerator, "current_accelerator", lambda check_available=False: None if check_available else cuda
+    )
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: pytest.fail("no driver"))
+    assert distributed._device_for(Group("cuda"), torch.device("cpu")) == cuda
+
+
 def bad_parameters():
     """A snapshot is taken only of parameters that are finite on all ranks."""
     model = sharded("fsdp")

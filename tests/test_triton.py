@@ -21,6 +21,7 @@ from fastclip.kernels import chunks, formats, launch, table
 from fastclip.kernels.blocks import CHUNK_BYTES, SHORT_BYTES, UNITS
 from fastclip.kernels.table import CHUNK_BYTES as CUT
 from fastclip.kernels.table import DeviceCache, Work, works_of
+from triton import __version__ as triton_version
 from triton import jit
 from triton import language as tl
 
@@ -241,8 +242,19 @@ def test_interpreted_it_serves_cpu_tensors(python) -> None:
         "print(fastclip.backends.explain([torch.ones(3)]))"
     )
     done = python(program, FASTCLIP_BACKEND="triton", TRITON_INTERPRET="1")
+    if refused := triton._interpreter_refuses(triton_version, np.__version__):
+        assert f"FASTCLIP_BACKEND=triton can't run here: {refused}" in done.stderr
+        return
     assert done.stdout.splitlines()[0] == "4.0", done.stderr
     assert "triton: available, forced by FASTCLIP_BACKEND; serves 1 of 1 gradients" in done.stdout
+
+
+def test_an_interpreter_that_cannot_run_with_this_numpy_says_so() -> None:
+    for versions in (("3.6.0", "2.3.5"), ("3.7.1", "2.5.0"), ("3.10.0+git1", "2.10.1"), ("4.0.0", "3.0.0rc1")):
+        assert triton._interpreter_refuses(*versions) == ""
+    for numpy_version in ("2.4.0", "2.10.1", "3.0.0"):
+        why = triton._interpreter_refuses("3.6.0", numpy_version)
+        assert f"triton 3.6.0 needs numpy before 2.4, and this is numpy {numpy_version}" in why
 
 
 def test_an_old_triton_is_refused(python) -> None:

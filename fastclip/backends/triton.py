@@ -18,6 +18,7 @@ import os
 import shutil
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
@@ -39,7 +40,7 @@ def unavailable() -> str:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install triton"
     if INTERPRETED:
-        return ""
+        return _interpreter_refuses(importlib.import_module("triton").__version__, np.__version__)
     if not torch.cuda.is_available():
         return "no GPU that torch can use was found on this machine"
     if not torch.version.hip and (capability := torch.cuda.get_device_capability()) < LEAST_CAPABILITY:
@@ -47,6 +48,17 @@ def unavailable() -> str:
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return "Triton needs a C compiler (gcc, clang, or what CC names) to make its launchers, and found none"
     return ""
+
+
+def _interpreter_refuses(triton_version: str, numpy_version: str) -> str:
+    """That of Triton 3.6 makes an int of an array with one dimension, which numpy 2.4 has given up."""
+    of_triton, of_numpy = ([int(part) for part in each.split(".")[:2]] for each in (triton_version, numpy_version))
+    if of_triton >= [3, 7] or of_numpy < [2, 4]:
+        return ""
+    return (
+        f"the interpreter of triton {triton_version} needs numpy before 2.4, and this is numpy {numpy_version}; "
+        "that of triton 3.7 works with both"
+    )
 
 
 @functools.cache
