@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 from collections.abc import Callable
 
@@ -255,6 +256,12 @@ def test_an_interpreter_that_cannot_run_with_this_numpy_says_so() -> None:
     for numpy_version in ("2.4.0", "2.10.1", "3.0.0"):
         why = triton._interpreter_refuses("3.6.0", numpy_version)
         assert f"triton 3.6.0 needs numpy before 2.4, and this is numpy {numpy_version}" in why
+
+
+def test_past_the_dispatcher_a_launch_is_of_the_kernel_that_it_would_choose(python) -> None:
+    """A GPU that gets another kernel, or other arguments, writes where it must not."""
+    done = python("import launches; launches.check()", TRITON_INTERPRET="0")
+    assert re.fullmatch(r"(\d+) kernels, \1 kept\n", done.stdout), done.stderr
 
 
 def test_an_old_triton_is_refused(python) -> None:

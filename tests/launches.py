@@ -1,0 +1,119 @@
+"""Every kind of launch of the Triton kernels, with a stand-in for the driver: kernels are compiled, and not run.
+
+A program of its own: Triton has one driver in a process, and here it is not a GPU's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from fastclip.kernels import launch
+from fastclip.kernels.blocks import OPTIONS
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from fastclip.backends import tables
+
+launched: list[tuple[Any, tuple[Any, ...]]] = []  # compiled kernel, and what it was launched with
+
+
+class Launcher:
+    """Triton makes one for each compiled kernel, and calls it for each launch."""
+
+    def __init__(self, source: Any, metadata: Any) -> None:
+        pass
+
+    def __call__(self, *launch: Any) -> None:
+        launched.append((self, launch))
+
+
+class Utils:
+    def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[int, ...]:
+        return 0, 0, 32, 0, 1024  # module, function, registers, spills, most threads
+
+    def unload_module(self, module: int) -> None:
+        pass
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32, "max_num_regs": 65536}
+
+
+class StandIn:
+    utils = Utils()
+    launcher_cls = Launcher
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_device_interface(self) -> Any:
+        return torch.cuda
+
+
+def kinds() -> list[Callable[[], None]]:
+    """One call for each."""
+    facts = tables.table_of([torch.ones(100), torch.ones(7)], tables.CPU).facts
+    long = tables.table_of([torch.ones(1 << 16)], tables.CPU).facts
+    rows, extra_rows, totals = (torch.zeros(*shape, dtype=torch.float64) for shape in ((3, 2), (6, 2), (4,)))
+    heads, counts = torch.zeros(2), [4, 1]
+    unit_rows, strengths = (torch.zeros(*shape, dtype=torch.float64) for shape in ((3, 5), (2, 2)))
+    single, double = torch.tensor(2.0), torch.tensor(2.0, dtype=torch.float64)
+    cpu = rows.device
+
+    def read(divisor: Tensor | None = None, of: bytes = facts, **given: Any) -> Callable[[], None]:
+        settings = {"counts": None, "p": 2.0, "extras": False, "rows": rows, **given}
+        return lambda: launch.read(of, divisor=divisor, **settings)
+
+    joined = {"totals": totals, "heads": heads, "max_norm": 1.0, "eps": 1e-6}
+    penalised = {"weights": facts, "strengths": strengths, "weight_rows": rows.clone()}
+    return [
+        *(read(divisor, **way) for divisor in (None, single, double) for way in ({}, joined)),
+        read(**{**joined, "heads": None}),
+        read(of=long, rows=rows[:, :1].contiguous(), **joined),
+        read(p=3.0),
+        read(extras=True, rows=extra_rows),
+        read(**penalised),
+        read(counts=counts, rows=unit_rows),
+        lambda: launch.finish(rows, 2.0, 1.0, 1e-6, totals, heads),
+        lambda: launch.finish(rows, 2.0, 1.0, 1e-6, totals, None),
+        lambda: launch.join(unit_rows, counts, 2.0, rows),
+        lambda: launch.scale(facts, cpu, single),
+        lambda: launch.scale(facts, cpu, double),
+        lambda: launch.scale_each(facts, cpu, torch.ones(2, dtype=torch.float64)),
+        lambda: launch.scale_each(facts, cpu, torch.ones(5, dtype=torch.float64), counts),
+        lambda: launch.clamp(facts, cpu, 1.0),
+        lambda: launch.zero_nonfinite(facts, cpu),
+    ]
+
+
+def check() -> None:
+    """Raises unless each launch is of the kernel, and with the arguments, that Triton's own dispatcher has for it."""
+    driver.set_active(StandIn())
+    ours = launch.Where.launch
+
+    def both_ways(
+        where: launch.Where, kernel: Any, programs: int, *arguments: Any, varying: Any = (), **constants: Any
+    ) -> None:
+        ours(where, kernel, programs, *arguments, varying=varying, **constants)
+        kernel[(programs,)](*arguments, **constants, **OPTIONS)
+        (own, with_ours), (tritons, with_its) = launched[-2:]
+        what = f"{kernel.__name__} with {constants}"
+        assert own is tritons, f"{what}: another one than Triton's"
+        assert with_ours[:4] == with_its[:4], f"{what}: another grid, or another stream"
+        same = [a is b or a == b for a, b in zip(with_ours[9:], with_its[9:], strict=True)]  # after the hooks
+        assert all(same), f"{what}: {with_ours[9:]}"
+
+    launch.Where.launch = both_ways  # type: ignore[method-assign]
+    for call in [*kinds(), *kinds()]:
+        call()
+    # each twice, by us and by Triton; lists whose units are of two lengths take two launches
+    assert len(launched) == 2 * 2 * (len(kinds()) + 2), len(launched)
+    print(f"{len({own for own, _ in launched})} kernels, {len(launch._compiled)} kept")
