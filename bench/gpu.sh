@@ -37,6 +37,8 @@ pytest=("$python" -m pytest -p no:cacheprovider -q)
   printf '[pytest]\naddopts = -ra\n' >"$out/pytest.ini"
   pytest+=(-c "$out/pytest.ini" --rootdir .)
 }
+# Triton compiles a kernel for each set of dtypes and kind of request: nearly all of the time, so in several processes.
+"$python" -c "import xdist" 2>/dev/null && pytest+=(-n 8)
 step "tests of the CUDA backend" 90 "${pytest[@]}" tests/test_cuda.py
 FASTCLIP_BACKEND= step "tests of both backends' kernels" 120 "${pytest[@]}" tests/test_gpu_kernels.py tests/test_triton.py
 [ -n "$(command -v cuobjdump)" ] && step "tests of the machine code" 60 "${pytest[@]}" tests/test_cuda_build.py

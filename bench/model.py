@@ -31,8 +31,10 @@ LAUNCH_S = 2.5e-6  # of a small kernel in a full queue, on the device
 HOST_LAUNCH_S = 5e-6  # of one operation of torch's with a kernel, on the host
 FIRST_S = 5e-6  # from a call to the first kernel's start, and from the last one's end to the host: wall time only
 
-# fastclip, on the host: NOTES.md, "Lists of small tensors", measured on a CPU's list of 2,000.
-OUR_HOST_S, OUR_HOST_S_PER_TENSOR = 60e-6, 150e-9
+# fastclip, on the host, measured on a CPU: a read (NOTES.md, "Lists of small tensors"), and the write after it, which a
+# device is always given ("Triton's kernels"): whether each tensor may be written, and autograd's versions.
+OUR_READ_S, OUR_READ_S_PER_TENSOR = 60e-6, 150e-9
+OUR_WRITE_S, OUR_WRITE_S_PER_TENSOR = 25e-6, 85e-9
 OUR_TENSORS = 1200  # of a launch: kTableTensors in csrc/cuda/table.h
 # Counted in tests/test_far.py.
 GUARDS_LAUNCHES = 11  # of the wrapper's own numbers, 0-d tensors, and torch's one more for a found_inf
@@ -79,10 +81,16 @@ def _sizes(workload: Workload) -> list[int]:
     return [math.prod(shape) for shape in workload.shapes]
 
 
+def our_read(workload: Workload) -> Cost:
+    count = len(workload.shapes)
+    return Cost(workload.bytes, math.ceil(count / OUR_TENSORS), OUR_READ_S + OUR_READ_S_PER_TENSOR * count)
+
+
 def our_clip(workload: Workload, clips: bool) -> Cost:
-    tables = math.ceil(len(workload.shapes) / OUR_TENSORS)
-    host_s = OUR_HOST_S + OUR_HOST_S_PER_TENSOR * len(workload.shapes)
-    return Cost((3 if clips else 1) * workload.bytes, 2 * tables, host_s)  # a write that finds 1 returns at once
+    count = len(workload.shapes)
+    write_s = OUR_WRITE_S + OUR_WRITE_S_PER_TENSOR * count
+    # a write that finds 1 returns at once
+    return _sum(our_read(workload), Cost(2 * clips * workload.bytes, math.ceil(count / OUR_TENSORS), write_s))
 
 
 def torch_clip(workload: Workload) -> Cost:
@@ -114,7 +122,7 @@ def costs(row: gpu.Row) -> tuple[Cost, Cost]:
     kind = getattr(made, "func", made)
     clips = settings.get("share", rows.NOTHING_TO_CLIP) < 1
     if kind is rows.norm_against_sum:
-        return our_clip(workload, clips=False), Cost(workload.bytes, 2, 2 * HOST_LAUNCH_S)
+        return our_read(workload), Cost(workload.bytes, 2, 2 * HOST_LAUNCH_S)
     if kind is rows.clip_norm:
         return our_clip(workload, clips), torch_clip(workload)
     if kind is gpu.triton_against_cuda:  # by bytes and launches there is no difference
@@ -122,15 +130,15 @@ def costs(row: gpu.Row) -> tuple[Cost, Cost]:
         return triton, triton
     if kind is rows.step and settings.get("scaled"):
         looks = Cost(2 * workload.bytes, mta_launches(_sizes(workload)), 0.0)  # unscale_: reads and writes
-        ours = _sum(our_clip(workload, False), fused_adamw(workload, True), launches=GUARDS_LAUNCHES)
+        ours = _sum(our_read(workload), fused_adamw(workload, True), launches=GUARDS_LAUNCHES)
         return ours, _sum(looks, torch_clip(workload), fused_adamw(workload, False), launches=4)
     if kind is rows.step and settings.get("bare"):
         bare = fused_adamw(workload, False)
         if workload.bytes < riding.TWICE_FROM_BYTES:
             return _sum(our_clip(workload, clips), bare, launches=GUARDS_LAUNCHES), bare
         idle = replace(bare, moved_bytes=0)
-        launches = GUARDS_LAUNCHES + TWICE_LAUNCHES - 1  # no write of ours
-        return _sum(our_clip(workload, False), fused_adamw(workload, clips), idle, launches=launches), bare
+        launches = GUARDS_LAUNCHES + TWICE_LAUNCHES
+        return _sum(our_read(workload), fused_adamw(workload, clips), idle, launches=launches), bare
     raise ValueError(f"no model of {row.name}")
 
 
