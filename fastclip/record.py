@@ -173,7 +173,7 @@ class Record:
         was_clipped = _flag(clipped, device) > was_skipped
         before = on_device(counts, torch.int64, device) if isinstance(counts, list) else counts.to(device)
         if self._one is None or self._one.device != device:
-            self._one = on_device(True, torch.bool, device)
+            self._one = torch.ones((), dtype=torch.bool, device=device)
         # Each operation is a launch: as few as can be.
         after = before + torch.stack([self._one, was_clipped, was_skipped, was_skipped])
         after[IN_A_ROW].mul_(was_skipped)

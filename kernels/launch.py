@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import struct
 from contextlib import nullcontext
 from dataclasses import replace
@@ -19,16 +18,17 @@ from .table import DeviceCache, Work, to_device, works_of
 
 LEAST = 1 << 13  # float64 numbers of a workspace: the chunks of 170 MB of float32
 
+_FLOAT64, _INT64 = struct.Struct("<d"), struct.Struct("<q")
+
 _cache = DeviceCache()
 _compiled: dict[Any, Any] = {}
 _partials: dict[tuple[torch.device, int], Tensor] = {}
 _done: dict[tuple[torch.device, int], Tensor] = {}
 
 
-@functools.lru_cache(maxsize=64)
 def bits_of(number: float) -> int:
     """A float64 as an integer: Triton would pass it on as float32."""
-    return int(struct.unpack("<q", struct.pack("<d", number))[0])
+    return int(_INT64.unpack(_FLOAT64.pack(number))[0])
 
 
 class Where:
