@@ -443,10 +443,14 @@ def versions() -> Results:
     }
 
 
-def run(chosen: Sequence[Row], device: str, small: bool, rounds: int, seed: int = 0) -> Results:
+def run(
+    chosen: Sequence[Row], device: str, small: bool, rounds: int, keep: Callable[[Results], None], seed: int = 0
+) -> Results:
+    """``keep`` gets what is known so far after each row: a run that is cut off has not been for nothing."""
     clock = Clock(device)
     reading = reading_speed(clock, device, 1 << 16 if small else 1 << 30)
-    results: Results = {"format": FORMAT, "card": card(), "versions": versions(), "reading_speed": reading, "rows": []}
+    of_this = {"card": card(), "versions": versions(), "reading_speed": reading}
+    results: Results = {"format": FORMAT, **of_this, "rows": [], "facts": []}
     _progress(f"{results['card']['name']}: reading {reading['bytes_per_s'] / 1e9:.0f} GB/s by {reading['by']}")
     inputs: Inputs | None = None
     for number, row in enumerate(chosen, 1):
@@ -459,10 +463,13 @@ def run(chosen: Sequence[Row], device: str, small: bool, rounds: int, seed: int 
         result = measured(row, inputs, clock, rounds, reading["bytes_per_s"])
         results["rows"].append(result)
         _progress(f"[{number}/{len(chosen)}] {row.name}: {_outcome(result)}")
+        keep(results)
     inputs = None
+    # Last, as a fact may cost what comes after it: an error of the device stays with the process.
     results["facts"] = facts_of(Inputs(tiny(GPT2) if small else GPT2, seed, device), device == "cuda")
     for fact in results["facts"]:
         _progress(f"{fact['name']}: {fact['verdict']}: {fact['text']}")
+    keep(results)
     return results
 
 
@@ -525,10 +532,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = [row for row in all_rows() if args.only.lower() in row.name.lower()]
     if not chosen:
         parser.error(f"no row's name contains {args.only!r}; they are: {', '.join(row.name for row in all_rows())}")
-    results = run(chosen, args.device, args.tiny, args.rounds)
-    if args.json is not None:
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
-    report.write(markdown(results), args.markdown or "-")
+
+    def keep(results: Results) -> None:
+        if args.json is not None:
+            args.json.write_text(json.dumps(results, indent=1) + "\n")
+        if args.markdown not in (None, "-"):
+            report.write(markdown(results), args.markdown)
+
+    results = run(chosen, args.device, args.tiny, args.rounds, keep)
+    if args.markdown in (None, "-"):
+        report.write(markdown(results), "-")
     return int(
         any("ratio" not in row for row in results["rows"]) or any(f["verdict"] == "wrong" for f in results["facts"])
     )

@@ -40,11 +40,11 @@ pytest=("$python" -m pytest -p no:cacheprovider -q)
 # Triton compiles a kernel for each set of dtypes and kind of request: nearly all of the time, so in several processes.
 "$python" -c "import xdist" 2>/dev/null && pytest+=(-n 8)
 step "tests of the CUDA backend" 90 "${pytest[@]}" tests/test_cuda.py
-FASTCLIP_BACKEND= step "tests of both backends' kernels" 120 "${pytest[@]}" tests/test_gpu_kernels.py tests/test_triton.py
-[ -n "$(command -v cuobjdump)" ] && step "tests of the machine code" 60 "${pytest[@]}" tests/test_cuda_build.py
-
 step "numbers" 240 "$python" -m fastclip.bench.gpu --json "$out/gpu.json" --markdown "$out/gpu.md"
 step "numbers beside the model's" 20 "$python" -m fastclip.bench.model --json "$out/gpu.json" --markdown "$out/model.md"
+
+FASTCLIP_BACKEND= step "tests of both backends' kernels" 120 "${pytest[@]}" tests/test_gpu_kernels.py tests/test_triton.py
+[ -n "$(command -v cuobjdump)" ] && step "tests of the machine code" 60 "${pytest[@]}" tests/test_cuda_build.py
 
 # One allocation of the driver's for each tensor, so that an access past its end is seen.
 for tool in memcheck racecheck initcheck; do

@@ -34,6 +34,23 @@ def test_every_row_is_checked_and_timed(written: tuple[int, dict, str]) -> None:
     assert {"name", "verdict", "text"} <= results["facts"][0].keys()
 
 
+def test_a_run_that_is_cut_off_leaves_its_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    measured, rows = gpu.measured, []
+
+    def cut_off(row: gpu.Row, *args: object) -> dict:
+        if len(rows) == 2:
+            raise KeyboardInterrupt  # as timeout sends it
+        rows.append(row.name)
+        return measured(row, *args)
+
+    monkeypatch.setattr(gpu, "measured", cut_off)
+    files = [tmp_path / "gpu.json", tmp_path / "gpu.md"]
+    with pytest.raises(KeyboardInterrupt):
+        gpu.main(["--device", "cpu", "--tiny", "--rounds", "1", "--json", str(files[0]), "--markdown", str(files[1])])
+    assert [row["name"] for row in json.loads(files[0].read_text())["rows"]] == rows
+    assert all(f"| {name}" in files[1].read_text() for name in rows)
+
+
 def test_a_wrong_result_has_no_time(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     right = gpu.fastclip.clip_grad_norm_
     monkeypatch.setattr(gpu.fastclip, "clip_grad_norm_", lambda *args: right(*args) * 1.001)
