@@ -41,7 +41,7 @@ from torch import Tensor
 
 from fastclip.backends import reference
 from fastclip.reading import PLACES, Peers, Reading, refinished
-from fastclip.tensors import Grads, is_sharded, local, placements_of
+from fastclip.tensors import Grads, is_sharded, local, mesh_of, placements_of
 from fastclip.ties import APART, MARKS, SHARDED, Role, Ties, groups_of, listed_in
 from fastclip.types import (
     ALWAYS_FIELDS,
@@ -132,11 +132,10 @@ def _table_of(reading: Reading, roles: list[Role], kinds: list[float | str], who
     buckets = _buckets(roles, groups)
     table = _unfilled(kinds, list(buckets), rows)
     for role, bucket in buckets.items():
-        columns = [i for i, place in enumerate(grads.columns) if roles[place] == role]
-        if not columns:
+        chosen = [i for i, place in enumerate(grads.columns) if roles[place] == role]
+        if not chosen:
             continue
-        if len(columns) == rows.shape[1]:
-            columns = slice(None)  # type: ignore[assignment]
+        columns = slice(None) if len(chosen) == rows.shape[1] else chosen
         of_bucket = rows[:ALWAYS_FIELDS, columns]
         counts = of_bucket[NORM + 1 :].sum(dim=1)
         of_all = len(buckets) == 1
@@ -179,11 +178,11 @@ def _cut_units(ties: Ties, requests: list[Request]) -> list[_CutUnits]:
         listed = list(listed_in(grads))
         all_dims = unit_dims(Grads(listed, None, grads.names, grads.noun), request.units)
         for place, (tensor, dims) in enumerate(zip(listed, all_dims, strict=True)):
-            if not is_sharded(tensor) or tensor.device_mesh.get_coordinate() is None:  # type: ignore[attr-defined]
+            if not is_sharded(tensor) or mesh_of(tensor).get_coordinate() is None:
                 continue
             cut = {
                 group.group_name
-                for group, p in zip(groups_of(tensor.device_mesh), placements_of(tensor), strict=True)  # type: ignore[attr-defined]
+                for group, p in zip(groups_of(mesh_of(tensor)), placements_of(tensor), strict=True)
                 if not p.is_replicate() and p.dim in dims
             }
             if cut & set(names):

@@ -106,6 +106,11 @@ def is_sharded(tensor: Tensor) -> bool:
     return cls is not None and isinstance(tensor, cls)
 
 
+def mesh_of(tensor: Any) -> Any:
+    """The mesh of ranks over which a sharded tensor lies."""
+    return tensor.device_mesh
+
+
 def placements_of(tensor: Any) -> tuple[Any, ...]:
     """One for each dimension of the mesh of a sharded tensor."""
     placements: tuple[Any, ...] = tensor.placements

@@ -40,7 +40,8 @@ class Layer:
         """Name in the module -> weight as it is used: with a parametrization, what that gives."""
         own = self.module._parameters
         if parametrize.is_parametrized(self.module):
-            for name in self.module.parametrizations:  # type: ignore[union-attr]
+            parametrized: Any = self.module.parametrizations
+            for name in parametrized:
                 yield str(name), getattr(self.module, str(name)).detach()
         for name, parameter in own.items():
             if parameter is None or parameter.dim() < 2 or name.endswith("_g"):

@@ -81,7 +81,7 @@ class Trainer:
             loss = self._subject.loss()
             grads = gradients(loss, self._parameters)
             losses.append(float(loss.detach()))
-            norms.append(float(functional.get_total_norm(grads)))  # type: ignore[arg-type]
+            norms.append(float(functional.get_total_norm([grad for grad in grads if grad is not None])))
             progress.update()
             if diverged(losses) or not math.isfinite(norms[-1]):
                 break

@@ -7,6 +7,7 @@ and going back is a change of pointers that can't round or fail half-way.
 
 from __future__ import annotations
 
+import functools
 import random
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -146,6 +147,6 @@ def _generators() -> Iterator[tuple[Callable[[], Any], Callable[[Any], None]]]:
         return
     for index in range(torch.accelerator.device_count()):
         yield (
-            lambda index=index: device_module.get_rng_state(index),  # type: ignore[misc]
-            lambda state, index=index: device_module.set_rng_state(state, index),  # type: ignore[misc]
+            functools.partial(device_module.get_rng_state, device=index),
+            functools.partial(device_module.set_rng_state, device=index),
         )
