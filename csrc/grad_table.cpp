@@ -13,7 +13,6 @@ struct Torch {
   PyTypeObject* parameter = nullptr;
   PyObject* grad = nullptr;            // interned "grad"
   PyObject* grad_getter = nullptr;     // the descriptor behind Tensor.grad
-  PyObject* version_getter = nullptr;  // behind Tensor._version, which an inference tensor doesn't have
 } torch;
 
 // A set of object addresses for a few thousand entries: open addressing, no allocation per entry.
@@ -194,7 +193,6 @@ void bind(const py::type& tensor, const py::type& parameter) {
   torch.parameter = reinterpret_cast<PyTypeObject*>(parameter.inc_ref().ptr());
   torch.grad = PyUnicode_InternFromString("grad");
   torch.grad_getter = getter_named(tensor, "grad");
-  torch.version_getter = getter_named(tensor, "_version");
 }
 
 GradTable table_of(const py::list& grads, int device_type) {
@@ -326,12 +324,17 @@ const py::bytes& facts(GradTable& table) {
   return table.facts;
 }
 
-void* memory(const py::object& tensor, DType dtype, std::int64_t size, Device device, const char* name) {
+TensorRef on_device(const py::object& tensor, Device device, const char* name) {
   TensorRef ref{};
   Device own;
   const char* reason = refusal(tensor.ptr(), ref, own);
   if (*reason == '\0') reason = elsewhere(own, device);
   if (*reason != '\0') throw py::type_error(std::string(name) + ": " + reason);
+  return ref;
+}
+
+void* memory(const py::object& tensor, DType dtype, std::int64_t size, Device device, const char* name) {
+  const TensorRef ref = on_device(tensor, device, name);
   if (ref.dtype != dtype || ref.size != size)
     throw py::value_error(std::string(name) + " must hold " + std::to_string(size) +
                           (dtype == DType::f64 ? " float64 numbers" : " float32 numbers"));
@@ -348,21 +351,6 @@ void* current_stream(Device device) {
   void* stream = nullptr;
   if (torch.api->current_work_stream(static_cast<DLDeviceType>(device.type), device.id, &stream) != 0) throw py::error_already_set();
   return stream;
-}
-
-py::object first_inference(const py::list& tensors) {
-  static PyObject* const name = PyUnicode_InternFromString("is_inference");
-  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tensors.ptr()); ++i) {
-    PyObject* tensor = PyList_GET_ITEM(tensors.ptr(), i);
-    if (is_plain(tensor)) {  // in a third of the time
-      if (py::reinterpret_steal<py::object>(get(torch.version_getter, tensor))) continue;
-      PyErr_Clear();
-    }
-    const auto answer = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor, name));
-    if (!answer) throw py::error_already_set();
-    if (answer.ptr() == Py_True) return py::int_(i);
-  }
-  return py::none();
 }
 
 }  // namespace fastclip

@@ -59,10 +59,10 @@ std::int64_t size_bytes(const GradTable& table);
 // so that Python hashes it once.
 const py::bytes& facts(GradTable& table);
 
-// -> index of the first inference tensor, None if there is none.
-py::object first_inference(const py::list& tensors);
+// Where the elements of a dense tensor on this device lie; `name` is for the error.
+TensorRef on_device(const py::object& tensor, Device device, const char* name);
 
-// The memory of a tensor of exactly `size` numbers of this dtype on this device, which the caller allocated.
+// The memory of one with exactly `size` numbers of this dtype, which the caller allocated.
 void* memory(const py::object& tensor, DType dtype, std::int64_t size, Device device, const char* name);
 
 Device device_of(const py::object& tensor);

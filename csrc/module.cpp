@@ -80,7 +80,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("pieces", &pieces, py::arg("table"), py::arg("masks"));
   m.def("split", &split, py::arg("table"), py::arg("counts"));
   m.def("partners", &partners, py::arg("table"), py::arg("weights"));
-  m.def("first_inference", &first_inference, py::arg("tensors"));
 
   py::class_<GradTable>(m, "GradTable")
       .def(py::init(&table_of), py::arg("grads"), py::arg("device_type"))

@@ -12,6 +12,8 @@ from fastclip.types import NONFINITE
 
 def real(name: str, value: float | Tensor) -> float:
     """``value``, a number or a tensor with one element, as a float."""
+    if type(value) is float:
+        return value
     if isinstance(value, Tensor) and value.numel() != 1:
         raise TypeError(f"{name}: expected a number or a tensor with one element, got shape {tuple(value.shape)}")
     if isinstance(value, bool) or not hasattr(value, "__float__"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -29,8 +28,7 @@ from fastclip.types import (
 from fastclip.units import unit_dims
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
+class Verdict(NamedTuple):
     """What a policy decided for its gradients; they are not clipped yet.
 
     Attributes:
@@ -94,20 +92,23 @@ class Verdict:
             plan.clamp_(clamp)
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
+class Finding(NamedTuple):
     """What was read for one policy.
 
     Attributes:
         policy: the rule that asked.
         reading: what it gets to see.
-        found_inf: whether a gradient is not finite, or was not before "zero"; a 0-d tensor where the host would have
-            to wait for it.
+        first: what stood in the gradients; another reading than that under "zero".
     """
 
     policy: Policy
     reading: Reading
-    found_inf: bool | Tensor
+    first: Reading
+
+    @property
+    def found_inf(self) -> bool | Tensor:
+        """Whether a gradient was not finite; a 0-d tensor where the host would have to wait for it."""
+        return self.first.found_inf
 
     def decide(self) -> Verdict:
         """Has the policy decide, once: it may learn from what it sees."""
@@ -171,20 +172,17 @@ def examine(
     if penalties is not None and nonfinite == "raise":
         for reading in joined([Request()] * len(shares), None, None).readings:
             reading.check_finite()
-    readings, skips, nobody = joined(asked, grad_scale, penalties)
+    first, skips, nobody = joined(asked, grad_scale, penalties)
     if nonfinite == "raise":
-        for reading in readings:
+        for reading in first:
             reading.check_finite()
-    found = [reading.found_inf for reading in readings]
-    if nonfinite == "zero" and any(of is not False for of in found):
-        for reading, of in zip(readings, found, strict=True):
-            if of is not False:
-                reading.plan.zero_nonfinite_()
-        readings = [
-            again.with_penalty_of(seen)
-            for again, seen in zip(joined(asked, grad_scale, None).readings, readings, strict=True)
-        ]
-    each = [Finding(policy, r, f) for (_, policy), r, f in zip(shares, readings, found, strict=True)]
+    readings = first
+    if nonfinite == "zero" and (bad := [reading for reading in first if reading.found_inf is not False]):
+        for reading in bad:
+            reading.plan.zero_nonfinite_()
+        again = joined(asked, grad_scale, None).readings
+        readings = [new.with_penalty_of(seen) for new, seen in zip(again, first, strict=True)]
+    each = [Finding(policy, r, f) for (_, policy), r, f in zip(shares, readings, first, strict=True)]
     return Findings([of for of, nobodys in zip(each, nobody, strict=True) if not nobodys], skips)
 
 

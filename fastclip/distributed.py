@@ -209,7 +209,7 @@ def _with_units(reading: Reading, cut: _CutUnits, table: _Table) -> Reading:
     for theirs, ours in _spans(reading, cut):
         rows[:, ours] = table.values[:ALWAYS_FIELDS, theirs]
         weight_norms[ours] = table.values[ALWAYS_FIELDS, theirs]
-    return replace(reading, units=replace(reading.units, rows=rows, weight_norms=weight_norms))
+    return reading._replace(units=replace(reading.units, rows=rows, weight_norms=weight_norms))
 
 
 def _spans(reading: Reading, cut: _CutUnits) -> Iterator[tuple[slice, slice]]:
@@ -433,4 +433,4 @@ def _spread(reading: Reading, table: _Table, top: _Table, whole: bool, ties: Tie
         rows = own[: len(rows)].to(rows).contiguous()
         if weight_rows is not None:
             weight_rows = own[len(rows) : len(rows) + len(WEIGHT_FIELDS)].to(weight_rows)
-    return refinished(replace(reading, rows=rows, weight_rows=weight_rows, peers=peers), peers.rows.to(reading.rows))
+    return refinished(reading._replace(rows=rows, weight_rows=weight_rows, peers=peers), peers.rows.to(reading.rows))

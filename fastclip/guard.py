@@ -193,7 +193,9 @@ class Guard(Reports):
         """Changes when the optimizer moves a parameter, or writes or drops a gradient."""
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         grads = [parameter.grad for parameter in parameters]
-        return [p._version for p in parameters] + [None if g is None else (id(g), g._version) for g in grads]
+        return [p._version for p in parameters] + [
+            None if g is None else (id(g), None if g.is_inference() else g._version) for g in grads
+        ]
 
     def _call(self, inner_step: Callable[..., Any], clearance: Clearance, kwargs: dict[str, Any]) -> Any:
         if self._lr_factor != 1.0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -96,8 +97,7 @@ class Peers:
         return name_at(place) if rank in self.alike else f"gradient {place} of rank {rank}'s list", rank
 
 
-@dataclass(frozen=True, slots=True)
-class Reading:
+class Reading(NamedTuple):
     """One read of a list of gradients.
 
     Attributes:
@@ -180,14 +180,14 @@ class Reading:
         if of_each:
             of_all[NORM] = reference.norm_of_norms(rows[NORM], request.norm_type)
         peers = replace(self.peers, rows=of_all)
-        return refinished(replace(self, request=request, rows=rows, peers=peers), of_all)
+        return refinished(self._replace(request=request, rows=rows, peers=peers), of_all)
 
     def with_penalty_of(self, seen: Reading) -> Reading:
         """The same, read anew after a penalty had been added and read."""
         peers = self.peers
         if peers is not None and seen.peers is not None:
             peers = replace(peers, penalty=seen.peers.penalty)
-        return replace(self, weight_rows=seen.weight_rows, strengths=seen.strengths, peers=peers)
+        return self._replace(weight_rows=seen.weight_rows, strengths=seen.strengths, peers=peers)
 
     @property
     def norm_dtype(self) -> torch.dtype:
@@ -277,6 +277,8 @@ def any_of(reasons: Iterable[bool | Tensor]) -> bool | Tensor:
     """Whether one of them holds: bools, or 0-d tensors that aren't 0; a tensor where the host would have to wait."""
     tensors = []
     for reason in reasons:
+        if reason is False:
+            continue
         if isinstance(reason, Tensor) and not known_to_host(reason):
             tensors.append(flag(reason))
         elif reason:
@@ -348,7 +350,7 @@ def refinished(reading: Reading, rows: Tensor) -> Reading:
     """The same with totals that come from other rows."""
     totals, heads = _empty_totals(rows)
     reading.plan.finish(rows, reading.request, totals, heads)
-    return replace(reading, totals=totals, on_host=_on_host(totals), heads=heads)
+    return reading._replace(totals=totals, on_host=_on_host(totals), heads=heads)
 
 
 def penalties(weight_rows: Tensor, strengths: Strengths) -> Tensor:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from types import GeneratorType
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -28,8 +28,7 @@ FLOAT8 = tuple(
 LAYOUTS = (torch.strided, torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
 
-@dataclass(frozen=True, slots=True)
-class Grads:
+class Grads(NamedTuple):
     """Every gradient once, however often its parameter was listed.
 
     Attributes:
@@ -356,8 +355,15 @@ def dense(grad: Tensor) -> Tensor:
     if grad.layout == torch.strided:
         return grad
     if grad.layout == torch.sparse_coo:
-        return (grad if grad.is_coalesced() else grad.coalesce())._values()
+        with its_mode(grad):
+            return (grad if grad.is_coalesced() else grad.coalesce())._values()
     return grad.values()  # CSR, CSC, BSR, BSC
+
+
+def its_mode(grad: Tensor) -> AbstractContextManager[Any]:
+    """In which torch lets it be written: an inference tensor only in inference mode, as it has no version counter. By
+    that autograd finds what was written after it had been saved; but inference tensors are never saved."""
+    return torch.inference_mode() if grad.is_inference() else nullcontext()
 
 
 def write_back(grad: Tensor, values: Tensor) -> None:
@@ -396,21 +402,6 @@ def _shares_memory(grad: Tensor) -> bool:
     for stride, size in dims:
         offsets = (offsets[:, None] + stride * torch.arange(size)).flatten()
     return len(set(offsets.tolist())) < grad.numel()
-
-
-def check_not_inference(grads: Grads) -> None:
-    """Raises ``RuntimeError`` when an inference tensor would be written outside of inference mode."""
-    if torch.is_inference_mode_enabled():
-        return
-    if C is not None:
-        index = C.first_inference(grads.tensors)
-    else:
-        index = next((i for i, grad in enumerate(grads.tensors) if grad.is_inference()), None)
-    if index is not None:
-        raise RuntimeError(
-            f"the gradient of {grads.describe(index)} is an inference tensor, which can only be written "
-            "inside torch.inference_mode(); nothing was written"
-        )
 
 
 def check_writable(grads: Grads, readonly: dict[int, str]) -> None:

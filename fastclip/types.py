@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -32,8 +31,7 @@ Strengths: TypeAlias = list[tuple[float, float]]  # of a weight penalty: (of the
 NONFINITE = ("propagate", "skip", "zero", "raise")
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """What one read of the gradients shall yield.
 
     Args:
@@ -232,7 +230,7 @@ def map_magnitudes(rows: Tensor, request: Request, mapped: Callable[[Tensor], Te
 
 def known_to_host(tensor: Tensor) -> bool:
     """Whether looking at the value waits for nothing: plain CPU memory, neither meta nor fake."""
-    return type(tensor) is Tensor and tensor.device.type == "cpu"
+    return type(tensor) is Tensor and tensor.is_cpu
 
 
 def cuda_in_use() -> bool:

@@ -53,7 +53,7 @@ def test_chunks_are_cut_where_these_tests_think() -> None:
 
     def chunks(size: int, units: int = 1) -> int:
         table = cuda.table_of([torch.empty(size, device=device())])
-        return (C.cuda_workspace_bytes(table, [units], False, False) - 16) // 24
+        return (C.cuda_workspace(table, [units], False, False)[0] - 2) // 3
 
     one = CHUNK_BYTES // 4
     assert [chunks(size) for size in (0, 1, one, one + 1, 2 * one, 2 * one + 1)] == [1, 1, 1, 2, 2, 3]
@@ -157,7 +157,7 @@ def test_a_read_stays_inside_the_workspace_it_asked_for(extras: bool) -> None:
     units = [1, 1, 20_000, 1, 8, 5, 1, 8191, 4]
     strengths = torch.ones(2, len(grads), dtype=torch.float64, device=device())
     for of, penalised in (([], False), (units, False), ([], True)):
-        size = C.cuda_workspace_bytes(table, of, extras, penalised) // 8
+        size, _, _ = C.cuda_workspace(table, of, extras, penalised)
         memory = poisoned(size + 100)
         memory[: size + 0] = 0.0
         rows = poisoned(6 if extras else 3, sum(of) or len(grads))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -129,21 +130,69 @@ def test_fp8_is_read_but_never_written(route: str, dtype: torch.dtype) -> None:
     assert first.grad._version == 0
 
 
-def test_inference_tensors_are_not_written_outside_inference_mode(route: str) -> None:
-    with torch.inference_mode():
-        grad = torch.tensor([3.0, 4.0])
-    first, second = parameter(torch.tensor([12.0])), parameter(torch.zeros(2))
-    second.grad = grad
-    assert float(fastclip.get_total_norm([first.grad, grad])) == 13.0
+@pytest.mark.parametrize("kind", ["dense", "strided", "uncoalesced", "bfloat16"])
+def test_inference_tensors_are_clipped_outside_inference_mode_too(route: str, kind: str) -> None:
+    def params() -> list[torch.nn.Parameter]:
+        second = parameter(torch.zeros(2, 2))
+        with torch.inference_mode():
+            grad = torch.tensor([[30.0, 40.0], [0.3, 0.4]])
+            if kind == "strided":
+                grad = torch.stack([grad, grad], dim=2)[:, :, 0]
+            elif kind == "uncoalesced":
+                grad = torch.sparse_coo_tensor([[0, 0, 1], [0, 1, 1]], [30.0, 40.0, 0.5], (2, 2))
+            elif kind == "bfloat16":
+                second.data, grad = second.data.bfloat16(), grad.bfloat16()
+            second.grad = grad
+        assert second.grad.is_inference()
+        return [parameter(torch.tensor([12.0, 5.0])), second]
+
+    def with_nan(work: Callable[[list[torch.nn.Parameter]], object]) -> Callable[[list[torch.nn.Parameter]], object]:
+        def run(own: list[torch.nn.Parameter]) -> object:
+            with torch.inference_mode():
+                values = own[1].grad._values() if kind == "uncoalesced" else own[1].grad
+                values[0] = NAN
+            return work(own)
+
+        return run
+
+    def penalised(own: list[torch.nn.Parameter]) -> None:
+        strength = 0.0 if kind == "uncoalesced" else 0.5  # which would make it dense
+        groups = [{"params": own[:1]}, {"params": own[1:], "l2": strength}]
+        fastclip.ClippedOptimizer(torch.optim.SGD(groups, lr=0.1), 1.0, l1=0.5 if strength else 0.0).step()
+
+    units = [] if kind == "uncoalesced" else [lambda own: fastclip.adaptive_clip_grad_(own, 0.5)]
     for work in (
-        lambda: fastclip.clip_grad_norm_([first, second], 0.1),
-        lambda: fastclip.clip_grad_value_([first, second], 0.1),
-        lambda: fastclip.clip_grads_with_norm_([first, second], 0.1, 2.0),
+        *units,
+        lambda own: fastclip.clip_grad_norm_(own, 1.0),
+        lambda own: fastclip.clip_grads_with_norm_(own, 1.0, 2.0),
+        lambda own: fastclip.clip_grads_(own, fastclip.policies.PerTensorNorm(1.0)),
+        lambda own: fastclip.clip_grad_value_(own, 1.0),
+        with_nan(lambda own: fastclip.clip_grad_norm_(own, 1.0, nonfinite="zero")),
+        penalised,
     ):
-        with pytest.raises(RuntimeError, match=r"parameters\[1\].*inference"):
-            work()
-    assert first.grad.tolist() == [12.0]
-    assert grad.tolist() == [3.0, 4.0]
+        inside, outside = params(), params()
+        with torch.inference_mode(), torch.no_grad():
+            work(inside)
+        work(outside)
+        for left, right in zip(inside, outside, strict=True):
+            assert torch.equal(left.grad.to_dense(), right.grad.to_dense())
+        assert not torch.equal(outside[1].grad.to_dense(), params()[1].grad.to_dense())
+        assert outside[1].grad.is_inference()
+        assert not outside[0].grad.is_inference()
+
+
+def test_an_inference_gradient_under_a_closure_is_stepped_with(route: str) -> None:
+    p = parameter(torch.tensor([30.0, 40.0]))
+    opt = fastclip.ClippedOptimizer(torch.optim.SGD([p], lr=1.0), max_norm=5.0)
+
+    def closure() -> float:
+        with torch.inference_mode():
+            p.grad = torch.tensor([30.0, 40.0])
+        return 1.0
+
+    before = p.detach().clone()
+    opt.step(closure)
+    torch.testing.assert_close(before - p.detach(), torch.tensor([3.0, 4.0]))
 
 
 def test_zero_tensors_raise_before_anything_is_written(route: str) -> None:

@@ -46,30 +46,31 @@ cuda::Scalar scalar(const py::object& value, Device device, const char* name) {
     out.value = value.cast<double>();
     return out;
   }
-  out.is_double = py::str(value.attr("dtype")).cast<std::string>() == "torch.float64";
-  out.at = memory(value, out.is_double ? DType::f64 : DType::f32, 1, device, name);
+  const TensorRef number = on_device(value, device, name);
+  if ((number.dtype != DType::f64 && number.dtype != DType::f32) || number.size != 1)
+    throw py::value_error(std::string(name) + " must be one float32 or float64 number");
+  out.is_double = number.dtype == DType::f64;
+  out.at = number.data;
   return out;
 }
 
 cuda::Place place(Device device) { return {device.id, current_stream(device), nullptr, false}; }
 
-// -> (stream, whether a graph is being captured on it)
-std::pair<std::intptr_t, bool> stream_of(const GradTable& table) {
-  void* stream = current_stream(table.device);
-  return {reinterpret_cast<std::intptr_t>(stream), cuda::is_capturing(stream)};
-}
-
-std::int64_t workspace_bytes(const GradTable& table, const Units& units, bool extras, bool penalised) {
+// What one read of these needs -> (float64 numbers of workspace, stream, whether a graph is being captured on it)
+std::tuple<std::int64_t, std::intptr_t, bool> workspace_for(const GradTable& table, const Units& units, bool extras, bool penalised) {
   units_in(table, units);
-  return cuda::read_workspace_bytes(table.tensors, units, extras, penalised);
+  const std::int64_t bytes = cuda::read_workspace_bytes(table.tensors, units, extras, penalised);
+  void* stream = current_stream(table.device);
+  return {bytes / 8, reinterpret_cast<std::intptr_t>(stream), cuda::is_capturing(stream)};
 }
 
 // workspace: float64, all 0 where a read begins and ends; `fresh` if it isn't yet.
 cuda::Place place(const GradTable& table, const Units& units, bool extras, bool penalised, const py::object& workspace, bool fresh) {
-  const auto numbers = workspace.attr("numel")().cast<std::int64_t>();
-  if (8 * numbers < cuda::read_workspace_bytes(table.tensors, units, extras, penalised)) throw py::value_error("the workspace is too small");
+  const TensorRef given = on_device(workspace, table.device, "workspace");
+  if (given.dtype != DType::f64 || 8 * given.size < cuda::read_workspace_bytes(table.tensors, units, extras, penalised))
+    throw py::value_error("the workspace is too small");
   cuda::Place at = place(table.device);
-  at.workspace = doubles(workspace, numbers, table.device, "workspace");
+  at.workspace = given.data;
   at.fresh_workspace = fresh;
   return at;
 }
@@ -135,9 +136,7 @@ void define_cuda(py::module_& m) {
   m.attr("CUDA") = kDeviceType;
   m.attr("cuda_emulated") = kDeviceType == kDLCPU;
   m.def("cuda_unavailable", &cuda::why_unavailable);
-  m.def("cuda_stream", &stream_of, py::arg("table"));
-  m.def("cuda_workspace_bytes", &workspace_bytes, py::arg("table"), py::arg("units"), py::arg("extras"),
-        py::arg("penalised"));
+  m.def("cuda_workspace", &workspace_for, py::arg("table"), py::arg("units"), py::arg("extras"), py::arg("penalised"));
   m.def("cuda_read", &read, py::arg("table"), py::arg("units"), py::arg("norm_type"), py::arg("extras"), py::arg("divisor"),
         py::arg("rows"), py::arg("totals"), py::arg("heads"), py::arg("max_norm"), py::arg("eps"), py::arg("workspace"),
         py::arg("fresh"));

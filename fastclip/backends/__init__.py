@@ -9,15 +9,14 @@ import functools
 import os
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastclip._native import C, why_missing
 from fastclip.backends import cpu, cuda, reference, triton
-from fastclip.tensors import Grads, TensorOrTensors, check_not_inference, check_writable, grads_or_parameters
+from fastclip.tensors import Grads, TensorOrTensors, check_writable, grads_or_parameters
 from fastclip.types import Backend, BackendUnavailableError, Request, UnsupportedGradientError, cuda_in_use
 
 ON_GPU: tuple[Backend, ...] = (cuda, triton)
@@ -41,8 +40,7 @@ if (
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """The share of a list that one backend works on; ``positions`` None means all of it."""
 
     backend: Backend
@@ -74,8 +72,7 @@ def candidates(device_type: int | None = None) -> tuple[Backend, ...]:
     raise BackendUnavailableError(f"FASTCLIP_BACKEND={forced}: no such backend; known are {known}")
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(NamedTuple):
     """Who works on which of the gradients; every write goes through here, after its checks."""
 
     grads: Grads
@@ -116,7 +113,6 @@ class Plan:
         weight_rows: list[Tensor],
     ) -> None:
         """Adds the penalty to every gradient in place and reads what that gives; ``rows`` part by part."""
-        check_not_inference(self.grads)
         for part, own_rows, own_weight_rows in zip(self.parts, rows, weight_rows, strict=True):
             own, columns = weights, strengths
             if part.positions is not None:
@@ -126,7 +122,6 @@ class Plan:
 
     def scale_(self, factor: float | Tensor) -> None:
         """Multiplies every gradient in place by a number, a 0-d tensor, or one factor per tensor."""
-        check_not_inference(self.grads)
         for part in self.parts:
             own = factor
             if isinstance(factor, Tensor) and factor.dim() == 1 and part.positions is not None:
@@ -135,7 +130,6 @@ class Plan:
 
     def scale_units_(self, dims: list[tuple[int, ...]], counts: list[int], factors: Tensor) -> None:
         """Multiplies each unit in place; ``factors`` in the order of the gradients, ``counts[i]`` for each."""
-        check_not_inference(self.grads)
         for part in self.parts:
             if part.positions is None:
                 part.backend.scale_units_(part.table, dims, factors)
@@ -145,12 +139,10 @@ class Plan:
             part.backend.scale_units_(part.table, [dims[i] for i in part.positions], own)
 
     def clamp_(self, bound: float) -> None:
-        check_not_inference(self.grads)
         for part in self.parts:
             part.backend.clamp_(part.table, bound)
 
     def zero_nonfinite_(self) -> None:
-        check_not_inference(self.grads)
         for part in self.parts:
             part.backend.zero_nonfinite_(part.table)
 

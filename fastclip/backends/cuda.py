@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fastclip._native import C, build_facts, why_missing
-from fastclip.backends import apart
+from fastclip.backends import apart, tables
 from fastclip.types import Request
 
 EMULATED = bool(getattr(C, "cuda_emulated", False))
@@ -53,7 +53,7 @@ def read(
 ) -> None:
     divisor: float | Tensor = 1.0
     if grad_scale is not None:
-        divisor = _scalar(grad_scale, rows)
+        divisor = _scalar(grad_scale, rows.device)
     workspace, fresh = _workspace(table, [], request.extras, False, rows)
     C.cuda_read(
         table,
@@ -104,13 +104,11 @@ def finish(rows: Tensor, request: Request, totals: Tensor, heads: Tensor | None 
 def scale_(table: Any, factor: float | Tensor) -> None:
     if not len(table):
         return
-    like = table.grads[0]
+    device = table.grads[0].device
     if isinstance(factor, Tensor) and factor.dim() == 1:
-        C.cuda_scale_each(table, [], factor.to(like.device, non_blocking=True))
-    elif isinstance(factor, Tensor):
-        C.cuda_scale(table, _scalar(factor, like))
-    elif factor != 1.0:
-        C.cuda_scale(table, factor)
+        C.cuda_scale_each(table, [], factor.to(device, non_blocking=True))
+    elif isinstance(factor, Tensor) or factor != 1.0:
+        C.cuda_scale(table, _scalar(factor, device))
     else:
         return
     increment_version(table.grads)
@@ -134,14 +132,9 @@ def zero_nonfinite_(table: Any) -> None:
     increment_version(table.grads)
 
 
-def _scalar(value: float | Tensor, like: Tensor) -> float | Tensor:
-    """As the kernels take it: a number, or one element on the device of ``like``, read there."""
-    if not isinstance(value, Tensor):
-        return float(value)
-    value = value.detach().reshape(())
-    if value.device != like.device or value.dtype not in (torch.float32, torch.float64):
-        value = value.to(like.device, torch.float64, non_blocking=True)
-    return value
+def _scalar(value: float | Tensor, device: torch.device) -> float | Tensor:
+    """As the kernels take it: a number, or one element on the device, read there."""
+    return tables.one_number(value, device) if isinstance(value, Tensor) else float(value)
 
 
 def _workspace(table: Any, counts: list[int], extras: bool, penalised: bool, like: Tensor) -> tuple[Tensor, bool]:
@@ -150,8 +143,7 @@ def _workspace(table: Any, counts: list[int], extras: bool, penalised: bool, lik
     One for each device and stream, of which each read leaves the counters at 0. A graph gets its own, from the
     graph's pool, and clears them itself: it may run at the same time as another that was captured on this stream.
     """
-    stream, capturing = C.cuda_stream(table)
-    size = C.cuda_workspace_bytes(table, counts, extras, penalised) // 8
+    size, stream, capturing = C.cuda_workspace(table, counts, extras, penalised)
     if capturing:
         return like.new_empty(size, dtype=torch.float64), True
     key = (like.device, stream)

@@ -117,10 +117,11 @@ def penalise_(grad: Tensor, weight: Tensor, strengths: Tensor) -> None:
     """Of one gradient; ``strengths`` are its own two."""
     if known_to_host(strengths) and not bool(strengths.any()):
         return
-    for piece, of_weight in zip(_pieces(grad), _pieces(tensors.dense(weight.detach())), strict=True):
-        g, w = _widened(piece), _widened(of_weight)
-        penalised = (g + strengths[0] * torch.sgn(w)) + strengths[1] * w
-        piece.copy_(torch.where(strengths.any(), penalised, g))
+    with tensors.its_mode(grad):
+        for piece, of_weight in zip(_pieces(grad), _pieces(tensors.dense(weight.detach())), strict=True):
+            g, w = _widened(piece), _widened(of_weight)
+            penalised = (g + strengths[0] * torch.sgn(w)) + strengths[1] * w
+            piece.copy_(torch.where(strengths.any(), penalised, g))
 
 
 def weight_stats(weight: Tensor) -> Tensor:
@@ -196,38 +197,43 @@ def scale_(table: ReferenceTable, factor: float | Tensor) -> None:
         own = factor[column] if isinstance(factor, Tensor) and factor.dim() == 1 else factor
         if isinstance(own, float) and own == 1.0:
             continue
-        for piece in _pieces(grad):
-            factor_here = own.to(piece.device) if isinstance(own, Tensor) else own
-            piece.copy_(_widened(piece) * factor_here)
-        tensors.write_back(source, grad)
+        with tensors.its_mode(source):
+            for piece in _pieces(grad):
+                factor_here = own.to(piece.device) if isinstance(own, Tensor) else own
+                piece.copy_(_widened(piece) * factor_here)
+            tensors.write_back(source, grad)
 
 
 def scale_units_(table: ReferenceTable, dims: list[tuple[int, ...]], factors: Tensor) -> None:
     at = 0
     for grad, source, reduced in zip(table.grads, table.sources, dims, strict=True):
         units = count_units(grad, reduced)
-        scale_units_of(grad, reduced, factors[at : at + units])
-        tensors.write_back(source, grad)
+        with tensors.its_mode(source):
+            scale_units_of(grad, reduced, factors[at : at + units])
+            tensors.write_back(source, grad)
         at += units
 
 
 def scale_units_of(grad: Tensor, dims: tuple[int, ...], factors: Tensor) -> None:
     shape = [1 if d in dims else grad.shape[d] for d in range(grad.dim())]
-    grad.copy_(_widened(grad) * factors.to(grad.device).reshape(shape))
+    with tensors.its_mode(grad):
+        grad.copy_(_widened(grad) * factors.to(grad.device).reshape(shape))
 
 
 def clamp_(table: ReferenceTable, bound: float) -> None:
     for grad, source in zip(table.grads, table.sources, strict=True):
         if bound > torch.finfo(grad.dtype).max:
             continue  # nothing finite exceeds it, and Inf clamped to it would round back to Inf
-        grad.clamp_(min=-bound, max=bound)
-        tensors.write_back(source, grad)
+        with tensors.its_mode(source):
+            grad.clamp_(min=-bound, max=bound)
+            tensors.write_back(source, grad)
 
 
 def zero_nonfinite_(table: ReferenceTable) -> None:
     for grad, source in zip(table.grads, table.sources, strict=True):
-        grad.masked_fill_(torch.isfinite(grad).logical_not(), 0)
-        tensors.write_back(source, grad)
+        with tensors.its_mode(source):
+            grad.masked_fill_(torch.isfinite(grad).logical_not(), 0)
+            tensors.write_back(source, grad)
 
 
 def norm_of_norms(norms: Tensor, p: float) -> Tensor:

@@ -122,6 +122,15 @@ def partners(table: Any, weights: list[Tensor]) -> Any:
     return found
 
 
+def one_number(value: Tensor, device: torch.device) -> Tensor:
+    """One element as a float32 or float64 on that device, without waiting for it."""
+    if value.dim() or value.requires_grad:
+        value = value.detach().reshape(())
+    if value.device != device or value.dtype not in (torch.float32, torch.float64):
+        value = value.to(device, torch.float64, non_blocking=True)
+    return value
+
+
 def device_type_of(device: torch.device) -> int:
     if device.type == "cuda":
         return ROCM if torch.version.hip else CUDA

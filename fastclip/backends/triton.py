@@ -159,8 +159,4 @@ def _on_device(value: float | Tensor, device: torch.device) -> Tensor:
     """One float32 or float64 there; a number of the host gets there without waiting."""
     if not isinstance(value, Tensor):
         return torch.full((), value, dtype=torch.float64, device=device)
-    if value.dim() or value.requires_grad:
-        value = value.detach().reshape(())
-    if value.device != device or value.dtype not in (torch.float32, torch.float64):
-        value = value.to(device, torch.float64, non_blocking=True)
-    return value
+    return tables.one_number(value, device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import keras
@@ -82,7 +81,7 @@ class KerasGuard(Reports):
         """Reads and clips the gradients of a step in place, and returns them."""
         variables = [variable.value for variable in self._variables]
         names = GroupNames([(0, {"params": variables, "param_names": [v.path for v in self._variables]})])
-        share = replace(grads_among(grads), names=names, parameters=variables)
+        share = grads_among(grads)._replace(names=names, parameters=variables)
         (finding,), _ = examine([(share, self.policy)], self.nonfinite)
         verdict = finding.decide()
         skip = any_of([verdict.decision.skip, finding.found_inf if self.nonfinite == "skip" else False])

@@ -45,11 +45,11 @@ class GlobalNorm(Policy):
     @max_norm.setter
     def max_norm(self, value: Bound) -> None:
         bound = math.inf  # what the engine is asked for, where the bound is known only later
+        self._fixed = False
         if not isinstance(value, Tensor) and not callable(value):
-            bound = number("max_norm", value)
+            bound, self._fixed = number("max_norm", value), True
         elif isinstance(value, Tensor) and known_to_host(value):
             number("max_norm", value)
-        self._fixed = not isinstance(value, Tensor) and not callable(value)
         self.writes = not self._fixed or bound != math.inf
         self._request = Request(self.norm_type, bound, self.eps)
         self._max_norm = value
