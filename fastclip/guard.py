@@ -204,12 +204,16 @@ class Guard(Reports):
         return self._call_at_its_lr(inner_step, clearance, kwargs)
 
     def _call_at_its_lr(self, inner_step: Callable[..., Any], clearance: Clearance, kwargs: dict[str, Any]) -> Any:
-        attributes = vars(self.optimizer)
-        if clearance[1:3] == (None, None) and not any(name in attributes for name in riding.RIDERS):
+        attributes, rider = vars(self.optimizer), clearance.grad_scale is not None or clearance.found_inf is not None
+        if not rider and not any(name in attributes for name in riding.RIDERS):
             return inner_step(**kwargs)
-        return self._call_with_riders(inner_step, clearance, kwargs)
+        call = self._call_untraced if torch.compiler.is_compiling() else self._call_with_riders
+        return call(inner_step, clearance, kwargs)
 
     @_disable_dynamo  # torch disables it for its fused steps too, and a graph can't break inside a `with`
+    def _call_untraced(self, inner_step: Callable[..., Any], clearance: Clearance, kwargs: dict[str, Any]) -> Any:
+        return self._call_with_riders(inner_step, clearance, kwargs)
+
     def _call_with_riders(self, inner_step: Callable[..., Any], clearance: Clearance, kwargs: dict[str, Any]) -> Any:
         with (
             riding.aboard(self.optimizer, grad_scale=clearance.grad_scale, found_inf=clearance.found_inf),

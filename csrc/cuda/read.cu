@@ -246,11 +246,10 @@ __global__ void __launch_bounds__(kThreads, 2) join_kernel(FASTCLIP_PARAMETERS(J
 
 namespace {
 
+// All but the table.
 template <class TableType>
-ReadParams<TableType> params_of(const TableType& table, std::int64_t first_unit, bool is_last, std::int64_t rows,
-                                const ReadArguments& given, const Place& place) {
-  ReadParams<TableType> params;
-  params.table = table;
+void fill(ReadParams<TableType>& params, std::int64_t first_unit, bool is_last, std::int64_t rows, const ReadArguments& given,
+          const Place& place) {
   params.rows = given.rows + first_unit;
   params.partials = reinterpret_cast<double*>(static_cast<char*>(place.workspace) + kTicketBytes);
   params.tickets = static_cast<std::uint32_t*>(place.workspace);
@@ -259,7 +258,6 @@ ReadParams<TableType> params_of(const TableType& table, std::int64_t first_unit,
   params.divisor = given.divisor;
   params.extras = given.extras;
   params.totals = {is_last ? given.totals : nullptr, given.heads, given.rows, rows, given.max_norm, given.eps};
-  return params;
 }
 
 template <Look kLook, class Params>
@@ -288,8 +286,9 @@ void read(const Tensors& tensors, const Units& units, const ReadArguments& given
   std::int64_t rows = units.empty() ? static_cast<std::int64_t>(tensors.size()) : 0;
   for (const std::int64_t count : units) rows += count;
   bool finished = false;
-  for_launches<TensorTable>(tensors, units, [&](const TensorTable& table, std::int64_t first_unit, bool is_last) {
-    const auto params = params_of(table, first_unit, is_last, rows, given, place);
+  ReadParams<TensorTable> params;
+  for_launches(params.table, tensors, units, [&](std::int64_t first_unit, bool is_last) {
+    fill(params, first_unit, is_last, rows, given, place);
     if (given.extras || given.norm_type != 2.0) launch_read<Look::all>(params, place, tensors.size());
     else launch_read<Look::norms>(params, place, tensors.size());
     finished = is_last;
@@ -303,9 +302,10 @@ void read_penalised(const Tensors& grads, const Tensors& weights, const double* 
   const DeviceGuard guard(place.device);
   if (place.fresh_workspace) fill_zero(place.workspace, kTicketBytes, place.stream);
   const auto rows = static_cast<std::int64_t>(grads.size());
-  for_launches<PairTable>(grads, {}, [&](const PairTable& table, std::int64_t first, bool is_last) {
-    PenalisedParams params;
-    static_cast<ReadParams<PairTable>&>(params) = params_of(table, first, is_last, rows, given, place);
+  PenalisedParams params;
+  const PairTable& table = params.table;
+  for_launches(params.table, grads, {}, [&](std::int64_t first, bool is_last) {
+    fill(params, first, is_last, rows, given, place);
     for (int i = 0; i < table.tensors; ++i) {
       const bool apart = weights[first + i].size != grads[first + i].size, empty = grads[first + i].size == 0;
       // nothing has no address, but a row to fill: any will do

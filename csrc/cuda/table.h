@@ -101,15 +101,14 @@ __device__ std::uint32_t find(const Table& table, std::uint32_t chunk, std::uint
 
 // ---- on the host -----------------------------------------------------------------------------------
 
-// Cuts a list into launches: calls launch(table, units before it, whether it is the last). A tensor without a unit
-// is left out, so the list may be empty, and then nothing is called.
+// Cuts a list into launches: fills `table`, where it lies in the kernel's parameters, and calls launch(units before it,
+// whether it is the last). A tensor without a unit is left out, so the list may be empty, and then nothing is called.
 template <class Table, class Launch>
-void for_launches(const Tensors& tensors, const std::vector<std::int64_t>& units, Launch launch) {
+void for_launches(Table& table, const Tensors& tensors, const std::vector<std::int64_t>& units, Launch launch) {
   constexpr std::uint64_t kMost = 0xffffffffu;
   const auto units_of = [&](std::size_t i) { return units.empty() ? 1 : units[i]; };
   std::size_t last = tensors.size();  // after the last one that has a unit
   while (last > 0 && units_of(last - 1) == 0) --last;
-  Table table;
   std::size_t i = 0;
   for (std::int64_t unit = 0; i < last;) {
     table.tensors = table.join_count = 0;
@@ -136,7 +135,7 @@ void for_launches(const Tensors& tensors, const std::vector<std::int64_t>& units
       table.tensors = at + 1;
       unit += count;
     }
-    launch(static_cast<const Table&>(table), first_unit, i == last);
+    launch(first_unit, i == last);
   }
 }
 

@@ -131,9 +131,11 @@ template <Change kChange>
 void write(const char* name, const Tensors& tensors, const Units& units, const Scalar& scalar,
            const double* factors, const Place& place) {
   const DeviceGuard guard(place.device);
-  for_launches<TensorTable>(tensors, units, [&](const TensorTable& table, std::int64_t first_unit, bool) {
-    const WriteParams params{table, scalar, factors == nullptr ? nullptr : factors + first_unit};
-    const int blocks = blocks_for(write_kernel<kChange>, place.device, table.first_chunk[table.tensors]);
+  WriteParams params;
+  params.scalar = scalar;
+  for_launches(params.table, tensors, units, [&](std::int64_t first_unit, bool) {
+    params.factors = factors == nullptr ? nullptr : factors + first_unit;
+    const int blocks = blocks_for(write_kernel<kChange>, place.device, params.table.first_chunk[params.table.tensors]);
     launch(write_kernel<kChange>, blocks, kThreads, place.stream, params, over(name, tensors.size()));
   });
 }
