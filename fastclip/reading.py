@@ -205,6 +205,8 @@ class Reading(NamedTuple):
     @property
     def clip_coef(self) -> float | Tensor:
         """What the request's bound asks for; a 0-d tensor where the host would have to wait for it."""
+        if self.request.max_norm == math.inf:
+            return 1.0
         return self.totals[CLIP_COEF] if self.on_host is None else self.on_host[CLIP_COEF]
 
     @property

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from triton.runtime import driver
 
 from . import write
 from .blocks import OPTIONS
@@ -37,8 +38,9 @@ class Where:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream, self.capturing = 0, False
-        if device.type == "cuda":
-            self.stream = torch.cuda.current_stream(device).cuda_stream
+        self.interpreted = device.type == "cpu"
+        if not self.interpreted:
+            self.stream = driver.active.get_current_stream(device.index)
             self.capturing = torch.cuda.is_current_stream_capturing()
 
     def works(self, facts: bytes, counts: list[int] | None = None, weights: bytes | None = None) -> list[Work]:
@@ -83,12 +85,13 @@ class Where:
         which looks at each argument's type and at each constant again: here they follow from the constants and from
         those arguments that may be None or of another dtype, which ``varying`` lists."""
         kinds = [None if argument is None else argument.dtype for argument in varying]
-        key = (self.device, kernel, *kinds, *constants.values())
+        key = (self.device, id(kernel), *kinds, *constants.values())  # its own hash would be that of its source
         known = _compiled.get(key)
         # Interpreted, numpy would warn of what the kernels do on purpose.
-        on_cpu = self.device.type == "cpu"
-        here = not on_cpu and torch.cuda.current_device() == self.device.index
-        with np.errstate(all="ignore") if on_cpu else nullcontext() if here else torch.cuda.device(self.device):
+        here = not self.interpreted and torch.cuda.current_device() == self.device.index
+        with (
+            np.errstate(all="ignore") if self.interpreted else nullcontext() if here else torch.cuda.device(self.device)
+        ):
             if known is None:
                 _compiled[key] = kernel[(programs,)](*arguments, **constants, **OPTIONS)
             else:

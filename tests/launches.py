@@ -9,53 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from fastclip.bench.triton_driver import launched, stand_in
 from fastclip.kernels import launch
 from fastclip.kernels.blocks import OPTIONS
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 
 from fastclip.backends import tables
-
-launched: list[tuple[Any, tuple[Any, ...]]] = []  # compiled kernel, and what it was launched with
-
-
-class Launcher:
-    """Triton makes one for each compiled kernel, and calls it for each launch."""
-
-    def __init__(self, source: Any, metadata: Any) -> None:
-        pass
-
-    def __call__(self, *launch: Any) -> None:
-        launched.append((self, launch))
-
-
-class Utils:
-    def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[int, ...]:
-        return 0, 0, 32, 0, 1024  # module, function, registers, spills, most threads
-
-    def unload_module(self, module: int) -> None:
-        pass
-
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32, "max_num_regs": 65536}
-
-
-class StandIn:
-    utils = Utils()
-    launcher_cls = Launcher
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_device_interface(self) -> Any:
-        return torch.cuda
 
 
 def kinds() -> list[Callable[[], None]]:
@@ -96,7 +55,7 @@ def kinds() -> list[Callable[[], None]]:
 
 def check() -> None:
     """Raises unless each launch is of the kernel, and with the arguments, that Triton's own dispatcher has for it."""
-    driver.set_active(StandIn())
+    stand_in()
     ours = launch.Where.launch
 
     def both_ways(

@@ -663,6 +663,23 @@ def test_a_far_step_launches_as_much_as_the_model_says(twice, monkeypatch):
     assert counts[0] - counts[1] - the_steps_own == GUARDS_LAUNCHES + (TWICE_LAUNCHES if twice else 0)
 
 
+@pytest.mark.parametrize("bad", [False, True])
+def test_without_a_bound_nothing_is_launched_to_write(far, bad) -> None:
+    params = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2, 2))]
+    for p in params:
+        p.grad = torch.full_like(p, 1e30)
+    if bad:
+        params[1].grad[0, 0] = math.inf
+    before = [p.grad._version for p in params]
+    with no_waiting():
+        norm = fastclip.clip_grad_norm_(params, math.inf)
+        opt = ClippedOptimizer(torch.optim.SGD(params, lr=0.1, fused=True), max_norm=math.inf)
+        opt.step()
+    assert [p.grad._version for p in params] == before
+    assert float(norm) == (math.inf if bad else pytest.approx(7**0.5 * 1e30))
+    assert (int(opt.clipped_steps), int(opt.skipped_steps)) == (0, bad)
+
+
 def test_only_steps_of_many_bytes_are_launched_twice(far, monkeypatch):
     """Below that the host would be what takes the time; and a loss scale rides in any case."""
     monkeypatch.setattr(fastclip.backends.reference, "returns_early", True)

@@ -151,6 +151,7 @@ void define_cuda(py::module_& m) {
   m.def("cuda_zero_nonfinite", &zero_nonfinite, py::arg("table"));
 #if defined(FASTCLIP_CUDA_EMULATED)
   m.def("cuda_set_order", &cuda::set_order, py::arg("seed"), "0: threads in order; else as this seed has it.");
+  m.def("cuda_set_idle", &cuda::set_idle, py::arg("is_idle"), "Kernels are launched, and don't run.");
 #endif
 }
 

@@ -27,10 +27,13 @@ std::uint64_t exchange(std::uint64_t value, int lanes);
 // Another fiber may go on first; does nothing while they run in order.
 void let_others_run();
 
-// Runs body() in blocks * threads fibers, all blocks at the same time, to the end.
+// Runs body() in blocks * threads fibers, all blocks at the same time, to the end; not at all while set_idle(true).
 void run_grid(int blocks, int threads, const std::function<void()>& body);
 
 // 0: fibers go on in order. Else they do so as this seed has it, anew at each grid.
 void set_order(std::uint64_t seed);
+
+// Grids don't run: what is left of a call is the host's work, to be timed.
+void set_idle(bool is_idle);
 
 }  // namespace fastclip::cuda
