@@ -1,8 +1,8 @@
 """What a call on a GPU costs the host, without a GPU: kernels are launched, and don't run.
 
-``python -m fastclip.bench.host cuda-emulated`` wants a build with ``FASTCLIP_CUDA=emulated``, ``... triton`` a Triton that
-compiles; each in a process of its own. As on a device no value is known to the host. What the driver takes for a launch
-is not in it, and torch's few operations are those of the CPU.
+``python -m fastclip.bench.host cuda-emulated`` wants a build with ``FASTCLIP_CUDA=emulated``, ``... triton`` a Triton
+that compiles; each in a process of its own. As on a device no value is known to the host. What the driver takes for a
+launch is not in it, and torch's few operations are those of the CPU.
 """
 
 from __future__ import annotations
