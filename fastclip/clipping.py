@@ -97,18 +97,11 @@ class Finding(NamedTuple):
 
     Attributes:
         policy: the rule that asked.
-        reading: what it gets to see.
-        first: what stood in the gradients; another reading than that under "zero".
+        reading: what it gets to see; under "zero" what is left.
     """
 
     policy: Policy
     reading: Reading
-    first: Reading
-
-    @property
-    def found_inf(self) -> bool | Tensor:
-        """Whether a gradient was not finite; a 0-d tensor where the host would have to wait for it."""
-        return self.first.found_inf
 
     def decide(self) -> Verdict:
         """Has the policy decide, once: it may learn from what it sees."""
@@ -172,17 +165,16 @@ def examine(
     if penalties is not None and nonfinite == "raise":
         for reading in joined([Request()] * len(shares), None, None).readings:
             reading.check_finite()
-    first, skips, nobody = joined(asked, grad_scale, penalties)
+    readings, skips, nobody = joined(asked, grad_scale, penalties)
     if nonfinite == "raise":
-        for reading in first:
+        for reading in readings:
             reading.check_finite()
-    readings = first
-    if nonfinite == "zero" and (bad := [reading for reading in first if reading.found_inf is not False]):
+    if nonfinite == "zero" and (bad := [reading for reading in readings if reading.found_inf is not False]):
         for reading in bad:
             reading.plan.zero_nonfinite_()
         again = joined(asked, grad_scale, None).readings
-        readings = [new.with_penalty_of(seen) for new, seen in zip(again, first, strict=True)]
-    each = [Finding(policy, r, f) for (_, policy), r, f in zip(shares, readings, first, strict=True)]
+        readings = [new.with_penalty_of(seen) for new, seen in zip(again, readings, strict=True)]
+    each = [Finding(policy, reading) for (_, policy), reading in zip(shares, readings, strict=True)]
     return Findings([of for of, nobodys in zip(each, nobody, strict=True) if not nobodys], skips)
 
 
@@ -236,7 +228,7 @@ def clip_(grads: Grads, policy: Policy, nonfinite: str, group: Any = None) -> Te
         return torch.tensor(0.0)
     (finding,) = findings
     verdict = finding.decide()
-    skip = any_of([verdict.decision.skip, finding.found_inf if nonfinite == "skip" else False])
+    skip = any_of([verdict.decision.skip, finding.reading.found_inf if nonfinite == "skip" else False])
     verdict.apply(skip=skip)
     return finding.reading.total_norm
 

@@ -273,7 +273,7 @@ class Guard(Reports):
         if not again and self._ladder.wants_snapshot() and self._parameters_are_finite():
             self._ladder.take_snapshot(self.optimizer)
         verdicts = [finding.decide() for finding in findings]
-        found_inf = any_of(finding.found_inf for finding in findings)
+        found_inf = any_of(finding.reading.found_inf for finding in findings)
         if report is not None:
             report.copy_(torch.as_tensor(found_inf))
         reasons = [held]

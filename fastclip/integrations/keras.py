@@ -84,7 +84,7 @@ class KerasGuard(Reports):
         share = grads_among(grads)._replace(names=names, parameters=variables)
         (finding,), _ = examine([(share, self.policy)], self.nonfinite)
         verdict = finding.decide()
-        skip = any_of([verdict.decision.skip, finding.found_inf if self.nonfinite == "skip" else False])
+        skip = any_of([verdict.decision.skip, finding.reading.found_inf if self.nonfinite == "skip" else False])
         self._skipped = bool(skip)
         self._record.note([Seen(finding.reading)], verdict.clipped, self._skipped)
         self._record.check_streak(int(self._record.counts[IN_A_ROW]))
