@@ -9,7 +9,8 @@ python=${PYTHON:-python3}
 failed=0 all=480
 : >"$out/steps.tsv"
 
-# step NAME SECONDS COMMAND...: its output goes to the log; the last lines and the outcome are shown
+# step NAME SECONDS COMMAND...: its output goes to the log; the last lines and the outcome are shown. With FAILS_ON only
+# that exit code is a failure
 step() {
   local name=$1 limit=$2 start=$SECONDS code=0
   shift 2
@@ -23,7 +24,7 @@ step() {
   cat "$out/step.txt" >>"$out/log.txt"
   tail -n 25 "$out/step.txt" | cut -c1-300
   printf '%s\t%d\t%d\n' "$name" "$code" "$((SECONDS - start))" | tee -a "$out/steps.tsv"
-  [ "$code" -eq 0 ] || failed=1
+  [ "$code" -eq 0 ] || [ "$code" -ne "${FAILS_ON:-$code}" ] || failed=1
 }
 
 step "machine" 20 bash -c "nvidia-smi; nvcc --version; git log -1 --format=%H; $python -m pip list 2>/dev/null | grep -iE '^(torch|triton|numpy|pytest|hypothesis|pybind11|setuptools)'"
@@ -43,14 +44,17 @@ step "tests of the CUDA backend" 90 "${pytest[@]}" tests/test_cuda.py
 step "numbers" 240 "$python" -m fastclip.bench.gpu --json "$out/gpu.json" --markdown "$out/gpu.md"
 step "numbers beside the model's" 20 "$python" -m fastclip.bench.model --json "$out/gpu.json" --markdown "$out/model.md"
 
-FASTCLIP_BACKEND= step "tests of both backends' kernels" 120 "${pytest[@]}" tests/test_gpu_kernels.py tests/test_triton.py
+FASTCLIP_BACKEND= step "tests of both backends' kernels" 170 "${pytest[@]}" tests/test_gpu_kernels.py tests/test_triton.py
 [ -n "$(command -v cuobjdump)" ] && step "tests of the machine code" 60 "${pytest[@]}" tests/test_cuda_build.py
 
-# One allocation of the driver's for each tensor, so that an access past its end is seen.
+# One allocation of the driver's for each tensor, so that an access past its end is seen. Some machines refuse the tool, and
+# it may take longer than there is time: only what it finds is a failure.
 for tool in memcheck racecheck initcheck; do
   if command -v compute-sanitizer >/dev/null; then
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "compute-sanitizer $tool" 60 \
-      compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -m fastclip.bench.gpu --short
+    api=$([ "$tool" = memcheck ] && echo "--report-api-errors no")  # torch asks on purpose what may fail
+    # shellcheck disable=SC2086
+    FAILS_ON=9 PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "compute-sanitizer $tool" 60 \
+      compute-sanitizer --tool "$tool" $api --error-exitcode 9 "$python" -m fastclip.bench.gpu --short
   else
     printf 'compute-sanitizer %s\t%s\t0\n' "$tool" "not there" | tee -a "$out/steps.tsv"
   fi

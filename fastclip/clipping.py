@@ -106,6 +106,8 @@ class Finding(NamedTuple):
     def decide(self) -> Verdict:
         """Has the policy decide, once: it may learn from what it sees."""
         decision = self.policy.decide(self.reading)
+        if not isinstance(decision, Decision):
+            raise TypeError(f"{self.policy!r}: decide() must return a Decision, got {type(decision).__name__}")
         coef = decision.clip_coef
         if isinstance(coef, Tensor) and coef.dim() == 0 and known_to_host(coef):
             decision = decision._replace(clip_coef=float(coef))

@@ -14,7 +14,7 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable, but withou
 from torch.optim import Optimizer
 
 from fastclip import amp, riding
-from fastclip.checks import nonfinite_rule, real, whole
+from fastclip.checks import nonfinite_rule, number, real, whole
 from fastclip.clipping import Finding, all_finite, examine
 from fastclip.ladder import Ladder, LossWatch, Rollback, SpikeBackoff, reduced_lr
 from fastclip.policies import GlobalNorm, Policy, policy_of
@@ -409,7 +409,12 @@ class Guard(Reports):
             raise TypeError(f"param_groups[{index}]['group_max_norm'] is a callable; use policy=GlobalNorm(callable)")
         if "policy" in group:
             group["policy"] = policy_of(group["policy"], f"param_groups[{index}]['policy']")
-        policy: Policy = group.get("policy") or GlobalNorm(group["group_max_norm"], norm_type=norm_type)
+        policy: Policy | None = group.get("policy")
+        if policy is None:
+            bound = group["group_max_norm"]
+            if not isinstance(bound, Tensor) or known_to_host(bound):
+                bound = number(f"param_groups[{index}]['group_max_norm']", bound)
+            policy = GlobalNorm(bound, norm_type=norm_type)
         if getattr(policy, "norm_type", norm_type) != norm_type:
             raise ValueError(
                 f"param_groups[{index}]['policy'] is in the {policy.norm_type:g}-norm, the optimizer's in the "

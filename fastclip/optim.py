@@ -340,7 +340,7 @@ class ClipGroup(ClippedOptimizer):
     groups; its ``state_dict`` holds ``{"optimizers": [...]}``, the state dict of each.
 
     Args:
-        optimizers: two or more ``torch.optim.Optimizer``, bare ones, with different parameters.
+        optimizers: ``torch.optim.Optimizer``, bare ones, with different parameters; a stage without any passes none.
         settings: those of :class:`ClippedOptimizer`.
 
     Raises:
@@ -358,6 +358,8 @@ class ClipGroup(ClippedOptimizer):
     """
 
     def __init__(self, optimizers: Iterable[Optimizer], max_norm: Bound | None = None, **settings: Any) -> None:
+        if isinstance(optimizers, Optimizer) or not isinstance(optimizers, Iterable):
+            raise TypeError(f"optimizers: expected several of them, got {type(optimizers).__name__}")
         parts = list(optimizers)
         for part in parts:
             _check_optimizer(part)

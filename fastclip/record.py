@@ -129,7 +129,8 @@ class Echo:
             return
         self._copy = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
         self._event = torch.Event(values.device)
-        self._event.record()
+        # by itself it would be on the stream of whichever device is the current one
+        self._event.record(torch.accelerator.current_stream(values.device))
 
 
 def _flag(value: bool | Tensor, device: torch.device) -> Tensor:

@@ -163,7 +163,7 @@ def _settled(grad: Any, parameter: Any) -> Tensor:
 def _listed(tensors: TensorOrTensors, noun: str) -> list[Tensor]:
     if isinstance(tensors, Tensor):
         return [tensors]
-    if isinstance(tensors, torch.nn.Module):
+    if isinstance(tensors, torch.nn.Module) and not isinstance(tensors, torch.nn.ParameterList):
         raise TypeError(f"{noun}: got a {type(tensors).__name__} module; pass module.parameters()")
     if isinstance(tensors, (str, bytes)) or not isinstance(tensors, Iterable):
         raise TypeError(f"{noun}: expected a tensor or an iterable of tensors, got {type(tensors).__name__}")
@@ -414,7 +414,8 @@ def check_writable(grads: Grads, readonly: dict[int, str]) -> None:
 
 def first_nonfinite(grad: Tensor) -> tuple[tuple[int, ...], complex]:
     """Index and value of the first NaN or Inf in row-major order. Synchronises."""
-    values = grad if grad.layout == torch.strided else grad.to_dense()
+    with its_mode(grad):
+        values = grad if grad.layout == torch.strided else grad.to_dense()
     widened = values.to(torch.float32) if values.dtype in FLOAT8 else values
     index = tuple(torch.isfinite(widened).logical_not().nonzero()[0].tolist())
     return index, widened[index].item()

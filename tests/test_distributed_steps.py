@@ -428,7 +428,9 @@ def test_one_norm_over_several_optimizers():
         opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))]})
     with pytest.raises(TypeError, match="is clipped by fastclip already"):
         fastclip.ClipGroup([opt])
-    p = torch.nn.Parameter(torch.ones(1))
+    with pytest.raises(TypeError, match="expected several of them, got SGD"):
+        fastclip.ClipGroup(torch.optim.SGD(model_parameters := [torch.nn.Parameter(torch.ones(1))], lr=0.1))
+    (p,) = model_parameters
     with pytest.raises(ValueError, match="each step would move it twice"):
         fastclip.ClipGroup([torch.optim.SGD([p], lr=0.1), torch.optim.SGD([p], lr=0.1)])
 

@@ -181,6 +181,25 @@ def test_inference_tensors_are_clipped_outside_inference_mode_too(route: str, ki
         assert not outside[0].grad.is_inference()
 
 
+@pytest.mark.filterwarnings("ignore:Sparse (CSR|CSC) tensor support:UserWarning")
+@pytest.mark.parametrize("layout", [torch.sparse_csr, torch.sparse_csc, torch.sparse_coo], ids=str)
+def test_a_bad_element_of_a_sparse_inference_gradient_is_named(route: str, layout: torch.layout) -> None:
+    with torch.inference_mode():
+        grad = torch.tensor([[0.0, NAN], [1.0, 0.0]]).to_sparse(layout=layout)
+    p = torch.nn.Parameter(torch.zeros_like(grad))
+    p.grad = grad
+    with pytest.raises(fastclip.NonFiniteGradientError, match=r"parameters\[0\].*NaN at index \(0, 1\)"):
+        fastclip.clip_grad_norm_([p], 1.0, nonfinite="raise")
+
+
+def test_a_parameter_list_is_a_list_of_parameters(route: str) -> None:
+    p = parameter(torch.tensor([3.0, 4.0]))
+    assert float(fastclip.clip_grad_norm_(torch.nn.ParameterList([p]), 1.0)) == 5.0
+    torch.testing.assert_close(p.grad, torch.tensor([0.6, 0.8]))
+    with pytest.raises(TypeError, match="got a Linear module; pass module"):
+        fastclip.clip_grad_norm_(torch.nn.Linear(1, 1), 1.0)
+
+
 def test_an_inference_gradient_under_a_closure_is_stepped_with(route: str) -> None:
     p = parameter(torch.tensor([30.0, 40.0]))
     opt = fastclip.ClippedOptimizer(torch.optim.SGD([p], lr=1.0), max_norm=5.0)

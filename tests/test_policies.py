@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -50,8 +51,9 @@ from fastclip.policies import (
     Value,
     ZScore,
 )
-from fastclip.reading import read
+from fastclip.reading import Reading, read
 from fastclip.tensors import grads_of
+from fastclip.types import Request
 
 
 @pytest.fixture(params=["cpu", "reference", *(backend.name for backend in EMULATED)])
@@ -503,9 +505,71 @@ def test_the_first_rule_learns_from_the_unclipped_norm() -> None:
 )
 def test_a_chain_that_can_not_be_followed_is_refused_at_once(rules: tuple[Policy, ...]) -> None:
     """Not at the first step at which it matters."""
-    p = parameter(torch.full((2, 2), 1e-3))
     with pytest.raises(ValueError, match="Chain"):
-        fastclip.clip_grads_([p], Chain(*rules))
+        Chain(*rules)
+
+
+class Weighing(Policy):
+    """By the weights' norms; over units if told so."""
+
+    def __init__(self, over: str | None = None) -> None:
+        self._over = over
+
+    def request(self) -> Request:
+        return Request(units=self._over, weights=True)
+
+    def decide(self, reading: Reading) -> Decision:
+        assert reading.weight_rows is not None
+        return Decision(1.0 / reading.weight_rows[0])
+
+
+def test_a_chain_asks_for_the_weights_that_one_of_its_rules_wants(backend: str) -> None:
+    p = parameter(torch.tensor([3.0, 4.0]))
+    p.data = torch.tensor([0.0, 2.0])
+    fastclip.clip_grads_([p], Chain(GlobalNorm(10.0), Weighing()))
+    assert p.grad.tolist() == [1.5, 2.0]
+    with pytest.raises(ValueError, match="a rule over units can only stand first"):
+        fastclip.clip_grads_([p], Chain(GlobalNorm(10.0), Weighing("out")))
+    assert p.grad.tolist() == [1.5, 2.0]
+
+
+def test_a_chain_asks_for_no_bound_before_the_first_step() -> None:
+    asked: list[int] = []
+    chain = Chain(ZScore(), GlobalNorm(lambda step: asked.append(step) or 1.0))
+    assert asked == []
+    fastclip.clip_grads_([parameter(torch.ones(2))], chain)
+    assert asked == [0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64], ids=str)
+def test_a_rule_may_give_its_multipliers_in_any_dtype(backend: str, dtype: torch.dtype) -> None:
+    class Own(Policy):
+        def decide(self, reading: Reading) -> Decision:
+            return Decision(torch.tensor([2, 3], dtype=dtype))
+
+    params = [parameter(torch.tensor([1.0, 2.0])), parameter(torch.tensor([1.0]))]
+    fastclip.clip_grads_(params, Own())
+    assert [p.grad.tolist() for p in params] == [[2.0, 4.0], [3.0]]
+
+
+@pytest.mark.parametrize("made", [0.5, None, (0.5, False)])
+def test_what_is_no_decision_is_refused_by_name(made: object) -> None:
+    class Own(Policy):
+        def decide(self, reading: Reading) -> Any:
+            return made
+
+    p = parameter(torch.ones(2))
+    with pytest.raises(TypeError, match=rf"Own\(.*must return a Decision, got {type(made).__name__}"):
+        fastclip.clip_grads_([p], Own())
+    assert p.grad.tolist() == [1.0, 1.0]
+
+
+def test_a_global_norm_may_change_its_settings() -> None:
+    rule, p = GlobalNorm(1.0), parameter(torch.tensor([3.0, 4.0]))
+    rule.eps, rule.norm_type = 0.0, INF
+    fastclip.clip_grads_([p], rule)
+    torch.testing.assert_close(p.grad, torch.tensor([0.75, 1.0]))
+    assert repr(fastclip.policies.PerTensorNorm(3.0)) == "PerTensorNorm(max_norm=3, norm_type=2)"
 
 
 # ---- properties ----

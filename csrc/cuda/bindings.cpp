@@ -61,7 +61,7 @@ std::tuple<std::int64_t, std::intptr_t, bool> workspace_for(const GradTable& tab
   units_in(table, units);
   const std::int64_t bytes = cuda::read_workspace_bytes(table.tensors, units, extras, penalised);
   void* stream = current_stream(table.device);
-  return {bytes / 8, reinterpret_cast<std::intptr_t>(stream), cuda::is_capturing(stream)};
+  return {bytes / 8, reinterpret_cast<std::intptr_t>(stream), cuda::is_capturing(table.device.id, stream)};
 }
 
 // workspace: float64, all 0 where a read begins and ends; `fresh` if it isn't yet.

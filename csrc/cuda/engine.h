@@ -61,6 +61,6 @@ void clamp(const Tensors& tensors, double bound, const Place& place);
 void zero_nonfinite(const Tensors& tensors, const Place& place);
 
 std::string why_unavailable();
-bool is_capturing(void* stream);
+bool is_capturing(int device, void* stream);
 
 }  // namespace fastclip::cuda

@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(kThreads, 2) read_kernel(FASTCLIP_PARAMETERS(P
   __threadfence();
 
   // Units that were read in pieces: few pieces are left to one warp, many need the whole block.
-  constexpr std::uint32_t kPiecesOfWarp = kThreads;
+  constexpr std::uint32_t kPiecesOfWarp = 4 * kThreads;
   std::uint32_t turn = 0;
   for (int j = 0; j < table.join_count; ++j) {
     const std::uint32_t tensor = table.joins[j], units = table.first_unit[tensor + 1] - table.first_unit[tensor];
@@ -342,6 +342,9 @@ void join(const double* unit_rows, const Units& units, double norm_type, double*
 
 std::string why_unavailable() { return why_no_device(); }
 
-bool is_capturing(void* stream) { return stream_is_capturing(stream); }
+bool is_capturing(int device, void* stream) {
+  const DeviceGuard guard(device);
+  return stream_is_capturing(stream);
+}
 
 }  // namespace fastclip::cuda

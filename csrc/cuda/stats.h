@@ -113,22 +113,33 @@ __device__ Stats stats_of(Group& group, DType dtype, const char* data, std::uint
 
 // ---- joins ------------------------------------------------------------------------------------------
 
-// The p-norm of norms[0], ..., norms[count - 1]; see norm_of_norms, of which this is the parallel form. Their order
-// is fixed by `count` alone.
-inline __device__ double join_norms(Group& group, const double* norms, std::int64_t count, double p) {
-  double largest = 0.0, smallest = kInf, sum = 0.0;
-  std::uint32_t nan = 0;
-  for (std::int64_t i = group.rank; i < count; i += group.size) {
-    const double norm = load_shared_between_blocks(norms + i);
-    nan |= norm != norm;
-    largest = Largest{}(norm, largest);
-    smallest = Smallest{}(norm, smallest);
-    sum += norm;
+// Calls see(fields) for this thread's share of pieces [0, count), whose fields lie `stride` apart. One block joins what
+// all have read, and nothing hides its loads but each other: kInFlight of each field are on their way before the first
+// is used. The order in which they are seen is that of one after the other.
+template <int kFields, int kInFlight, class See>
+__device__ void for_pieces(const Group& group, const double* pieces, std::int64_t stride, std::int64_t count, See see) {
+#pragma unroll 1
+  for (std::int64_t first = group.rank; first < count; first += kInFlight * group.size) {
+    double fields[kInFlight][kFields];
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k) {
+      const std::int64_t at = first + k * group.size;
+#pragma unroll
+      for (int f = 0; f < kFields; ++f) fields[k][f] = load_shared_between_blocks(pieces + f * stride + (at < count ? at : first));
+    }
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k)
+      if (first + k * group.size < count) see(fields[k]);
   }
-  if (group.reduce(nan, Or{})) return kNaN;
+}
+
+// The p-norm of norms[0], ..., norms[count - 1], none of them NaN, of which each thread knows the largest, the smallest
+// and the sum of its share.
+inline __device__ double join_norms(Group& group, const double* norms, std::int64_t count, double p, double largest,
+                                    double smallest, double sum) {
   largest = group.reduce(largest, Largest{});
-  smallest = group.reduce(smallest, Smallest{});
   if (p == kInf) return largest;
+  if (p < 0) smallest = group.reduce(smallest, Smallest{});
   if (p == -kInf) return smallest;
   if (p == 0.0 || p == 1.0) {
     sum = group.reduce(sum, Add{});
@@ -139,29 +150,40 @@ inline __device__ double join_norms(Group& group, const double* norms, std::int6
   // The dominant one counts as 1, or nearly so: the sum neither overflows nor underflows.
   const double scale = unit_scale(largest), dominant = p > 0 ? largest : smallest;
   double powers = 0.0;
-  for (std::int64_t i = group.rank; i < count; i += group.size) {
-    const double norm = load_shared_between_blocks(norms + i);
-    powers += p == 2.0 ? norm * scale * (norm * scale) : pow(norm / dominant, p);
-  }
+  for_pieces<1, 8>(group, norms, 0, count, [&](const double (&piece)[1]) {
+    powers += p == 2.0 ? piece[0] * scale * (piece[0] * scale) : pow(piece[0] / dominant, p);
+  });
   powers = group.reduce(powers, Add{});
   return saturate(p == 2.0 ? sqrt(powers) / scale : dominant * pow(powers, 1.0 / p));
 }
 
-// The other fields of pieces [0, count), which lie `stride` apart from field to field.
+// Pieces [0, count) as one; see norm_of_norms, of which this is the parallel form. Their order is fixed by `count` alone.
 inline __device__ Stats join(Group& group, const double* pieces, std::int64_t stride, std::int64_t count, double p, bool all) {
-  Stats joined{join_norms(group, pieces, count, p), 0.0, 0.0, 0.0, 0.0, 0.0};
-  for (std::int64_t i = group.rank; i < count; i += group.size) {
-    const auto field = [&](int which) { return load_shared_between_blocks(pieces + which * stride + i); };
-    joined.nans += field(1);
-    joined.infs += field(2);
-    if (!all) continue;
-    joined.max_abs = Largest{}(field(3), joined.max_abs);  // a NaN is counted above, and set below
-    joined.sum_abs += field(4);
-    joined.zeros += field(5);
+  Stats joined{0.0, 0.0, 0.0, 0.0, 0.0, 0.0};
+  double largest = 0.0, smallest = kInf, sum = 0.0;
+  std::uint32_t nan = 0, bad = 0;
+  for_pieces<3, 8>(group, pieces, stride, count, [&](const double (&piece)[3]) {
+    const double norm = piece[0];
+    nan |= norm != norm;
+    bad |= piece[1] + piece[2] > 0;
+    largest = Largest{}(norm, largest);
+    smallest = Smallest{}(norm, smallest);
+    sum += norm;
+    joined.nans += piece[1];
+    joined.infs += piece[2];
+  });
+  const std::uint32_t found = group.reduce(nan | bad << 1, Or{});
+  if (found & 2) {  // else both are 0
+    joined.nans = group.reduce(joined.nans, Add{});
+    joined.infs = group.reduce(joined.infs, Add{});
   }
-  joined.nans = group.reduce(joined.nans, Add{});
-  joined.infs = group.reduce(joined.infs, Add{});
+  joined.norm = found & 1 ? kNaN : join_norms(group, pieces, count, p, largest, smallest, sum);
   if (!all) return joined;
+  for_pieces<3, 4>(group, pieces + 3 * stride, stride, count, [&](const double (&piece)[3]) {
+    joined.max_abs = Largest{}(piece[0], joined.max_abs);  // a NaN is counted above, and set below
+    joined.sum_abs += piece[1];
+    joined.zeros += piece[2];
+  });
   joined.max_abs = group.reduce(joined.max_abs, Largest{});
   joined.sum_abs = group.reduce(joined.sum_abs, Add{});
   joined.zeros = group.reduce(joined.zeros, Add{});

@@ -17,7 +17,14 @@ from torch import Tensor
 from fastclip._native import C, why_missing
 from fastclip.backends import cpu, cuda, reference, triton
 from fastclip.tensors import Grads, TensorOrTensors, check_writable, grads_or_parameters
-from fastclip.types import Backend, BackendUnavailableError, Request, UnsupportedGradientError, cuda_in_use
+from fastclip.types import (
+    Backend,
+    BackendUnavailableError,
+    Request,
+    UnsupportedGradientError,
+    cuda_in_use,
+    wide_dtype,
+)
 
 ON_GPU: tuple[Backend, ...] = (cuda, triton)
 EMULATED = tuple(backend for backend, on_cpu in ((cuda, cuda.EMULATED), (triton, triton.INTERPRETED)) if on_cpu)
@@ -124,8 +131,10 @@ class Plan(NamedTuple):
         """Multiplies every gradient in place by a number, a 0-d tensor, or one factor per tensor."""
         for part in self.parts:
             own = factor
-            if isinstance(factor, Tensor) and factor.dim() == 1 and part.positions is not None:
-                own = factor[part.positions].to(part.table.grads[0].device, non_blocking=True)
+            if isinstance(factor, Tensor) and factor.dim() == 1:
+                own = factor if part.positions is None else factor[part.positions]
+                device = part.table.grads[0].device
+                own = own.to(device, wide_dtype(device), non_blocking=True)
             part.backend.scale_(part.table, own)
 
     def scale_units_(self, dims: list[tuple[int, ...]], counts: list[int], factors: Tensor) -> None:

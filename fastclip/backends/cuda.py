@@ -11,6 +11,7 @@ In a build for tests (``FASTCLIP_CUDA=emulated``) the same kernels run on the CP
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ WORKSPACE = 1 << 13  # float64 numbers at least: the chunks of 170 MB of float32
 _workspaces: dict[tuple[torch.device, int], Tensor] = {}
 
 
+@functools.cache
 def unavailable() -> str:
     if C is None:
         return why_missing

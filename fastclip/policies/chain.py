@@ -30,12 +30,13 @@ class Chain(Policy):
             raise ValueError(f"Chain needs at least two policies, got {len(policies)}")
         if any(policy.clamps for policy in policies[:-1]):
             raise ValueError("Chain: Value can only stand last; the norms of what a clamp leaves are not known")
-        if any(policy.request().units is not None for policy in policies[1:]):
+        if any(getattr(policy, "units", None) is not None for policy in policies[1:]):
             raise ValueError("Chain: Unitwise can only stand first")
         kinds = {policy.norm_type for policy in policies}
         if len(kinds) > 1:
             raise ValueError(f"Chain: the policies have different norm_types, {sorted(kinds)}")
         self.policies = policies
+        self.units = getattr(policies[0], "units", None)
         self.norm_type = policies[0].norm_type
         self.clamps = policies[-1].clamps
         self.total_only = all(policy.total_only for policy in policies)
@@ -43,8 +44,10 @@ class Chain(Policy):
 
     def request(self) -> Request:
         first, *others = self._requests = [policy.request() for policy in self.policies]
-        extras = first.extras or any(request.extras for request in others)
-        return Request(self.norm_type, first.max_norm, first.eps, extras, first.units)
+        if any(request.units is not None for request in others):
+            raise ValueError("Chain: a rule over units can only stand first. Nothing was written")
+        extras, weights = (any(getattr(request, of) for request in self._requests) for of in ("extras", "weights"))
+        return Request(self.norm_type, first.max_norm, first.eps, extras, first.units, weights)
 
     def decide(self, reading: Reading) -> Decision:
         coef: float | Tensor = 1.0

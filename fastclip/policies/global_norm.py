@@ -51,19 +51,18 @@ class GlobalNorm(Policy):
         elif isinstance(value, Tensor) and known_to_host(value):
             number("max_norm", value)
         self.writes = not self._fixed or bound != math.inf
-        self._request = Request(self.norm_type, bound, self.eps)
-        self._max_norm = value
+        self._max_norm, self._bound = value, bound
 
     def request(self) -> Request:
         self._device_bound = None  # a step may have failed before it decided
         if self._fixed:
-            return self._request
+            return Request(self.norm_type, self._bound, self.eps)
         value = self._max_norm
         if not isinstance(value, Tensor) and callable(value):
             value = value(self._step)
         if isinstance(value, Tensor) and not known_to_host(value):
             self._device_bound = value.detach().reshape(())
-            return self._request
+            return Request(self.norm_type, self._bound, self.eps)
         return Request(self.norm_type, number("max_norm", value), self.eps)
 
     def decide(self, reading: Reading) -> Decision:

@@ -36,6 +36,9 @@ class PerTensorNorm(Policy):
         norms = reading.rows[NORM]
         return Decision(torch.where(norms <= self.max_norm, 1.0, self.max_norm / norms))
 
+    def __repr__(self) -> str:
+        return f"PerTensorNorm(max_norm={self.max_norm:g}, norm_type={self.norm_type:g})"
+
 
 class BlockRMS(Policy):
     """Divides each gradient by ``max(1, rms / threshold)``, with rms = norm / sqrt(size).
