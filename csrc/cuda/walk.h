@@ -82,10 +82,9 @@ __device__ inline void store_bytes(char* to, const Vector& raw, std::uint32_t by
     if (k < bytes) to[k] = static_cast<char>(word(raw, k / 4) >> 8 * (k % 4));
 }
 
-// Vector `index` of a stretch that begins `shift` bytes after a multiple of 16: cut out of two aligned ones, where
-// both lie inside of it.
-__device__ inline Vector load_shifted(const char* data, std::uint32_t index, std::uint32_t bytes, std::uint32_t shift) {
-  if (index == 0 || 16 * (index + 2) - shift > bytes) return load_bytes(data + 16 * index, 16);
+// Vector `index` of a stretch that begins `shift` bytes after a multiple of 16, cut out of two aligned ones: both must lie
+// inside of it, so it is none of the first and the last.
+__device__ inline Vector cut_out(const char* data, std::uint32_t index, std::uint32_t shift) {
   const auto* aligned = reinterpret_cast<const Vector*>(data - shift) + index;
   const Vector low = aligned[0], high = aligned[1];
   std::uint32_t words[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
@@ -100,6 +99,10 @@ __device__ inline Vector load_shifted(const char* data, std::uint32_t index, std
   const int bits = 8 * (shift & 3);
   return {funnel_right(words[0], words[1], bits), funnel_right(words[1], words[2], bits),
           funnel_right(words[2], words[3], bits), funnel_right(words[3], words[4], bits)};
+}
+
+__device__ inline Vector load_shifted(const char* data, std::uint32_t index, std::uint32_t bytes, std::uint32_t shift) {
+  return index == 0 || 16 * (index + 2) - shift > bytes ? load_bytes(data + 16 * index, 16) : cut_out(data, index, shift);
 }
 
 __device__ inline std::uint32_t misalignment(const char* data) {
@@ -126,6 +129,20 @@ __device__ void for_vectors(const Group& group, const char* data, std::uint32_t 
         for (int k = 0; k < kInFlight; ++k) raw[k] = vectors[index + k * group.size];
 #pragma unroll
         for (int k = 0; k < kInFlight; ++k) see(raw[k], 16);
+      }
+    } else {
+      constexpr int kCuts = 4;  // of two loads each
+      if (index == 0 && whole > 0) {
+        see(load_bytes(data, 16), 16);
+        index = group.size;
+      }
+#pragma unroll 1
+      for (; 16 * (index + (kCuts - 1) * group.size + 2) - shift <= bytes; index += kCuts * group.size) {
+        Vector raw[kCuts];
+#pragma unroll
+        for (int k = 0; k < kCuts; ++k) raw[k] = cut_out(data, index + k * group.size, shift);
+#pragma unroll
+        for (int k = 0; k < kCuts; ++k) see(raw[k], 16);
       }
     }
   }
