@@ -399,6 +399,31 @@ def test_a_count_that_arrives_late(far, monkeypatch):
     assert opt.skipped_steps <= 5
 
 
+def test_a_count_is_waited_for_on_the_stream_of_its_own_device(monkeypatch):
+    """Which need not be the current one: an event of another device's stream is over at once."""
+    recorded = []
+
+    class Event:
+        def __init__(self, device):
+            self.device = device
+
+        def record(self, stream=None):
+            recorded.append((self.device, stream))
+
+    class Far:
+        device = torch.device("cuda:1")
+
+        def copy_(self, values, non_blocking):
+            assert non_blocking
+            return self
+
+    monkeypatch.setattr(torch, "Event", Event)
+    monkeypatch.setattr(torch, "empty_like", lambda values, **where: Far())
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: f"stream of {device}")
+    fastclip.record.Echo().send(Far())
+    assert recorded == [(Far.device, "stream of cuda:1")]
+
+
 @every_scaler
 @every_inner
 def test_a_streak_under_a_scaler_leaves_nothing_behind(name, kind):
