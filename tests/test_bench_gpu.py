@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -108,3 +110,39 @@ def test_the_script_is_sound_and_names_what_exists() -> None:
         assert (ROOT / path).exists(), path
     for name in re.findall(r"-m fastclip\.bench\.(\w+)", script.read_text()):
         assert (ROOT / "bench" / f"{name}.py").exists(), name
+
+
+@pytest.mark.parametrize(
+    ("sanitizer", "numbers", "code"),
+    [(0, 0, 0), (3, 0, 0), (9, 0, 1), (0, 1, 1)],  # refused by the machine; found something; missed numbers
+    ids=["clean", "refused", "found", "numbers fail"],
+)
+def test_the_script_runs_every_step_and_fails_by_what_was_found(
+    tmp_path: Path, sanitizer: int, numbers: int, code: int
+) -> None:
+    """With stand-ins for its tools, which list how they were called."""
+
+    def tool(name: str, body: str) -> Path:
+        path = tmp_path / name
+        path.write_text(f'#!/bin/sh\necho "{name} $*" >>"{tmp_path}/calls"\n{body}\n')
+        path.chmod(0o755)
+        return path
+
+    tool("compute-sanitizer", f"exit {sanitizer}")
+    for name in ("nvidia-smi", "nvcc"):
+        tool(name, "")
+    failing = f'case "$*" in *bench.gpu\\ --json*) exit {numbers};; esac'
+    python = tool("python", f'[ "$1" = - ] && exec "{sys.executable}" "$@"\necho torch\n{failing}')
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(python)}
+    out = tmp_path / "out"
+    done = subprocess.run(["bash", str(ROOT / "bench/gpu.sh"), str(out)], env=env, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    steps = {step["step"]: step["exit"] for step in json.loads((out / "steps.json").read_text())}
+    assert steps["numbers"] == str(numbers)
+    assert {f"compute-sanitizer {name}" for name in ("memcheck", "racecheck", "initcheck")} <= steps.keys()
+    assert all(steps[name] == str(sanitizer) for name in steps if name.startswith("compute-sanitizer"))
+    called = (tmp_path / "calls").read_text()
+    assert called.count("compute-sanitizer --tool") == 3
+    assert "--tool memcheck --report-api-errors no --error-exitcode 9" in called
+    assert "python -m fastclip.bench.model --json" in called
+    assert "gpu.md was not written" in (out / "summary.md").read_text()
