@@ -53,7 +53,7 @@ def use(backend: str) -> None:
 
 
 def calls(tensors: int) -> dict[str, Callable[[], Any]]:
-    """By what they do, over float32 gradients that fit into no cache line together."""
+    """By what they do, over float32 gradients of a cache line each."""
     parameters: list[Tensor] = []
     for _ in range(tensors):
         parameters.append(torch.nn.Parameter(torch.zeros(16)))

@@ -1,4 +1,4 @@
-"""A stand-in for Triton's driver: kernels are compiled, and their launches only listed. One for a process, no GPU's."""
+"""A stand-in for Triton's driver: kernels are compiled, and not run. One for a process, no GPU's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-launched: list[tuple[Any, tuple[Any, ...]]] = []  # compiled kernel, and what it was launched with
+Launches = list[tuple[Any, tuple[Any, ...]]]  # compiled kernel, and what it was launched with
+
+_launched: Launches | None = None  # a list keeps what it holds alive: memory that a launch was given is not used again
 
 
 class Launcher:
@@ -18,7 +20,8 @@ class Launcher:
         pass
 
     def __call__(self, *launch: Any) -> None:
-        launched.append((self, launch))
+        if _launched is not None:
+            _launched.append((self, launch))
 
 
 class Utils:
@@ -49,6 +52,8 @@ class StandIn:
         return torch.cuda
 
 
-def stand_in() -> None:
-    """From now on Triton has this driver."""
+def stand_in(launched: Launches | None = None) -> None:
+    """From now on Triton has this driver, which lists in ``launched``, if given, what would have run."""
+    global _launched
+    _launched = launched
     driver.set_active(StandIn())

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from fastclip.bench.triton_driver import launched, stand_in
+from fastclip.bench.triton_driver import Launches, stand_in
 from fastclip.kernels import launch
 from fastclip.kernels.blocks import OPTIONS
 from torch import Tensor
@@ -55,7 +55,8 @@ def kinds() -> list[Callable[[], None]]:
 
 def check() -> None:
     """Raises unless each launch is of the kernel, and with the arguments, that Triton's own dispatcher has for it."""
-    stand_in()
+    launched: Launches = []
+    stand_in(launched)
     ours = launch.Where.launch
 
     def both_ways(

@@ -552,6 +552,25 @@ def test_a_rule_may_give_its_multipliers_in_any_dtype(backend: str, dtype: torch
     assert [p.grad.tolist() for p in params] == [[2.0, 4.0], [3.0]]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64], ids=str)
+def test_a_rule_may_give_its_multipliers_of_units_in_any_dtype_and_order(backend: str, dtype: torch.dtype) -> None:
+    class Own(Policy):
+        def request(self) -> Request:
+            return Request(units="out")
+
+        def decide(self, reading: Reading) -> Decision:
+            return Decision(unit_coefs=torch.tensor([[2, 0], [3, 0]], dtype=dtype)[:, 0])
+
+    p = parameter(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    fastclip.clip_grads_([p], Own())
+    assert p.grad.tolist() == [[2.0, 4.0], [9.0, 12.0]]
+
+
+def test_multipliers_for_no_gradient_at_all(backend: str) -> None:
+    """As on a rank whose peers have the gradients."""
+    plan(grads_of([parameter(None)])).scale_(torch.ones(0))
+
+
 @pytest.mark.parametrize("made", [0.5, None, (0.5, False)])
 def test_what_is_no_decision_is_refused_by_name(made: object) -> None:
     class Own(Policy):

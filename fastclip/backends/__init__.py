@@ -58,6 +58,13 @@ class Part(NamedTuple):
         """Position in the whole list of the table's input ``index``."""
         return index if self.positions is None else self.positions[index]
 
+    def factors(self, given: Tensor) -> Tensor:
+        """``[k]`` of any dtype, as its backend takes them."""
+        if not len(self.table):
+            return given
+        device = self.table.grads[0].device
+        return given.to(device, wide_dtype(device), non_blocking=True).contiguous()
+
 
 @functools.cache
 def _runnable(with_cuda: bool, device_type: int | None) -> tuple[Backend, ...]:
@@ -132,19 +139,17 @@ class Plan(NamedTuple):
         for part in self.parts:
             own = factor
             if isinstance(factor, Tensor) and factor.dim() == 1:
-                own = factor if part.positions is None else factor[part.positions]
-                device = part.table.grads[0].device
-                own = own.to(device, wide_dtype(device), non_blocking=True)
+                own = part.factors(factor if part.positions is None else factor[part.positions])
             part.backend.scale_(part.table, own)
 
     def scale_units_(self, dims: list[tuple[int, ...]], counts: list[int], factors: Tensor) -> None:
         """Multiplies each unit in place; ``factors`` in the order of the gradients, ``counts[i]`` for each."""
         for part in self.parts:
             if part.positions is None:
-                part.backend.scale_units_(part.table, dims, factors)
+                part.backend.scale_units_(part.table, dims, part.factors(factors))
                 continue
             each = torch.split(factors, counts)
-            own = torch.cat([each[i] for i in part.positions]).to(part.table.grads[0].device, non_blocking=True)
+            own = part.factors(torch.cat([each[i] for i in part.positions]))
             part.backend.scale_units_(part.table, [dims[i] for i in part.positions], own)
 
     def clamp_(self, bound: float) -> None:

@@ -108,7 +108,7 @@ def scale_(table: Any, factor: float | Tensor) -> None:
         return
     device = table.grads[0].device
     if isinstance(factor, Tensor) and factor.dim() == 1:
-        C.cuda_scale_each(table, [], factor.to(device, non_blocking=True))
+        C.cuda_scale_each(table, [], factor)
     elif isinstance(factor, Tensor) or factor != 1.0:
         C.cuda_scale(table, _scalar(factor, device))
     else:

@@ -128,7 +128,7 @@ def scale_(table: Any, factor: float | Tensor) -> None:
         return
     device = table.grads[0].device
     if isinstance(factor, Tensor) and factor.dim() == 1:
-        _launch().scale_each(table.facts, device, factor.to(device, torch.float64, non_blocking=True).contiguous())
+        _launch().scale_each(table.facts, device, factor)
     else:
         _launch().scale(table.facts, device, _on_device(factor, device))
     increment_version(table.grads)
@@ -137,7 +137,7 @@ def scale_(table: Any, factor: float | Tensor) -> None:
 def scale_units_(table: Any, dims: list[tuple[int, ...]], factors: Tensor) -> None:
     def scale(counts: apart.Counts, own: Tensor) -> None:
         device = table.grads[0].device
-        _launch().scale_each(table.facts, device, own.to(device, torch.float64, non_blocking=True).contiguous(), counts)
+        _launch().scale_each(table.facts, device, own, counts)
         increment_version([grad for grad, count in zip(table.grads, counts, strict=True) if count])
 
     apart.scale_units_(table, dims, factors, scale)
