@@ -7,12 +7,13 @@ of powers, neither overflows nor underflows where its elements don't.
 import triton
 from triton import language as tl
 
-from .blocks import JOIN
+from .blocks import JOIN, JOIN_PLAIN
 from .formats import unit_scale
 
 INF = tl.constexpr(float("inf"))
 LARGEST = tl.constexpr(1.7976931348623157e308)
 LARGEST_FLOAT = tl.constexpr(3.4028234663852886e38)
+LEAST_JOINED = tl.constexpr(2.0**-475)  # a plain sum of squares from the square of it on lost nothing to underflow
 
 
 @triton.jit
@@ -78,6 +79,17 @@ def join_norms(p_norms, count, p):
                     b_powers += tl.where(mask, power(norms / dominant, p), 0.0)
             norm = finished_norm(tl.sum(b_powers, axis=0), dominant, scale, p)
     return tl.where(tl.sum(b_nans, axis=0) > 0, float("nan"), norm)
+
+
+@triton.jit
+def join_squares(p_norms, count):
+    """Of norms, as they are: the sum overflows, or loses what underflows, where join_norms would not."""
+    lanes = tl.arange(0, JOIN_PLAIN)
+    b_sum = tl.full((JOIN_PLAIN,), 0, tl.float64)
+    for first in range(0, count, JOIN_PLAIN):
+        norms = tl.load(p_norms + first + lanes, mask=first + lanes < count, other=0.0, cache_modifier=".cg")
+        b_sum += norms * norms
+    return tl.sum(b_sum, axis=0)
 
 
 @triton.jit

@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.runtime import driver
 
 from . import write
-from .blocks import OPTIONS
+from .blocks import NVIDIA_OPTIONS, OPTIONS
 from .read import finish_kernel, join_kernel, read_kernel
 from .table import DeviceCache, Work, to_device, works_of
 
@@ -93,7 +93,9 @@ class Where:
             np.errstate(all="ignore") if self.interpreted else nullcontext() if here else torch.cuda.device(self.device)
         ):
             if known is None:
-                _compiled[key] = kernel[(programs,)](*arguments, **constants, **OPTIONS)
+                _compiled[key] = kernel[(programs,)](
+                    *arguments, **constants, **(OPTIONS if torch.version.hip else NVIDIA_OPTIONS)
+                )
             else:
                 known[(programs, 1, 1)](*arguments, *constants.values(), stream=self.stream)
 

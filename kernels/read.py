@@ -17,7 +17,7 @@ from .chunks import (
     stretch_of,
 )
 from .formats import DTYPES, F8_E4M3FN, as_double
-from .joins import INF, LARGEST, LARGEST_FLOAT, join_max, join_norms, join_sum
+from .joins import INF, LARGEST, LARGEST_FLOAT, LEAST_JOINED, join_max, join_norms, join_squares, join_sum
 from .penalty import penalise
 from .stats import stats_of
 
@@ -36,9 +36,15 @@ def store_row(p_rows, stride, rows, mask, norm, nans, infs, largest, total, zero
 @triton.jit
 def join_row(p_pieces, stride, count, p, EXTRAS: tl.constexpr):
     """The fields of pieces 0, ..., count - 1, which lie ``stride`` apart from field to field."""
-    norm = join_norms(p_pieces, count, p)
-    nans = join_sum(p_pieces + stride, count)
-    infs = join_sum(p_pieces + 2 * stride, count)
+    norm = tl.sqrt(join_squares(p_pieces, count))
+    nans = tl.full((), 0, tl.float64)
+    infs = nans
+    # Nearly always that is enough: a NaN or Inf among the norms shows in the sum of their squares.
+    enough = (p == 2.0) & (norm >= LEAST_JOINED) & (norm < INF)
+    if not enough:
+        norm = join_norms(p_pieces, count, p)
+        nans = join_sum(p_pieces + stride, count)
+        infs = join_sum(p_pieces + 2 * stride, count)
     largest, total, zeros = norm, norm, norm
     if EXTRAS:
         largest = tl.where(nans > 0.0, float("nan"), join_max(p_pieces + 3 * stride, count))
@@ -90,6 +96,7 @@ def read_kernel(
     chunk = tl.program_id(0)
     p_tensor, unit, units, piece, pieces = chunk_of(table, owners, UNITS)
     row = tl.load(p_tensor + FIRST_ROW) + unit
+    tensor_address = tl.load(p_tensor + ADDRESS)
     unit_size = tl.load(p_tensor + UNIT_SIZE)
     tag = tl.load(p_tensor + TAG)
     p = as_double(p_bits)
@@ -110,8 +117,8 @@ def read_kernel(
     for DTYPE in tl.static_range(DTYPES):
         if (PRESENT >> DTYPE) & 1:
             if (tag & DTYPE_BITS) == DTYPE:
-                offset, size = stretch_of(p_tensor, unit, piece, UNITS, DTYPE)
-                address = tl.load(p_tensor + ADDRESS) + offset
+                offset, size = stretch_of(unit_size, unit, piece, UNITS, DTYPE)
+                address = tensor_address + offset
                 aligned = (tag & ALIGNED) != 0
                 if strengths is not None and DTYPE < F8_E4M3FN:
                     weights = tl.load(p_tensor + WEIGHT)

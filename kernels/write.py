@@ -132,6 +132,8 @@ def write_kernel(
     UNITS: tl.constexpr,
 ):
     p_tensor, unit, units, piece, _ = chunk_of(table, owners, UNITS)
+    tensor_address = tl.load(p_tensor + ADDRESS)
+    unit_size = tl.load(p_tensor + UNIT_SIZE)
     tag = tl.load(p_tensor + TAG)
     lane = tl.arange(0, UNITS)[:, None]
     if CHANGE == SCALE:
@@ -153,9 +155,9 @@ def write_kernel(
             if (PRESENT >> DTYPE) & 1:
                 if (tag & DTYPE_BITS) == DTYPE:
                     REALS: tl.constexpr = reals_of_element(DTYPE)
-                    offset, size = stretch_of(p_tensor, unit, piece, UNITS, DTYPE)
-                    address = tl.load(p_tensor + ADDRESS) + offset
-                    unit_reals = tl.load(p_tensor + UNIT_SIZE) * REALS
+                    offset, size = stretch_of(unit_size, unit, piece, UNITS, DTYPE)
+                    address = tensor_address + offset
+                    unit_reals = unit_size * REALS
                     if UNITS == 1:
                         if ((tag & ALIGNED) != 0) & (size * bytes_of_real(DTYPE) * REALS == CHUNK):
                             change_chunk(address, scalar, CHANGE, DTYPE)

@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from oracle import bits, randn
+from oracle import INF, NAN, bits, randn
 from torch import Tensor
 
 from fastclip._native import C
 from fastclip.backends import EMULATED, ON_GPU, cpu, cuda, reference, triton
-from fastclip.types import ALWAYS_FIELDS, WEIGHT_FIELDS, Request
+from fastclip.types import ALWAYS_FIELDS, INFS, NANS, NORM, WEIGHT_FIELDS, Request
 
 RUNNABLE = [backend for backend in ON_GPU if not backend.unavailable()]
 WHY_NOT = "; ".join(f"{backend.name}: {backend.unavailable()}" for backend in ON_GPU)
@@ -152,6 +152,16 @@ def close(got: Tensor, want: Tensor, far: float = 1e-7) -> None:
 
 def some(*sizes: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     return [randn(size, dtype=dtype).to(device()) for size in sizes]
+
+
+def some_rows(count: int, p: float = 2.0, bad: float = 0.0) -> Tensor:
+    """As a read gives them, ``bad`` of them of something that isn't finite, which shows in the norm."""
+    rows = torch.rand(ALWAYS_FIELDS, count, dtype=torch.float64)
+    rows[1:] = torch.randint(1, 3, (2, count)) * (torch.rand(2, count) < bad)
+    if p > 0:
+        rows[NORM].masked_fill_(rows[INFS] > 0, INF)
+    rows[NORM].masked_fill_(rows[NANS] > 0, NAN)
+    return rows.to(device())
 
 
 def chunk(dtype: torch.dtype) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from fastclip.bench.triton_driver import Launches, stand_in
 from fastclip.kernels import launch
-from fastclip.kernels.blocks import OPTIONS
+from fastclip.kernels.blocks import NVIDIA_OPTIONS
 from torch import Tensor
 
 from fastclip.backends import tables
@@ -63,7 +63,7 @@ def check() -> None:
         where: launch.Where, kernel: Any, programs: int, *arguments: Any, varying: Any = (), **constants: Any
     ) -> None:
         ours(where, kernel, programs, *arguments, varying=varying, **constants)
-        kernel[(programs,)](*arguments, **constants, **OPTIONS)
+        kernel[(programs,)](*arguments, **constants, **NVIDIA_OPTIONS)
         (own, with_ours), (tritons, with_its) = launched[-2:]
         what = f"{kernel.__name__} with {constants}"
         assert own is tritons, f"{what}: another one than Triton's"

@@ -21,6 +21,7 @@ from gpu import (
     poisoned,
     read,
     some,
+    some_rows,
     use,
 )
 from oracle import INF, NAN, bits
@@ -104,7 +105,7 @@ def test_order_changes_no_bit_of_penalties_in_several_launches() -> None:
 
 def test_joins_in_several_launches() -> None:
     counts = [i % 3 for i in range(JOINS_OF_A_LAUNCH + 30)]
-    unit_rows = torch.arange(1.0, 3 * sum(counts) + 1, dtype=torch.float64).reshape(3, -1).to(device())
+    unit_rows = some_rows(sum(counts), bad=0.01)
     rows, want = poisoned(ALWAYS_FIELDS, len(counts)), poisoned(ALWAYS_FIELDS, len(counts))
     cuda.join_units(unit_rows, counts, Request(), rows)
     reference.join_units(unit_rows, counts, Request(), want)

@@ -16,18 +16,18 @@ if C is None or C.CUDA is None or C.cuda_emulated:
 
 TARGETS = {"sm_80", "sm_90", "sm_100", "sm_120"}
 REGISTERS = 65536  # of a multiprocessor, on every target
-THREADS = 256  # of a block
+THREADS = 128  # of a block
 # How many blocks a multiprocessor has to hold at a time, as __launch_bounds__ says.
 BLOCKS = {
-    "read<norms>": 2,
-    "read<all>": 2,
-    "read<penalised>": 2,
-    "join": 2,
+    "read<norms>": 5,
+    "read<all>": 4,
+    "read<penalised>": 4,
+    "join": 4,
     "finish": 1,
-    "write<scale>": 3,
-    "write<scale_each>": 3,
-    "write<clamp>": 3,
-    "write<zero_nonfinite>": 3,
+    "write<scale>": 6,
+    "write<scale_each>": 6,
+    "write<clamp>": 6,
+    "write<zero_nonfinite>": 6,
 }
 # Loads of 16 bytes on their way at a time: float32, bfloat16, float16 and float64, then float8.
 IN_FLIGHT = [8, 8, 8, 8, 2]

@@ -93,11 +93,14 @@ def test_order_changes_no_bit_of_a_penalty(request_: Request, dtype: torch.dtype
     close(weight_rows, of_reference(weights, Request(extras=True))[0][[0, 3, 4]])
 
 
-@pytest.mark.parametrize("p", [2.0, 1.0, 3.0, INF, -1.0])
-def test_order_changes_no_bit_of_finish_and_join(p: float) -> None:
+@pytest.mark.parametrize("bad", [0.0, 0.01, 0.5])
+@pytest.mark.parametrize(
+    ("p", "scale"), [(2.0, 1.0), (2.0, 1e200), (2.0, 1e-200), (1.0, 1.0), (3.0, 1.0), (INF, 1.0), (-1.0, 1.0)]
+)
+def test_order_changes_no_bit_of_finish_and_join(p: float, scale: float, bad: float) -> None:
     counts = [0, 1, 2, 300, 0, 1000, 31, 32, 33, *[1] * 20]
-    unit_rows = torch.rand(ALWAYS_FIELDS, sum(counts), dtype=torch.float64).to(gpu.device())
-    unit_rows[1:] = torch.randint(0, 3, (2, sum(counts)))
+    unit_rows = gpu.some_rows(sum(counts), p, bad)
+    unit_rows[0] *= scale
 
     def work() -> list[Tensor]:
         rows, totals, heads = poisoned(ALWAYS_FIELDS, len(counts)), poisoned(4), poisoned(2, dtype=torch.float32)

@@ -19,14 +19,14 @@ if backend.INTERPRETED:
 
 import triton
 from fastclip.kernels import read, write
-from fastclip.kernels.blocks import OPTIONS, WARPS
+from fastclip.kernels.blocks import NVIDIA_OPTIONS, OPTIONS, WARPS
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 NVIDIA = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32)}
 AMD = {"gfx942": GPUTarget("hip", "gfx942", 64)}
 REGISTERS = 65536  # of a multiprocessor
-BLOCKS = 2  # of a read that a multiprocessor has to hold at a time
+BLOCKS = 4  # of a read that a multiprocessor has to hold at a time
 
 F64, F32, BF16, F16 = (1 << code for code in range(4))
 WRITABLE = 0b111111
@@ -37,9 +37,7 @@ TYPES = {
     **dict.fromkeys(("p_bits", "max_norm_bits", "eps_bits", "bound_bits"), "i64"),
     **dict.fromkeys(("row_stride", "unit_stride", "chunks", "count"), "i32"),
 }
-# Triton 3.8 gives two kernels a stack of 8 bytes on sm_90: zero_nonfinite never touches it; finish, a single program,
-# keeps a word there, outside of its loops.
-STACK_OF_3_8: dict[str, dict[str, int]] = {"finish": {"STL": 2, "LDL": 1}, "zero_nonfinite": {}}
+STACK_OF_3_8 = {"zero_nonfinite"}  # 8 bytes on sm_90, which it never touches
 PENALTY = dict.fromkeys(("strengths", "weight_rows", "weight_partials"))
 
 
@@ -68,6 +66,7 @@ WRITES = {
 VARIANTS = {
     **NORMS,
     **PENALISED,
+    "norms of ten dtypes": reads((1 << 10) - 1),
     "everything float32": reads(F32, ALL=True, EXTRAS=True),
     "units float32": reads(F32, UNITS=16),
     "finish": (read.finish_kernel, {}),
@@ -83,7 +82,7 @@ def compiled(name: str, target: GPUTarget) -> Any:
     constants = {key: value for key, value in constants.items() if value is not ...}
     types = {p.name: "constexpr" if p.name in constants else TYPES.get(p.name, "*fp64") for p in function.params}
     source = ASTSource(function, signature=types, constexprs=constants)
-    return triton.compile(source, target=target, options=OPTIONS)
+    return triton.compile(source, target=target, options=NVIDIA_OPTIONS if target.backend == "cuda" else OPTIONS)
 
 
 @pytest.mark.parametrize("target", NVIDIA)
@@ -94,13 +93,12 @@ def test_no_spills_and_wide_loads(name: str, target: str, tmp_path: Path) -> Non
     (kernel,) = machine_code.kernels_of(str(tmp_path / "kernel.cubin"))
     known = triton.__version__.startswith("3.8.") and target == "sm_90" and name in STACK_OF_3_8
     assert (kernel.stack, kernel.local) == (8 if known else 0, 0)
-    spills = {kind: count for kind, count in kernel.instructions.items() if kind in ("LDL", "STL")}
-    assert spills == (STACK_OF_3_8[name] if known else {})
+    assert not {"LDL", "STL"} & kernel.instructions.keys()
     assert not {"LD", "ST"} & kernel.instructions.keys()  # an address from the table is global
     assert kernel.registers <= REGISTERS // (WARPS * 32 * BLOCKS)
     if name in NORMS:
         formats = bin(VARIANTS[name][1]["PRESENT"]).count("1")
-        assert sum(kernel.wide_runs) >= 16 * formats, kernel.wide_runs  # 64 KiB, without a loop
+        assert sum(kernel.wide_runs) >= 32 * formats, kernel.wide_runs  # 64 KiB, without a loop
         assert sorted(kernel.wide_runs)[-formats] >= 4, kernel.wide_runs  # in flight
     if name in WRITES:
         assert sum(kernel.wide_runs) >= 2
@@ -112,7 +110,7 @@ def test_no_spills_on_amd(name: str) -> None:
     assert set(re.findall(r"\.vgpr_spill_count:\s+(\d+)", code)) == {"0"}
     assert "scratch_" not in code
     if name in NORMS:
-        assert code.count("load_dwordx4") >= 8  # 512 threads
+        assert code.count("load_dwordx4") >= 16  # 256 threads
 
 
 @pytest.mark.parametrize("name", [*NORMS, *PENALISED, *WRITES])
@@ -135,7 +133,7 @@ def test_a_chunk_is_summed_alike_in_each_kernel(target: GPUTarget) -> None:
 def sums(text: str) -> set[str]:
     """The layouts of the lanes over which a chunk's sums of squares are added."""
     layouts = dict(re.findall(r"^(#\w+) = (.*)$", text, re.MULTILINE))
-    lanes = re.findall(r"\}\) : \(tensor<1x2048xf64, (#\w+)>\) ->", text)
+    lanes = re.findall(r"\}\) : \(tensor<1x1024xf64, (#\w+)>\) ->", text)
     return {layouts[name] for name in lanes}
 
 

@@ -176,16 +176,16 @@ __device__ double squares(const Format& format, const Vector& raw) {
 // the others and for complex numbers.
 __device__ inline bool is_narrow(DType dtype) { return dtype != DType::f64 && !is_complex(dtype); }
 
-// Calls see(|x|) for each of the first `count` elements of a vector.
+// Calls see(|x|) for each element of the first `bytes` of a vector.
 template <class See>
-__device__ void see_magnitudes(float, DType dtype, const Vector& raw, std::uint32_t count, See see) {
+__device__ void see_magnitudes(float, DType dtype, const Vector& raw, std::uint32_t bytes, See see) {
   const auto see_reals = [&](const auto& format) {
-    constexpr std::uint32_t kReals = std::decay_t<decltype(format)>::kReals;
-    float x[kReals];
+    using Format = std::decay_t<decltype(format)>;
+    float x[Format::kReals];
     format.decode(raw, x);
 #pragma unroll
-    for (std::uint32_t k = 0; k < kReals; ++k)
-      if (k < count) see(fabsf(x[k]));
+    for (std::uint32_t k = 0; k < Format::kReals; ++k)
+      if (k * Format::kBytes < bytes) see(fabsf(x[k]));
   };
   if (dtype == DType::f32) see_reals(F32{});
   else if (dtype == DType::bf16) see_reals(Bf16{});
@@ -193,20 +193,20 @@ __device__ void see_magnitudes(float, DType dtype, const Vector& raw, std::uint3
   else {
     const F8 format(dtype);
 #pragma unroll 1
-    for (std::uint32_t k = 0; k < count; ++k) see(format.magnitude(word(raw, k / 4) >> 8 * (k % 4) & 0xffu));
+    for (std::uint32_t k = 0; k < bytes; ++k) see(format.magnitude(word(raw, k / 4) >> 8 * (k % 4) & 0xffu));
   }
 }
 
 // A complex number with a NaN part is a NaN.
 template <class See>
-__device__ void see_magnitudes(double, DType dtype, const Vector& raw, std::uint32_t count, See see) {
+__device__ void see_magnitudes(double, DType dtype, const Vector& raw, std::uint32_t bytes, See see) {
   if (dtype == DType::c64) {
     float x[4];
     F32{}.decode(raw, x);
 #pragma unroll
     for (std::uint32_t k = 0; k < 2; ++k) {  // exact squares: no overflow, and NaN wins over Inf
       const double re = x[2 * k], im = x[2 * k + 1];
-      if (k < count) see(sqrt(fma(re, re, im * im)));
+      if (8 * k < bytes) see(sqrt(fma(re, re, im * im)));
     }
     return;
   }
@@ -217,7 +217,7 @@ __device__ void see_magnitudes(double, DType dtype, const Vector& raw, std::uint
     return;
   }
   see(fabs(x[0]));
-  if (count > 1) see(fabs(x[1]));
+  if (bytes > 8) see(fabs(x[1]));
 }
 
 }  // namespace fastclip::cuda

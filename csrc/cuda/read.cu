@@ -20,7 +20,7 @@ struct ReadParams {
   TableType table;
   double* rows;            // out, [3 or 6][units of the whole list]; this launch's units begin here
   double* partials;        // workspace, [3 or 6][chunks of this launch], for the pieces of long units
-  std::uint32_t* tickets;  // workspace, [2], 0 before and after: chunks taken, blocks done
+  std::uint32_t* tickets;  // workspace, [2], 0 before and after: tickets drawn, blocks done
   std::int64_t row_stride;
   double norm_type;
   Scalar divisor;          // of the norms: AMP's grad_scale
@@ -80,19 +80,41 @@ __device__ void penalise(Group& group, DType dtype, char* grads, const char* wei
     if constexpr (Format::kBytes > 1) {
       using Part = typename Format::Part;
       const auto sign_part = static_cast<Part>(of_sign), weight_part = static_cast<Part>(of_weight);
-      for (std::uint32_t at = 16 * group.rank; at < bytes; at += 16 * group.size) {
-        const bool whole = at + 16 <= bytes;
-        const std::uint32_t valid = whole ? 16 : bytes - at;
+      const auto sum = [&](const Vector& raw, const Vector& raw_weight) {
         Part g[Format::kReals], w[Format::kReals];
-        format.decode(whole && shift == 0 ? *reinterpret_cast<const Vector*>(grads + at) : load_bytes(grads + at, valid), g);
-        format.decode(whole ? load_vector(weights, at / 16, bytes, weight_shift) : load_bytes(weights + at, valid), w);
+        format.decode(raw, g);
+        format.decode(raw_weight, w);
 #pragma unroll
         for (int k = 0; k < Format::kReals; ++k) {
           const Part sign = static_cast<Part>(w[k] > 0) - static_cast<Part>(w[k] < 0);
           g[k] = (g[k] + sign_part * sign) + weight_part * w[k];
         }
-        if (whole && shift == 0) *reinterpret_cast<Vector*>(grads + at) = format.encode(g);
-        else store_bytes(grads + at, format.encode(g), valid);
+        return format.encode(g);
+      };
+      std::uint32_t at = 16 * group.rank;
+      if (shift == 0 && weight_shift == 0) {
+        constexpr int kInFlight = 2;  // pairs of loads, before the first store: the compiler can't tell that they may pass each other
+        const std::uint32_t step = 16 * group.size;
+#pragma unroll 1
+        for (; at + (kInFlight - 1) * step + 16 <= bytes; at += kInFlight * step) {
+          Vector g[kInFlight], w[kInFlight];
+#pragma unroll
+          for (int k = 0; k < kInFlight; ++k) {
+            g[k] = *reinterpret_cast<const Vector*>(grads + at + k * step);
+            w[k] = *reinterpret_cast<const Vector*>(weights + at + k * step);
+          }
+#pragma unroll
+          for (int k = 0; k < kInFlight; ++k) *reinterpret_cast<Vector*>(grads + at + k * step) = sum(g[k], w[k]);
+        }
+      }
+#pragma unroll 1
+      for (; at < bytes; at += 16 * group.size) {
+        const bool whole = at + 16 <= bytes;
+        const std::uint32_t valid = whole ? 16 : bytes - at;
+        const Vector g = whole && shift == 0 ? *reinterpret_cast<const Vector*>(grads + at) : load_bytes(grads + at, valid);
+        const Vector w = whole ? load_vector(weights, at / 16, bytes, weight_shift) : load_bytes(weights + at, valid);
+        if (whole && shift == 0) *reinterpret_cast<Vector*>(grads + at) = sum(g, w);
+        else store_bytes(grads + at, sum(g, w), valid);
       }
     }
   });
@@ -100,7 +122,7 @@ __device__ void penalise(Group& group, DType dtype, char* grads, const char* wei
 }
 
 template <Look kLook, class Params>
-__global__ void __launch_bounds__(kThreads, 2) read_kernel(FASTCLIP_PARAMETERS(Params) a) {
+__global__ void __launch_bounds__(kThreads, kLook == Look::norms ? 5 : 4) read_kernel(FASTCLIP_PARAMETERS(Params) a) {
   FASTCLIP_SHARED(ReadShared, shared);
   Group block = whole_block(&shared.slots), warp = own_warp();
   const auto& table = a.table;
@@ -114,32 +136,31 @@ __global__ void __launch_bounds__(kThreads, 2) read_kernel(FASTCLIP_PARAMETERS(P
     else store_row(a.partials + chunk, chunks, stats, extras, 1.0, p);
   };
 
-  if (threadIdx.x == 0) {
-    const std::uint32_t chunk = atomicAdd(&a.tickets[0], 1u);
-    shared.next[0] = {chunk, chunk < chunks ? find(table, chunk, 0, table.tensors) : 0};
-  }
+  // Thread 0 takes chunks for its block. The first two are the block's by its number; from then on a ticket is drawn one
+  // turn before its chunk is looked up, and that one before the chunk is read: no load waits for an answer.
+  std::uint32_t drawn = gridDim.x + blockIdx.x;
+  if (threadIdx.x == 0) shared.next[0] = {blockIdx.x, find(table, blockIdx.x, 0, table.tensors)};
   __syncthreads();
   for (int turn = 0;; turn ^= 1) {
     const std::uint32_t chunk = shared.next[turn].chunk, tensor = shared.next[turn].tensor;
     if (chunk >= chunks) break;
-    if (threadIdx.x == 0) {  // what comes next is found while this one is read
-      const std::uint32_t next = atomicAdd(&a.tickets[0], 1u);
-      shared.next[turn ^ 1] = {next, next < chunks ? find(table, next, tensor, next - chunk) : 0};
+    if (threadIdx.x == 0) {
+      shared.next[turn ^ 1] = {drawn, drawn < chunks ? find(table, drawn, tensor, drawn - chunk) : 0};
+      if (drawn < chunks) drawn = 2 * gridDim.x + atomicAdd(&a.tickets[0], 1u);
     }
-    const std::int64_t unit_size = table.unit_size[tensor];
+    const std::int64_t unit_bytes = table.unit_bytes[tensor];
     const std::uint32_t units = table.first_unit[tensor + 1] - table.first_unit[tensor];
     const DType dtype = table.dtype[tensor];
-    const std::uint32_t element_bytes = bytes_of(dtype);
-    const ChunkView view = view_of(cut_of(unit_size, units, element_bytes), unit_size, units, chunk - table.first_chunk[tensor]);
-    const std::int64_t offset = (view.unit * unit_size + view.begin) * element_bytes;
+    const ChunkView view = view_of(cut_of(unit_bytes, units), unit_bytes, units, chunk - table.first_chunk[tensor]);
+    const std::int64_t offset = view.unit * unit_bytes + view.begin;
     char* const data = table.data[tensor] + offset;
     if constexpr (kLook == Look::penalised) {
       if (a.weights[tensor] != nullptr) {
         const char* const weights = a.weights[tensor] + offset;
         const double of_sign = a.strengths[tensor], of_weight = a.strengths[a.row_stride + tensor];
         if (of_sign != 0.0 || of_weight != 0.0)
-          penalise(block, dtype, data, weights, view.unit_size * element_bytes, of_sign, of_weight);
-        const Stats stats = stats_of<true>(block, dtype, weights, view.unit_size, 2.0);
+          penalise(block, dtype, data, weights, view.bytes, of_sign, of_weight);
+        const Stats stats = stats_of<true, 1>(block, dtype, weights, view.bytes, 2.0);
         if (threadIdx.x == 0) {
           if (view.whole) store_weight_row(a.weight_rows + tensor, a.row_stride, stats);
           else store_row(a.weight_partials + chunk, chunks, stats, true, 1.0, 2.0);
@@ -151,12 +172,12 @@ __global__ void __launch_bounds__(kThreads, 2) read_kernel(FASTCLIP_PARAMETERS(P
     const bool alone = view.units == 1;
     Group group = alone ? block : warp;
     for (std::uint32_t k = alone ? 0 : threadIdx.x / kWarpSize; k < view.units; k += kWarps) {
-      const char* const unit = data + k * unit_size * element_bytes;
+      const char* const unit = data + k * unit_bytes;
       Stats stats;
-      if constexpr (kLook == Look::norms) stats = stats_of<false>(group, dtype, unit, view.unit_size, p);
-      else if constexpr (kLook == Look::all) stats = stats_of<true>(group, dtype, unit, view.unit_size, p);
-      else if (p == 2.0 && !extras) stats = stats_of<false>(group, dtype, unit, view.unit_size, p);
-      else stats = stats_of<true>(group, dtype, unit, view.unit_size, p);
+      if constexpr (kLook == Look::norms) stats = stats_of<false>(group, dtype, unit, view.bytes, p);
+      else if constexpr (kLook == Look::all) stats = stats_of<true>(group, dtype, unit, view.bytes, p);
+      else if (p == 2.0 && !extras) stats = stats_of<false>(group, dtype, unit, view.bytes, p);
+      else stats = stats_of<true, 1>(group, dtype, unit, view.bytes, p);  // what was just written
       if (group.rank == 0) store(tensor, view.unit + k, chunk, view.whole, stats);
     }
     if (alone) block.phase = group.phase;
@@ -174,7 +195,7 @@ __global__ void __launch_bounds__(kThreads, 2) read_kernel(FASTCLIP_PARAMETERS(P
   __threadfence();
 
   // Units that were read in pieces: few pieces are left to one warp, many need the whole block.
-  constexpr std::uint32_t kPiecesOfWarp = 4 * kThreads;
+  constexpr std::uint32_t kPiecesOfWarp = 1024;
   std::uint32_t turn = 0;
   for (int j = 0; j < table.join_count; ++j) {
     const std::uint32_t tensor = table.joins[j], units = table.first_unit[tensor + 1] - table.first_unit[tensor];
@@ -226,7 +247,7 @@ struct JoinParams {
 };
 static_assert(sizeof(JoinParams) <= kParameterBytes);
 
-__global__ void __launch_bounds__(kThreads, 2) join_kernel(FASTCLIP_PARAMETERS(JoinParams) a) {
+__global__ void __launch_bounds__(kThreads, 4) join_kernel(FASTCLIP_PARAMETERS(JoinParams) a) {
   FASTCLIP_SHARED(BlockSlots, slots);
   Group block = whole_block(&slots);
   for (int tensor = blockIdx.x; tensor < a.tensors; tensor += gridDim.x) {
@@ -274,7 +295,7 @@ std::int64_t read_workspace_bytes(const Tensors& tensors, const Units& units, bo
   for (std::size_t i = 0; i < tensors.size(); ++i) {
     const std::int64_t count = units.empty() ? 1 : units[i];
     if (count == 0) continue;
-    const Cut cut = cut_of(tensors[i].size / count, static_cast<std::uint32_t>(count), bytes_of(tensors[i].dtype));
+    const Cut cut = cut_of(tensors[i].size / count * bytes_of(tensors[i].dtype), static_cast<std::uint32_t>(count));
     chunks += cut.units_per_chunk > 0 ? count / cut.units_per_chunk + 1 : count * cut.pieces;
   }
   return kTicketBytes + chunks * ((extras ? 6 : 3) + (penalised ? 6 : 0)) * static_cast<std::int64_t>(sizeof(double));

@@ -19,19 +19,18 @@ struct Survey {
 };
 
 // Calls see(|x|) for every element of this thread's share.
-template <class Real, class See>
+template <class Real, int kInFlight, class See>
 __device__ void for_magnitudes(const Group& group, DType dtype, const char* data, std::uint32_t bytes, See see) {
-  const std::uint32_t element_bytes = bytes_of(dtype);
-  for_vectors<1>(group, data, bytes, [&](const Vector& raw, std::uint32_t valid) {
-    see_magnitudes(Real{}, dtype, raw, valid / element_bytes, see);
+  for_vectors<kInFlight>(group, data, bytes, [&](const Vector& raw, std::uint32_t valid) {
+    see_magnitudes(Real{}, dtype, raw, valid, see);
   });
 }
 
-template <bool kAll, class Real>
+template <bool kAll, class Real, int kInFlight>
 __device__ Survey<Real> survey(Group& group, DType dtype, const char* data, std::uint32_t bytes) {
   constexpr Real kInfinite = static_cast<Real>(INFINITY);
   Survey<Real> seen{0, kInfinite, 0.0, 0, 0, 0};
-  for_magnitudes<Real>(group, dtype, data, bytes, [&](Real x) {
+  for_magnitudes<Real, kInFlight>(group, dtype, data, bytes, [&](Real x) {
     seen.nans += x != x;
     seen.infs += x == kInfinite;
     seen.max_abs = Largest{}(x, seen.max_abs);  // a NaN is neither larger nor smaller
@@ -65,7 +64,7 @@ __device__ double norm_of(Group& group, DType dtype, const char* data, std::uint
   const double scale = p == 2.0 ? unit_scale(dominant) : 1.0 / dominant;
   const bool divide = scale > DBL_MAX || scale < DBL_MIN;  // 1 / dominant is not a normal number
   double powers = 0.0;
-  for_magnitudes<Real>(group, dtype, data, bytes, [&](Real x) {
+  for_magnitudes<Real, 1>(group, dtype, data, bytes, [&](Real x) {
     const double part = divide ? x / dominant : x * scale;
     powers += p == 2.0 ? part * part : pow(part, p);
   });
@@ -74,9 +73,9 @@ __device__ double norm_of(Group& group, DType dtype, const char* data, std::uint
 }
 
 // Everything, from as many looks as it takes; all but the first find the data in cache.
-template <bool kAll, class Real>
+template <bool kAll, class Real, int kInFlight>
 __device__ Stats full_stats(Group& group, DType dtype, const char* data, std::uint32_t bytes, double p) {
-  const Survey<Real> seen = survey<kAll, Real>(group, dtype, data, bytes);
+  const Survey<Real> seen = survey<kAll, Real, kInFlight>(group, dtype, data, bytes);
   const bool nan = seen.nans > 0;
   return {norm_of(group, dtype, data, bytes, p, seen),
           static_cast<double>(seen.nans),
@@ -86,10 +85,10 @@ __device__ Stats full_stats(Group& group, DType dtype, const char* data, std::ui
           static_cast<double>(seen.zeros)};
 }
 
-// kAll: every field, for any p. Else p is 2 and only norm, nans and infs are wanted.
-template <bool kAll>
-__device__ Stats stats_of(Group& group, DType dtype, const char* data, std::uint32_t size, double p) {
-  const std::uint32_t bytes = size * bytes_of(dtype);
+// kAll: every field, for any p. Else p is 2 and only norm, nans and infs are wanted. kInFlight: loads on their way at a
+// time in a look at everything; one will do where it finds the data in cache.
+template <bool kAll, int kInFlight = kAll ? 4 : 1>
+__device__ Stats stats_of(Group& group, DType dtype, const char* data, std::uint32_t bytes, double p) {
   if constexpr (!kAll) {
     double sum = 0.0, least = 0.0;
     std::uint32_t any = 0;  // a bit that isn't a sign
@@ -108,7 +107,8 @@ __device__ Stats stats_of(Group& group, DType dtype, const char* data, std::uint
     p = 2.0;
   }
   // The second look, while the chunk is in cache: tells NaN, Inf, overflow and underflow apart.
-  return is_narrow(dtype) ? full_stats<kAll, float>(group, dtype, data, bytes, p) : full_stats<kAll, double>(group, dtype, data, bytes, p);
+  return is_narrow(dtype) ? full_stats<kAll, float, kInFlight>(group, dtype, data, bytes, p)
+                          : full_stats<kAll, double, kInFlight>(group, dtype, data, bytes, p);
 }
 
 // ---- joins ------------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ inline __device__ double join_norms(Group& group, const double* norms, std::int6
   // The dominant one counts as 1, or nearly so: the sum neither overflows nor underflows.
   const double scale = unit_scale(largest), dominant = p > 0 ? largest : smallest;
   double powers = 0.0;
-  for_pieces<1, 8>(group, norms, 0, count, [&](const double (&piece)[1]) {
+  for_pieces<1, 4>(group, norms, 0, count, [&](const double (&piece)[1]) {
     powers += p == 2.0 ? piece[0] * scale * (piece[0] * scale) : pow(piece[0] / dominant, p);
   });
   powers = group.reduce(powers, Add{});
@@ -159,10 +159,16 @@ inline __device__ double join_norms(Group& group, const double* norms, std::int6
 
 // Pieces [0, count) as one; see norm_of_norms, of which this is the parallel form. Their order is fixed by `count` alone.
 inline __device__ Stats join(Group& group, const double* pieces, std::int64_t stride, std::int64_t count, double p, bool all) {
+  if (p == 2.0 && !all) {  // nearly always one look at the norms is enough: a NaN or Inf among them shows in the sum
+    double sum = 0.0;
+    for_pieces<1, 8>(group, pieces, 0, count, [&](const double (&piece)[1]) { sum += piece[0] * piece[0]; });
+    sum = group.reduce(sum, Add{});
+    if (sum >= F64::kLeastTrusted && sum <= DBL_MAX) return {sqrt(sum), 0.0, 0.0, 0.0, 0.0, 0.0};
+  }
   Stats joined{0.0, 0.0, 0.0, 0.0, 0.0, 0.0};
   double largest = 0.0, smallest = kInf, sum = 0.0;
   std::uint32_t nan = 0, bad = 0;
-  for_pieces<3, 8>(group, pieces, stride, count, [&](const double (&piece)[3]) {
+  for_pieces<3, 4>(group, pieces, stride, count, [&](const double (&piece)[3]) {
     const double norm = piece[0];
     nan |= norm != norm;
     bad |= piece[1] + piece[2] > 0;

@@ -17,15 +17,17 @@
 
 namespace fastclip::cuda {
 
-constexpr int kThreads = 256;
+// Four or five blocks of this size share a multiprocessor: while one joins its sums and turns to its next chunk, the
+// others keep the memory busy. Of blocks twice as large it would be two.
+constexpr int kThreads = 128;
 constexpr int kWarpSize = 32;
 constexpr int kWarps = kThreads / kWarpSize;
 
-// 64 KiB, 16 loads of 16 bytes for each thread: long enough to hide the sum at its end behind the loads of the
-// block's neighbours, and short enough that a second look finds it in the caches (4 blocks, 256 KiB).
+// 64 KiB, 32 loads of 16 bytes for each thread: what comes before and after them is short beside them, and a second
+// look finds the chunk in the caches.
 constexpr std::uint32_t kChunkBytes = 1 << 16;
-// Up to this share of a chunk a unit is left to one warp, and a chunk is made of several.
-constexpr std::uint32_t kUnitBytesOfWarp = kChunkBytes / kWarps;
+// Up to this size a unit is left to one warp, and a chunk is made of several.
+constexpr std::uint32_t kUnitBytesOfWarp = kChunkBytes / 8;
 
 constexpr int kOtherBytes = 160;  // of a kernel's parameters, beside the table
 
@@ -33,7 +35,7 @@ template <int kCapacity>
 struct Table {
   static constexpr int kTensors = kCapacity;
   char* data[kTensors];                      // first byte of each tensor
-  std::int64_t unit_size[kTensors];          // elements
+  std::int64_t unit_bytes[kTensors];
   std::uint32_t first_chunk[kTensors + 1];   // of this launch
   std::uint32_t first_unit[kTensors + 1];    // of this launch
   std::uint16_t joins[kTensors];             // tensors whose units are cut into several chunks
@@ -51,46 +53,47 @@ static_assert(sizeof(PairTable) + 8 * kPairTensors <= kParameterBytes - kOtherBy
 
 // What one chunk covers.
 struct ChunkView {
-  std::uint32_t unit;        // its first unit within the tensor
-  std::uint32_t units;       // 1 for a piece of a unit
-  std::int64_t begin;        // elements before it in its first unit
-  std::uint32_t unit_size;   // elements of each of its units that it covers
-  bool whole;                // whether it covers its units to their ends
+  std::uint32_t unit;   // its first unit within the tensor
+  std::uint32_t units;  // 1 for a piece of a unit
+  std::int64_t begin;   // bytes before it in its first unit
+  std::uint32_t bytes;  // of each of its units that it covers
+  bool whole;           // whether it covers its units to their ends
 };
 
 // How a tensor is cut.
 struct Cut {
   std::uint32_t units_per_chunk;  // 0: a unit is cut into pieces
   std::uint32_t pieces;           // of each unit, in that case
-  std::uint32_t chunk_size;       // elements
 };
 
-__host__ __device__ inline Cut cut_of(std::int64_t unit_size, std::uint32_t units, std::uint32_t element_bytes) {
-  const std::uint32_t chunk_size = kChunkBytes / element_bytes;
-  if (units > 1 && unit_size * element_bytes <= kUnitBytesOfWarp) {
-    const auto fit = chunk_size / static_cast<std::uint32_t>(unit_size > 0 ? unit_size : 1);
-    return {fit / kWarps * kWarps, 0, chunk_size};
+__host__ __device__ inline Cut cut_of(std::int64_t unit_bytes, std::uint32_t units) {
+  if (units > 1 && unit_bytes <= kUnitBytesOfWarp) {
+    const std::uint32_t fit = kChunkBytes / static_cast<std::uint32_t>(unit_bytes > 0 ? unit_bytes : 1);
+    return {fit / kWarps * kWarps, 0};
   }
-  const std::int64_t pieces = (unit_size + chunk_size - 1) / chunk_size;
-  return {0, static_cast<std::uint32_t>(pieces > 0 ? pieces : 1), chunk_size};
+  const std::int64_t pieces = (unit_bytes + kChunkBytes - 1) / kChunkBytes;
+  return {0, static_cast<std::uint32_t>(pieces > 0 ? pieces : 1)};
 }
 
-__host__ __device__ inline ChunkView view_of(const Cut& cut, std::int64_t unit_size, std::uint32_t units, std::uint32_t chunk) {
+__host__ __device__ inline ChunkView view_of(const Cut& cut, std::int64_t unit_bytes, std::uint32_t units, std::uint32_t chunk) {
   if (cut.units_per_chunk > 0) {
     const std::uint32_t first = chunk * cut.units_per_chunk, left = units - first;
-    return {first, left < cut.units_per_chunk ? left : cut.units_per_chunk, 0, static_cast<std::uint32_t>(unit_size), true};
+    return {first, left < cut.units_per_chunk ? left : cut.units_per_chunk, 0, static_cast<std::uint32_t>(unit_bytes), true};
   }
-  const std::uint32_t unit = chunk / cut.pieces;
-  const std::int64_t begin = static_cast<std::int64_t>(chunk % cut.pieces) * cut.chunk_size, left = unit_size - begin;
-  return {unit, 1, begin, static_cast<std::uint32_t>(left < cut.chunk_size ? left : cut.chunk_size), cut.pieces == 1};
+  const std::uint32_t unit = units == 1 ? 0 : chunk / cut.pieces;
+  const std::int64_t begin = static_cast<std::int64_t>(chunk - unit * cut.pieces) * kChunkBytes, left = unit_bytes - begin;
+  return {unit, 1, begin, left < kChunkBytes ? static_cast<std::uint32_t>(left) : kChunkBytes, cut.pieces == 1};
 }
 
-// The tensor that a chunk belongs to, at or after `tensor`, which is at most `ahead` behind: each has a chunk.
+// The tensor that a chunk belongs to, at or after `tensor`, which is at most `ahead` behind: each has a chunk. Of a long
+// tensor it is mostly the same one, and among tensors of one chunk each the furthest: those are tried first.
 template <class Table>
 __device__ std::uint32_t find(const Table& table, std::uint32_t chunk, std::uint32_t tensor, std::uint32_t ahead) {
   std::uint32_t low = tensor, high = tensor + ahead;  // it lies in [low, high]
   const auto last = static_cast<std::uint32_t>(table.tensors) - 1;
   if (high > last) high = last;
+  if (table.first_chunk[low + 1] > chunk) return low;
+  if (table.first_chunk[high] <= chunk) return high;
   while (low < high) {
     const std::uint32_t middle = (low + high + 1) / 2;
     if (table.first_chunk[middle] <= chunk) low = middle;
@@ -117,8 +120,8 @@ void for_launches(Table& table, const Tensors& tensors, const std::vector<std::i
     for (; i < last && table.tensors < Table::kTensors; ++i) {
       const std::int64_t count = units_of(i);
       if (count == 0) continue;
-      const std::int64_t size = tensors[i].size / count;
-      const Cut cut = cut_of(size, static_cast<std::uint32_t>(count), bytes_of(tensors[i].dtype));
+      const std::int64_t unit_bytes = tensors[i].size / count * bytes_of(tensors[i].dtype);
+      const Cut cut = cut_of(unit_bytes, static_cast<std::uint32_t>(count));
       const std::uint64_t chunks = cut.units_per_chunk > 0 ? (count + cut.units_per_chunk - 1) / cut.units_per_chunk
                                                            : static_cast<std::uint64_t>(count) * cut.pieces;
       const int at = table.tensors;
@@ -127,7 +130,7 @@ void for_launches(Table& table, const Tensors& tensors, const std::vector<std::i
         break;
       }
       table.data[at] = static_cast<char*>(tensors[i].data);
-      table.unit_size[at] = size;
+      table.unit_bytes[at] = unit_bytes;
       table.dtype[at] = tensors[i].dtype;
       table.first_chunk[at + 1] = table.first_chunk[at] + static_cast<std::uint32_t>(chunks);
       table.first_unit[at + 1] = table.first_unit[at] + static_cast<std::uint32_t>(count);

@@ -166,7 +166,7 @@ __device__ void map_vectors(const Group& group, char* data, std::uint32_t bytes,
   };
   const std::uint32_t shift = misalignment(data), rank = group.rank;
   std::uint32_t head = shift > 0 ? 16 - shift : 0;  // bytes before the first aligned vector
-  if (head > bytes || head % element_bytes != 0) head = bytes;
+  if (head > bytes || (head & (element_bytes - 1)) != 0) head = bytes;
   for (std::uint32_t at = rank * element_bytes; at < head; at += group.size * element_bytes) map_bytes(data + at, element_bytes);
   auto* vectors = reinterpret_cast<Vector*>(data + head);
   const std::uint32_t whole = (bytes - head) / 16;

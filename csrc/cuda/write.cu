@@ -85,8 +85,8 @@ __device__ typename Format::Part own_bound(const Format& format, double bound) {
 }
 
 template <Change kChange>
-__device__ void change(const Group& group, DType dtype, char* data, std::uint32_t size, double scalar) {
-  const std::uint32_t element_bytes = bytes_of(dtype), bytes = size * element_bytes;
+__device__ void change(const Group& group, DType dtype, char* data, std::uint32_t bytes, double scalar) {
+  const std::uint32_t element_bytes = bytes_of(dtype);
   if (scalar == 1.0 && (kChange == Change::scale || kChange == Change::scale_each)) return;
   visit(dtype, [&](const auto& format) {
     using Format = std::decay_t<decltype(format)>;
@@ -102,28 +102,27 @@ __device__ void change(const Group& group, DType dtype, char* data, std::uint32_
 }
 
 template <Change kChange>
-__global__ void __launch_bounds__(kThreads, 3) write_kernel(FASTCLIP_PARAMETERS(WriteParams) a) {
+__global__ void __launch_bounds__(kThreads, 6) write_kernel(FASTCLIP_PARAMETERS(WriteParams) a) {
   const TensorTable& table = a.table;
   const double scalar = read_scalar(a.scalar);
   if (kChange == Change::scale && scalar == 1.0) return;  // the host could not know it
   std::uint32_t tensor = 0;
   for (std::uint32_t chunk = blockIdx.x; chunk < table.first_chunk[table.tensors]; chunk += gridDim.x) {
     tensor = find(table, chunk, tensor, chunk == blockIdx.x ? table.tensors : gridDim.x);
-    const std::int64_t unit_size = table.unit_size[tensor];
+    const std::int64_t unit_bytes = table.unit_bytes[tensor];
     const std::uint32_t units = table.first_unit[tensor + 1] - table.first_unit[tensor];
     const DType dtype = table.dtype[tensor];
-    const std::uint32_t element_bytes = bytes_of(dtype);
-    const ChunkView view = view_of(cut_of(unit_size, units, element_bytes), unit_size, units, chunk - table.first_chunk[tensor]);
-    char* data = table.data[tensor] + (view.unit * unit_size + view.begin) * element_bytes;
+    const ChunkView view = view_of(cut_of(unit_bytes, units), unit_bytes, units, chunk - table.first_chunk[tensor]);
+    char* data = table.data[tensor] + view.unit * unit_bytes + view.begin;
     const auto factor_of = [&](std::uint32_t unit) {
       return kChange == Change::scale_each ? a.factors[table.first_unit[tensor] + unit] : scalar;
     };
     if (view.units == 1) {
-      change<kChange>(whole_block(nullptr), dtype, data, view.unit_size, factor_of(view.unit));
+      change<kChange>(whole_block(nullptr), dtype, data, view.bytes, factor_of(view.unit));
       continue;
     }
     for (std::uint32_t k = threadIdx.x / kWarpSize; k < view.units; k += kWarps)
-      change<kChange>(own_warp(), dtype, data + k * unit_size * element_bytes, view.unit_size, factor_of(view.unit + k));
+      change<kChange>(own_warp(), dtype, data + k * unit_bytes, view.bytes, factor_of(view.unit + k));
   }
 }
 
