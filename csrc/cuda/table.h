@@ -17,8 +17,8 @@
 
 namespace fastclip::cuda {
 
-// Four or five blocks of this size share a multiprocessor: while one joins its sums and turns to its next chunk, the
-// others keep the memory busy. Of blocks twice as large it would be two.
+// Four or five blocks of this size, of a read, share a multiprocessor: while one joins its sums and turns to its next
+// chunk, the others keep the memory busy. Of blocks twice as large it would be two.
 constexpr int kThreads = 128;
 constexpr int kWarpSize = 32;
 constexpr int kWarps = kThreads / kWarpSize;
