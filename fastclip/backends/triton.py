@@ -6,8 +6,8 @@ order: float64, float32, bfloat16, float16, complex128, complex64; float8 read-o
 take one launch, a write one more; nothing waits for the device. The table of addresses is uploaded when a list is new,
 and in a captured CUDA graph it can't be.
 
-With ``TRITON_INTERPRET=1`` Triton's interpreter runs the same kernels, in larger tiles, on CPU tensors, slowly and where
-``FASTCLIP_BACKEND=triton`` asks for it: for tests.
+With ``TRITON_INTERPRET=1`` Triton's interpreter runs the same kernels, in larger tiles, on CPU tensors, slowly and
+where ``FASTCLIP_BACKEND=triton`` asks for it: for tests.
 """
 
 from __future__ import annotations
