@@ -27,7 +27,7 @@ from setuptools.errors import CompileError
 X86 = platform.machine() in ("x86_64", "AMD64")
 MODULE = "csrc/module.cpp"  # the one source that asks whether there are CUDA kernels
 SOURCES = [MODULE, "csrc/grad_table.cpp", "csrc/cpu/engine.cpp", "csrc/cpu/kernels_default.cpp"]
-CUDA_KERNELS = ["csrc/cuda/read.cu", "csrc/cuda/write.cu"]
+CUDA_KERNELS = ["csrc/cuda/read.cu", "csrc/cuda/write.cu", "csrc/cuda/tally.cu"]
 CUDA_BINDINGS = "csrc/cuda/bindings.cpp"
 EMULATOR = "csrc/cuda/emulated/fibers.cpp"
 # Each instruction set is one translation unit with flags of its own.

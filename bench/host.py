@@ -2,7 +2,8 @@
 
 ``python -m fastclip.bench.host cuda-emulated`` wants a build with ``FASTCLIP_CUDA=emulated``, ``... triton`` a Triton
 that compiles; each in a process of its own. As on a device no value is known to the host. What the driver takes for a
-launch is not in it, and torch's few operations are those of the CPU.
+launch is not in it, and torch's few operations are those of the CPU; one, of a microsecond, comes with a tally: the
+host would otherwise act on counts that no kernel has filled.
 """
 
 from __future__ import annotations
@@ -38,14 +39,16 @@ class Idle(torch.optim.SGD):
 
 def use(backend: str) -> None:
     """From now on this backend serves, its launches do nothing, and no value is known to the host."""
-    if backend == cuda.name:
+    stand_in: Any = cuda if backend == cuda.name else triton
+    if stand_in is cuda:
         C.cuda_set_idle(True)
     else:
         from . import triton_driver
 
         triton_driver.stand_in()
-        stand_in: Any = triton
         stand_in._SERVED, stand_in.unavailable = tables.CPU, lambda: ""
+    tally = stand_in.tally
+    stand_in.tally = lambda before, factor, skip, after: tally(before, factor, skip, after.zero_())
     backends.forced = backend
     for module in [module for name, module in sys.modules.items() if name.startswith("fastclip.")]:
         if hasattr(module, "known_to_host"):

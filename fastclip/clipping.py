@@ -61,6 +61,11 @@ class Verdict(NamedTuple):
         return any_of(reasons)
 
     @property
+    def factor(self) -> float | Tensor:
+        """1 unless it changes a gradient: a number, or 0-d where the host would have to wait for it."""
+        return self.decision.clip_coef if self.is_one_number else 1.0 + self.clipped
+
+    @property
     def _is_idle(self) -> bool:
         """Whether the host knows, without any work on a device, that no gradient is changed."""
         coef, _, unit_coefs, clamp = self.decision
@@ -72,24 +77,19 @@ class Verdict(NamedTuple):
         """Multiplies the gradients by ``clip_coef``, divided by ``grad_scale`` if they are scaled; not if ``skip``."""
         if grad_scale is None and self._is_idle:
             return
-        coef, _, unit_coefs, clamp = self.decision
-        if clamp is not None and isinstance(skip, Tensor):
-            skip = bool(skip)
         if skip is True:
             return
+        coef, _, unit_coefs, clamp = self.decision
         plan, units = self.reading.plan, self.reading.units
+        unless = skip if isinstance(skip, Tensor) else None
         factor = coef if unit_coefs is None else unit_coefs
         factor = factor if grad_scale is None else factor / grad_scale
-        if isinstance(skip, Tensor):  # selected, not multiplied by 0: 0 x NaN is NaN
-            if not isinstance(factor, Tensor):
-                factor = torch.full((), factor, dtype=wide_dtype(skip.device), device=skip.device)
-            factor = torch.where(flag(skip), 1.0, factor)
         if unit_coefs is not None and units is not None:
-            plan.scale_units_(units.dims, units.counts, torch.as_tensor(factor))
+            plan.scale_units_(units.dims, units.counts, torch.as_tensor(factor), unless)
         elif isinstance(factor, Tensor) or factor != 1.0:
-            plan.scale_(factor)
+            plan.scale_(factor, unless)
         if clamp is not None:
-            plan.clamp_(clamp)
+            plan.clamp_(clamp, unless)
 
 
 class Finding(NamedTuple):
@@ -108,9 +108,11 @@ class Finding(NamedTuple):
         decision = self.policy.decide(self.reading)
         if not isinstance(decision, Decision):
             raise TypeError(f"{self.policy!r}: decide() must return a Decision, got {type(decision).__name__}")
-        coef = decision.clip_coef
+        coef, skip = decision.clip_coef, decision.skip
         if isinstance(coef, Tensor) and coef.dim() == 0 and known_to_host(coef):
             decision = decision._replace(clip_coef=float(coef))
+        if isinstance(skip, Tensor):  # a rule may say it by any number
+            decision = decision._replace(skip=bool(skip) if known_to_host(skip) else flag(skip))
         return Verdict(self.reading, decision)
 
 
@@ -187,8 +189,6 @@ def _checked_plans(
     for grads, policy in shares:
         if policy.clamps:
             check_real(grads)
-            if nonfinite == "skip":
-                check_not_captured(f'{policy!r} with "skip" has to wait for the device', 'use "propagate" or "zero"')
         if is_capturing() and policy.state_dict():
             check_not_captured(
                 f"{policy!r} learns from step to step, and a replay would begin anew each time", "clip outside of it"

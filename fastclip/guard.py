@@ -19,13 +19,13 @@ from fastclip.clipping import Finding, all_finite, examine
 from fastclip.ladder import Ladder, LossWatch, Rollback, SpikeBackoff, reduced_lr
 from fastclip.policies import GlobalNorm, Policy, policy_of
 from fastclip.reading import any_of, check_not_captured
-from fastclip.record import IN_A_ROW, SKIPPED, STEPS, Outcome, Record, Reports, Seen
+from fastclip.record import Outcome, Record, Reports
 from fastclip.regularisation import Penalty
 from fastclip.sharded import check_not_in_zero
 from fastclip.step_arguments import step_arguments_of
 from fastclip.tensors import Grads, check_groups_disjoint, grads_among, grads_of_groups
 from fastclip.ties import group_named, group_of_caller, process_group, ties_of
-from fastclip.types import TOTAL_NORM, known_to_host
+from fastclip.types import IN_A_ROW, SKIPPED, STEPS, TOTAL_NORM, known_to_host
 
 ATTACHED = ("step", amp.GUARD, "_step_supports_amp_scaling")  # what an attached guard sets on its optimizer
 OWN_RULES = ("policy", "group_max_norm")  # keys of a param group that take it out of the joint norm
@@ -280,12 +280,13 @@ class Guard(Reports):
         if not again:
             reasons += [verdict.decision.skip for verdict in verdicts]
         skip = any_of([*reasons, found_inf] if nonfinite == "skip" else reasons)
-        clipped = any_of(verdict.clipped for verdict in verdicts)
+        # of one rule without an operation on the device
+        factor = verdicts[0].factor if len(verdicts) == 1 else 1.0 + any_of(verdict.clipped for verdict in verdicts)
 
         rides = riding.rides(self.optimizer)
         if isinstance(skip, Tensor) and (not rides or riding.first_step_is_lost(self.optimizer)):
             skip = bool(skip)
-        self._record.note([Seen(finding.reading) for finding in findings], clipped, skip)
+        self._record.note([finding.reading for finding in findings], factor, skip)
         went_back, in_a_row = (False, 0) if again else self._climb(observed, held, found_inf)
         if self._record.listeners:
             held_back = {"nonfinite": found_inf if nonfinite == "skip" else False}
@@ -297,6 +298,7 @@ class Guard(Reports):
             if ties is not None:
                 held_back["rank"] = held
             lrs = [group["lr"] * self._lr_factor for group in groups if "lr" in group]
+            clipped = factor != 1.0
             outcome = Outcome(self._record.seen, verdicts, held_back, clipped, skip, went_back, loss, lrs, grad_scale)
             for listener in self._record.listeners:
                 listener(outcome)

@@ -276,20 +276,21 @@ def flag(value: Tensor) -> Tensor:
 
 
 def any_of(reasons: Iterable[bool | Tensor]) -> bool | Tensor:
-    """Whether one of them holds: bools, or 0-d tensors that aren't 0; a tensor where the host would have to wait."""
+    """Whether one of them holds: bools, or tensors of one element that isn't 0. Where the host would have to wait a
+    tensor: the only one there is, or of several whether one holds."""
     tensors = []
     for reason in reasons:
         if reason is False:
             continue
         if isinstance(reason, Tensor) and not known_to_host(reason):
-            tensors.append(flag(reason))
+            tensors.append(reason)
         elif reason:
             return True
     if not tensors:
         return False
     if len(tensors) == 1:
         return tensors[0]
-    return torch.stack([tensor.to(tensors[0].device) for tensor in tensors]).any()
+    return torch.stack([flag(tensor).to(tensors[0].device) for tensor in tensors]).any()
 
 
 def read(

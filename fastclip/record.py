@@ -13,12 +13,23 @@ from fastclip.backends import reference
 from fastclip.backends.reference import narrowed
 from fastclip.clipping import Verdict
 from fastclip.ladder import Event, Ladder
-from fastclip.reading import Peers, Reading, flag, penalties
+from fastclip.reading import Peers, Reading, penalties
 from fastclip.stats import GradStats, stats_from
 from fastclip.tensors import GroupNames
-from fastclip.types import INFS, NANS, NORM, TOTAL_NORM, SkipLimitError, on_device
-
-STEPS, CLIPPED, SKIPPED, IN_A_ROW = range(4)
+from fastclip.types import (
+    CLIPPED,
+    COUNTS,
+    IN_A_ROW,
+    INFS,
+    NANS,
+    NORM,
+    SKIPPED,
+    STEPS,
+    TOTAL_NORM,
+    SkipLimitError,
+    on_device,
+    wide_dtype,
+)
 
 
 class Seen:
@@ -116,7 +127,7 @@ class Echo:
         """The values, once, after they have arrived."""
         if self._copy is None or (self._event is not None and not self._event.query()):
             return None
-        values: list[int] = self._copy.tolist()
+        values = [int(value) for value in self._copy.tolist()]
         self._copy = None
         return values
 
@@ -133,59 +144,48 @@ class Echo:
         self._event.record(torch.accelerator.current_stream(values.device))
 
 
-def _flag(value: bool | Tensor, device: torch.device) -> Tensor:
-    """0-d, bool."""
-    if isinstance(value, Tensor):
-        return flag(value).to(device)
-    return torch.full((), value, dtype=torch.bool, device=device)
-
-
 class Record:
     """Counts of steps and the latest readings."""
 
     def __init__(self) -> None:
         self.skip_limit: int | None = None
         # Numbers as long as the host has known every outcome, then a tensor on the gradients' device.
-        self._counts: list[int] | Tensor = [0, 0, 0, 0]
+        self._counts: list[int] | Tensor = [0] * len(COUNTS)
         self.seen: list[Seen] = []
         self._norm: Tensor | None = None  # of ``seen``, once someone has asked
         self._echo = Echo()
-        self._one: Tensor | None = None  # bool, true, on the gradients' device
         self.listeners: list[Callable[[Outcome], None]] = []  # each is told of every step
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_echo": Echo(), "listeners": []}  # events and open files can't be copied
 
-    def note(self, seen: list[Seen], clipped: bool | Tensor, skipped: bool | Tensor) -> None:
+    def note(self, readings: list[Reading], factor: float | Tensor, skipped: bool | Tensor) -> None:
         """Takes in one step: its readings, at least one, and what became of it.
 
-        ``clipped`` and ``skipped`` are 0-d tensors where the host would have to wait for them.
+        ``factor`` is 1 where nothing was clipped. It and ``skipped``, one element that isn't 0 for yes, are tensors
+        where the host would have to wait for them.
         """
-        self.seen, self._norm = seen, None
+        self.seen, self._norm = [Seen(reading) for reading in readings], None
         counts = self._counts
-        if isinstance(counts, list) and isinstance(clipped, bool) and isinstance(skipped, bool):
+        if isinstance(counts, list) and not isinstance(factor, Tensor) and not isinstance(skipped, Tensor):
             counts[STEPS] += 1
-            counts[CLIPPED] += clipped and not skipped
+            counts[CLIPPED] += factor != 1.0 and not skipped
             counts[SKIPPED] += skipped
             counts[IN_A_ROW] = counts[IN_A_ROW] + 1 if skipped else 0
             return
-        device = seen[0].totals.device
-        was_skipped = _flag(skipped, device)
-        was_clipped = _flag(clipped, device) > was_skipped
-        before = on_device(counts, torch.int64, device) if isinstance(counts, list) else counts.to(device)
-        if self._one is None or self._one.device != device:
-            self._one = torch.ones((), dtype=torch.bool, device=device)
-        # Each operation is a launch: as few as can be.
-        after = before + torch.stack([self._one, was_clipped, was_skipped, was_skipped])
-        after[IN_A_ROW].mul_(was_skipped)
-        self._counts = after
+        totals, dtype = readings[0].totals, wide_dtype(readings[0].totals.device)
+        before = (
+            on_device(counts, dtype, totals.device) if isinstance(counts, list) else counts.to(totals.device, dtype)
+        )
+        self._counts = after = torch.empty_like(before)
+        readings[0].plan.tally(before, factor, skipped, after)
         self._echo.send(after)
 
     @property
     def counts(self) -> Tensor:
         """``[steps, clipped, skipped, in a row]``, int64, for whoever looks."""
         if isinstance(self._counts, Tensor):
-            return self._counts
+            return self._counts.to(torch.int64)
         device = self.seen[0].totals.device if self.seen else "cpu"
         return on_device(self._counts, torch.int64, torch.device(device))
 

@@ -26,6 +26,10 @@ TOTAL_NORM, CLIP_COEF, TOTAL_NANS, TOTAL_INFS = range(len(TOTALS))
 HEADS = ("total_norm", "found_inf")
 HEAD_NORM, HEAD_INF = range(len(HEADS))
 
+# What is counted of an optimizer's steps.
+COUNTS = ("steps", "clipped", "skipped", "skipped in a row, up to now")
+STEPS, CLIPPED, SKIPPED, IN_A_ROW = range(len(COUNTS))
+
 Strengths: TypeAlias = list[tuple[float, float]]  # of a weight penalty: (of the sign, of the weight) per gradient
 
 NONFINITE = ("propagate", "skip", "zero", "raise")
@@ -170,20 +174,32 @@ class Backend(Protocol):
         """Joins ``rows`` (of any number of tensors, tables or ranks) into ``totals``, ``[len(TOTALS)]`` in the dtype of
         ``rows``, and ``heads``, ``[len(HEADS)]`` float32."""
 
-    def scale_(self, table: Any, factor: float | Tensor) -> None:
+    def scale_(self, table: Any, factor: float | Tensor, skip: Tensor | None = None) -> None:
         """Multiplies in place by a number, a 0-d tensor, or one factor per tensor (1-d float64).
 
-        A tensor whose factor is 1 is not written, where the host or the kernel can know it.
+        A tensor whose factor is 1 is not written, where the host or the kernel can know it. With ``skip``, 0-d float32
+        on the table's device, which the host need not know, every gradient keeps its values unless it is 0; so for all
+        that follow.
         """
 
-    def scale_units_(self, table: Any, dims: list[tuple[int, ...]], factors: Tensor) -> None:
+    def scale_units_(
+        self, table: Any, dims: list[tuple[int, ...]], factors: Tensor, skip: Tensor | None = None
+    ) -> None:
         """Multiplies each unit in place by its factor, ``[u]``; one whose factor is 1 need not be written."""
 
-    def clamp_(self, table: Any, bound: float) -> None:
+    def clamp_(self, table: Any, bound: float, skip: Tensor | None = None) -> None:
         """Clamps every real element into [-bound, bound]; NaN stays NaN."""
 
     def zero_nonfinite_(self, table: Any) -> None:
         """Replaces every NaN and Inf element by 0."""
+
+    def tally(self, before: Tensor, factor: float | Tensor, skip: float | Tensor, after: Tensor) -> None:
+        """Counts one step: fills ``after`` from ``before``, ``[len(COUNTS)]`` each, float64 (the widest of the device).
+
+        Args:
+            factor: a number, or one element on any device: the step is clipped unless it is 1.
+            skip: a number, or one element on any device: the step is skipped, and not clipped, unless it is 0.
+        """
 
 
 class FastclipError(Exception):

@@ -16,6 +16,7 @@ from . import write
 from .blocks import NVIDIA_OPTIONS, OPTIONS
 from .read import finish_kernel, join_kernel, read_kernel
 from .table import DeviceCache, Work, to_device, works_of
+from .tally import tally_kernel
 
 LEAST = 1 << 13  # float64 numbers of a workspace: the chunks of 170 MB of float32
 
@@ -181,27 +182,46 @@ def join(unit_rows: Tensor, counts: list[int], p: float, rows: Tensor) -> None:
     where.launch(join_kernel, len(counts), unit_rows, unit_rows.shape[1], first_units, rows, len(counts), bits_of(p))
 
 
-def _write(facts: bytes, device: torch.device, change: Any, factors: Tensor | None, counts: Any, bound: float) -> None:
+def tally(before: Tensor, factor: float | Tensor, skip: float | Tensor, after: Tensor) -> None:
+    """Counts a step, see tally_kernel; numbers, or one float32 or float64 on the device."""
+    factor_at, skip_at = (value if isinstance(value, Tensor) else None for value in (factor, skip))
+    factor_bits, skip_bits = (0 if isinstance(value, Tensor) else bits_of(value) for value in (factor, skip))
+    arguments = before, factor_at, factor_bits, skip_at, skip_bits, after
+    Where(before.device).launch(tally_kernel, 1, *arguments, varying=(factor_at, skip_at))
+
+
+def _write(
+    facts: bytes,
+    device: torch.device,
+    change: Any,
+    skip: Tensor | None = None,
+    factors: Tensor | None = None,
+    counts: list[int] | None = None,
+    bound: float = 0.0,
+) -> None:
     where = Where(device)
     for work in where.works(facts, counts):
-        arguments = work.words, work.owners, factors, bits_of(bound)
+        arguments = work.words, work.owners, factors, bits_of(bound), skip
         constants = {"PRESENT": work.present, "CHANGE": change, "UNITS": work.units}
-        where.launch(write.write_kernel, work.chunks, *arguments, varying=(factors,), **constants)
+        where.launch(write.write_kernel, work.chunks, *arguments, varying=(factors, skip), **constants)
 
 
-def scale(facts: bytes, device: torch.device, factor: Tensor) -> None:
-    """By one number on the device, float32 or float64; returns at once where that is 1."""
-    _write(facts, device, write.SCALE.value, factor, None, 0.0)
+def scale(facts: bytes, device: torch.device, factor: Tensor, skip: Tensor | None = None) -> None:
+    """By one number on the device, float32 or float64; returns at once where that is 1, or where ``skip``, one float32
+    there, is not 0. So do the others."""
+    _write(facts, device, write.SCALE.value, skip, factor)
 
 
-def scale_each(facts: bytes, device: torch.device, factors: Tensor, counts: list[int] | None = None) -> None:
+def scale_each(
+    facts: bytes, device: torch.device, factors: Tensor, counts: list[int] | None = None, skip: Tensor | None = None
+) -> None:
     """By one float64 for each unit; one whose factor is 1 is not written."""
-    _write(facts, device, write.SCALE_EACH.value, factors, counts, 0.0)
+    _write(facts, device, write.SCALE_EACH.value, skip, factors, counts)
 
 
-def clamp(facts: bytes, device: torch.device, bound: float) -> None:
-    _write(facts, device, write.CLAMP.value, None, None, bound)
+def clamp(facts: bytes, device: torch.device, bound: float, skip: Tensor | None = None) -> None:
+    _write(facts, device, write.CLAMP.value, skip, bound=bound)
 
 
 def zero_nonfinite(facts: bytes, device: torch.device) -> None:
-    _write(facts, device, write.ZERO_NONFINITE.value, None, None, 0.0)
+    _write(facts, device, write.ZERO_NONFINITE.value)

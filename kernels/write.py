@@ -127,6 +127,7 @@ def write_kernel(
     owners,
     factors,  # in, one float32 or float64, or with SCALE_EACH float64 [units]; None where none is needed
     bound_bits: tl.int64,  # of a clamp, as the bits of a float64
+    skip,  # in, one float32: unless it is 0 nothing is written; or None
     PRESENT: tl.constexpr,
     CHANGE: tl.constexpr,
     UNITS: tl.constexpr,
@@ -150,6 +151,8 @@ def write_kernel(
     else:
         scalar = as_double(bound_bits)
         needed = True
+    if skip is not None:
+        needed = needed & (tl.load(skip) == 0.0)
     if needed:
         for DTYPE in tl.static_range(DTYPES):
             if (PRESENT >> DTYPE) & 1:

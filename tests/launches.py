@@ -44,11 +44,15 @@ def kinds() -> list[Callable[[], None]]:
         lambda: launch.finish(rows, 2.0, 1.0, 1e-6, totals, heads),
         lambda: launch.finish(rows, 2.0, 1.0, 1e-6, totals, None),
         lambda: launch.join(unit_rows, counts, 2.0, rows),
+        *(lambda of=of: launch.tally(rows[0], *of, totals) for of in ((single, double), (1.0, single), (double, 0.0))),
         lambda: launch.scale(facts, cpu, single),
         lambda: launch.scale(facts, cpu, double),
+        lambda: launch.scale(facts, cpu, double, single),
         lambda: launch.scale_each(facts, cpu, torch.ones(2, dtype=torch.float64)),
         lambda: launch.scale_each(facts, cpu, torch.ones(5, dtype=torch.float64), counts),
+        lambda: launch.scale_each(facts, cpu, torch.ones(5, dtype=torch.float64), counts, single),
         lambda: launch.clamp(facts, cpu, 1.0),
+        lambda: launch.clamp(facts, cpu, 1.0, single),
         lambda: launch.zero_nonfinite(facts, cpu),
     ]
 
@@ -75,5 +79,5 @@ def check() -> None:
     for call in [*kinds(), *kinds()]:
         call()
     # each twice, by us and by Triton; lists whose units are of two lengths take two launches
-    assert len(launched) == 2 * 2 * (len(kinds()) + 2), len(launched)
+    assert len(launched) == 2 * 2 * (len(kinds()) + 3), len(launched)
     print(f"{len({own for own, _ in launched})} kernels, {len(launch._compiled)} kept")

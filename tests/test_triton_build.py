@@ -20,6 +20,7 @@ if backend.INTERPRETED:
 import triton
 from fastclip.kernels import read, write
 from fastclip.kernels.blocks import NVIDIA_OPTIONS, OPTIONS, WARPS
+from fastclip.kernels.tally import tally_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -33,8 +34,8 @@ WRITABLE = 0b111111
 TYPES = {
     **dict.fromkeys(("table", "first_units"), "*i64"),
     **dict.fromkeys(("owners", "done"), "*i32"),
-    **dict.fromkeys(("heads", "divisor"), "*fp32"),
-    **dict.fromkeys(("p_bits", "max_norm_bits", "eps_bits", "bound_bits"), "i64"),
+    **dict.fromkeys(("heads", "divisor", "skip"), "*fp32"),
+    **dict.fromkeys(("p_bits", "max_norm_bits", "eps_bits", "bound_bits", "factor_bits", "skip_bits"), "i64"),
     **dict.fromkeys(("row_stride", "unit_stride", "chunks", "count"), "i32"),
 }
 STACK_OF_3_8 = {"zero_nonfinite"}  # 8 bytes on sm_90, which it never touches
@@ -46,7 +47,7 @@ def reads(present: int, **settings: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def writes(present: int, change: int, **settings: Any) -> tuple[Any, dict[str, Any]]:
-    return write.write_kernel, {"PRESENT": present, "CHANGE": change, "UNITS": 1, **settings}
+    return write.write_kernel, {"PRESENT": present, "CHANGE": change, "UNITS": 1, "skip": None, **settings}
 
 
 NORMS = {
@@ -60,6 +61,7 @@ PENALISED = {
 WRITES = {
     "scale float32": writes(F32, 0),
     "scale bfloat16": writes(BF16, 0),
+    "scale float32 unless": writes(F32, 0, skip=...),
     "clamp": writes(WRITABLE, 2, factors=None),
     "zero_nonfinite": writes(WRITABLE, 3, factors=None),
 }
@@ -71,8 +73,10 @@ VARIANTS = {
     "units float32": reads(F32, UNITS=16),
     "finish": (read.finish_kernel, {}),
     "join": (read.join_kernel, {}),
+    "tally": (tally_kernel, {}),
+    "tally what is known": (tally_kernel, {"factor": None, "skip": None}),
     **WRITES,
-    "scale_each": writes(WRITABLE, 1, UNITS=16),
+    "scale_each unless": writes(WRITABLE, 1, UNITS=16, skip=...),
 }
 
 
@@ -137,7 +141,9 @@ def sums(text: str) -> set[str]:
     return {layouts[name] for name in lanes}
 
 
-@pytest.mark.parametrize("kernel", [read.read_kernel, read.finish_kernel, read.join_kernel, write.write_kernel])
+@pytest.mark.parametrize(
+    "kernel", [read.read_kernel, read.finish_kernel, read.join_kernel, write.write_kernel, tally_kernel]
+)
 def test_another_length_or_address_compiles_nothing(kernel: Any) -> None:
     assert all(p.is_constexpr or p.do_not_specialize for p in kernel.params)
     assert {p.name for p in kernel.params if p.is_constexpr} <= {"PRESENT", "ALL", "EXTRAS", "UNITS", "CHANGE"}

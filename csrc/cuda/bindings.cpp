@@ -117,18 +117,29 @@ void join(const py::object& unit_rows, const Units& units, double norm_type, con
              doubles(rows, 3 * static_cast<std::int64_t>(units.size()), device, "rows"), place(device));
 }
 
-void scale(const GradTable& table, const py::object& factor) {
-  cuda::scale(table.tensors, scalar(factor, table.device, "factor"), place(table.device));
+void scale(const GradTable& table, const py::object& factor, const py::object& skip) {
+  const Device device = table.device;
+  cuda::scale(table.tensors, scalar(factor, device, "factor"), floats(skip, 1, device, "skip"), place(device));
 }
 
-void scale_each(const GradTable& table, const Units& units, const py::object& factors) {
+void scale_each(const GradTable& table, const Units& units, const py::object& factors, const py::object& skip) {
+  const Device device = table.device;
   const std::int64_t count = units_in(table, units);
-  cuda::scale_each(table.tensors, units, doubles(factors, count, table.device, "factors"), place(table.device));
+  cuda::scale_each(table.tensors, units, doubles(factors, count, device, "factors"), floats(skip, 1, device, "skip"),
+                   place(device));
 }
 
-void clamp(const GradTable& table, double bound) { cuda::clamp(table.tensors, bound, place(table.device)); }
+void clamp(const GradTable& table, double bound, const py::object& skip) {
+  cuda::clamp(table.tensors, bound, floats(skip, 1, table.device, "skip"), place(table.device));
+}
 
 void zero_nonfinite(const GradTable& table) { cuda::zero_nonfinite(table.tensors, place(table.device)); }
+
+void tally(const py::object& before, const py::object& factor, const py::object& skip, const py::object& after) {
+  const Device device = device_of(before);
+  cuda::tally(doubles(before, 4, device, "before"), scalar(factor, device, "factor"), scalar(skip, device, "skip"),
+              doubles(after, 4, device, "after"), place(device));
+}
 
 }  // namespace
 
@@ -145,10 +156,11 @@ void define_cuda(py::module_& m) {
   m.def("cuda_finish", &finish, py::arg("rows"), py::arg("fields"), py::arg("count"), py::arg("norm_type"),
         py::arg("max_norm"), py::arg("eps"), py::arg("totals"), py::arg("heads"));
   m.def("cuda_join", &join, py::arg("unit_rows"), py::arg("units"), py::arg("norm_type"), py::arg("rows"));
-  m.def("cuda_scale", &scale, py::arg("table"), py::arg("factor"));
-  m.def("cuda_scale_each", &scale_each, py::arg("table"), py::arg("units"), py::arg("factors"));
-  m.def("cuda_clamp", &clamp, py::arg("table"), py::arg("bound"));
+  m.def("cuda_scale", &scale, py::arg("table"), py::arg("factor"), py::arg("skip"));
+  m.def("cuda_scale_each", &scale_each, py::arg("table"), py::arg("units"), py::arg("factors"), py::arg("skip"));
+  m.def("cuda_clamp", &clamp, py::arg("table"), py::arg("bound"), py::arg("skip"));
   m.def("cuda_zero_nonfinite", &zero_nonfinite, py::arg("table"));
+  m.def("cuda_tally", &tally, py::arg("before"), py::arg("factor"), py::arg("skip"), py::arg("after"));
 #if defined(FASTCLIP_CUDA_EMULATED)
   m.def("cuda_set_order", &cuda::set_order, py::arg("seed"), "0: threads in order; else as this seed has it.");
   m.def("cuda_set_idle", &cuda::set_idle, py::arg("is_idle"), "Kernels are launched, and don't run.");

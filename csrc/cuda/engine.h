@@ -53,12 +53,16 @@ void finish(const double* rows, std::int64_t count, double norm_type, double max
 // unit_rows: in, [3][sum of units]. rows: out, [3][units.size()].
 void join(const double* unit_rows, const Units& units, double norm_type, double* rows, const Place& place);
 
-// By one factor for all; returns at once where that is 1.
-void scale(const Tensors& tensors, const Scalar& factor, const Place& place);
+// By one factor for all; returns at once where that is 1, or `skip` not 0: one float32 on the device, or null.
+void scale(const Tensors& tensors, const Scalar& factor, const float* skip, const Place& place);
 // By one float64 factor per unit.
-void scale_each(const Tensors& tensors, const Units& units, const double* factors, const Place& place);
-void clamp(const Tensors& tensors, double bound, const Place& place);
+void scale_each(const Tensors& tensors, const Units& units, const double* factors, const float* skip, const Place& place);
+void clamp(const Tensors& tensors, double bound, const float* skip, const Place& place);
 void zero_nonfinite(const Tensors& tensors, const Place& place);
+
+// before: in, [4]: steps, clipped, skipped, and skipped in a row. after: out, the same with one step more, which is
+// skipped unless `skip` is 0, and else clipped unless `factor` is 1.
+void tally(const double* before, const Scalar& factor, const Scalar& skip, double* after, const Place& place);
 
 std::string why_unavailable();
 bool is_capturing(int device, void* stream);

@@ -11,6 +11,7 @@ struct WriteParams {
   TensorTable table;
   Scalar scalar;          // the factor, or the bound
   const double* factors;  // of each unit; this launch's begin here
+  const float* skip;      // unless it is 0 nothing is written; may be null
 };
 static_assert(sizeof(WriteParams) <= kParameterBytes);
 
@@ -105,7 +106,8 @@ template <Change kChange>
 __global__ void __launch_bounds__(kThreads, 6) write_kernel(FASTCLIP_PARAMETERS(WriteParams) a) {
   const TensorTable& table = a.table;
   const double scalar = read_scalar(a.scalar);
-  if (kChange == Change::scale && scalar == 1.0) return;  // the host could not know it
+  const float skip = a.skip == nullptr ? 0.0f : *a.skip;
+  if ((kChange == Change::scale && scalar == 1.0) || skip != 0.0f) return;  // the host could not know it
   std::uint32_t tensor = 0;
   for (std::uint32_t chunk = blockIdx.x; chunk < table.first_chunk[table.tensors]; chunk += gridDim.x) {
     tensor = find(table, chunk, tensor, chunk == blockIdx.x ? table.tensors : gridDim.x);
@@ -128,10 +130,11 @@ __global__ void __launch_bounds__(kThreads, 6) write_kernel(FASTCLIP_PARAMETERS(
 
 template <Change kChange>
 void write(const char* name, const Tensors& tensors, const Units& units, const Scalar& scalar,
-           const double* factors, const Place& place) {
+           const double* factors, const float* skip, const Place& place) {
   const DeviceGuard guard(place.device);
   WriteParams params;
   params.scalar = scalar;
+  params.skip = skip;
   for_launches(params.table, tensors, units, [&](std::int64_t first_unit, bool) {
     params.factors = factors == nullptr ? nullptr : factors + first_unit;
     const int blocks = blocks_for(write_kernel<kChange>, place.device, params.table.first_chunk[params.table.tensors]);
@@ -141,23 +144,23 @@ void write(const char* name, const Tensors& tensors, const Units& units, const S
 
 }  // namespace
 
-void scale(const Tensors& tensors, const Scalar& factor, const Place& place) {
+void scale(const Tensors& tensors, const Scalar& factor, const float* skip, const Place& place) {
   if (factor.at == nullptr && factor.value == 1.0) return;
-  write<Change::scale>("scale", tensors, {}, factor, nullptr, place);
+  write<Change::scale>("scale", tensors, {}, factor, nullptr, skip, place);
 }
 
-void scale_each(const Tensors& tensors, const Units& units, const double* factors, const Place& place) {
-  write<Change::scale_each>("scale", tensors, units, {}, factors, place);
+void scale_each(const Tensors& tensors, const Units& units, const double* factors, const float* skip, const Place& place) {
+  write<Change::scale_each>("scale", tensors, units, {}, factors, skip, place);
 }
 
-void clamp(const Tensors& tensors, double bound, const Place& place) {
+void clamp(const Tensors& tensors, double bound, const float* skip, const Place& place) {
   Scalar scalar;
   scalar.value = bound;
-  write<Change::clamp>("clamp", tensors, {}, scalar, nullptr, place);
+  write<Change::clamp>("clamp", tensors, {}, scalar, nullptr, skip, place);
 }
 
 void zero_nonfinite(const Tensors& tensors, const Place& place) {
-  write<Change::zero_nonfinite>("zero_nonfinite", tensors, {}, {}, nullptr, place);
+  write<Change::zero_nonfinite>("zero_nonfinite", tensors, {}, {}, nullptr, nullptr, place);
 }
 
 }  // namespace fastclip::cuda

@@ -65,6 +65,12 @@ class Part(NamedTuple):
         device = self.table.grads[0].device
         return given.to(device, wide_dtype(device), non_blocking=True).contiguous()
 
+    def flag(self, given: Tensor | None) -> Tensor | None:
+        """0-d of any dtype, as its backend takes it."""
+        if given is None or not len(self.table):
+            return given
+        return given.to(self.table.grads[0].device, torch.float32, non_blocking=True)
+
 
 @functools.cache
 def _runnable(with_cuda: bool, device_type: int | None) -> tuple[Backend, ...]:
@@ -112,6 +118,11 @@ class Plan(NamedTuple):
         """Of the one backend where there is one."""
         return self.parts[0].backend.finish if len(self.parts) == 1 else reference.finish
 
+    @property
+    def tally(self) -> Callable[[Tensor, float | Tensor, float | Tensor, Tensor], None]:
+        """Of the one backend where there is one."""
+        return self.parts[0].backend.tally if len(self.parts) == 1 else reference.tally
+
     def check_writable(self) -> None:
         """Raises ``UnsupportedGradientError`` if a gradient can be read but not written."""
         for part in self.parts:
@@ -134,27 +145,30 @@ class Plan(NamedTuple):
             columns = columns.to(own_rows, non_blocking=True).contiguous()
             part.backend.read_penalised_(part.table, own, columns, request, own_rows, own_weight_rows)
 
-    def scale_(self, factor: float | Tensor) -> None:
-        """Multiplies every gradient in place by a number, a 0-d tensor, or one factor per tensor."""
+    def scale_(self, factor: float | Tensor, skip: Tensor | None = None) -> None:
+        """Multiplies every gradient in place by a number, a 0-d tensor, or one factor per tensor; here and below only
+        if ``skip``, of one element on any device, is 0."""
         for part in self.parts:
             own = factor
             if isinstance(factor, Tensor) and factor.dim() == 1:
                 own = part.factors(factor if part.positions is None else factor[part.positions])
-            part.backend.scale_(part.table, own)
+            part.backend.scale_(part.table, own, part.flag(skip))
 
-    def scale_units_(self, dims: list[tuple[int, ...]], counts: list[int], factors: Tensor) -> None:
+    def scale_units_(
+        self, dims: list[tuple[int, ...]], counts: list[int], factors: Tensor, skip: Tensor | None = None
+    ) -> None:
         """Multiplies each unit in place; ``factors`` in the order of the gradients, ``counts[i]`` for each."""
         for part in self.parts:
             if part.positions is None:
-                part.backend.scale_units_(part.table, dims, part.factors(factors))
+                part.backend.scale_units_(part.table, dims, part.factors(factors), part.flag(skip))
                 continue
             each = torch.split(factors, counts)
             own = part.factors(torch.cat([each[i] for i in part.positions]))
-            part.backend.scale_units_(part.table, [dims[i] for i in part.positions], own)
+            part.backend.scale_units_(part.table, [dims[i] for i in part.positions], own, part.flag(skip))
 
-    def clamp_(self, bound: float) -> None:
+    def clamp_(self, bound: float, skip: Tensor | None = None) -> None:
         for part in self.parts:
-            part.backend.clamp_(part.table, bound)
+            part.backend.clamp_(part.table, bound, part.flag(skip))
 
     def zero_nonfinite_(self) -> None:
         for part in self.parts:

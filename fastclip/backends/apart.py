@@ -57,9 +57,14 @@ def read_units(
 
 
 def scale_units_(
-    table: Any, dims: list[tuple[int, ...]], factors: Tensor, scale: Callable[[Counts, Tensor], None]
+    table: Any,
+    dims: list[tuple[int, ...]],
+    factors: Tensor,
+    skip: Tensor | None,
+    scale: Callable[[Counts, Tensor], None],
 ) -> None:
-    """``scale`` multiplies the pieces, by one factor each, and sees to the version counters of their tensors."""
+    """``scale`` multiplies the pieces, by one factor each, and sees to the version counters of their tensors, and to
+    ``skip``."""
     counts = counts_of(table, dims)
     if all(counts):
         scale(counts, factors)
@@ -72,6 +77,7 @@ def scale_units_(
         if count:
             own.append(each)
         elif not (known_to_host(each) and bool((each == 1.0).all())):
-            reference.scale_units_of(grad.detach(), reduced, each)
+            own_factors = each if skip is None else reference.unless(skip, each)
+            reference.scale_units_of(grad.detach(), reduced, own_factors)
     if own:
         scale(counts, torch.cat(own))

@@ -73,7 +73,9 @@ def finish(rows: Tensor, request: Request, totals: Tensor, heads: Tensor | None 
         reference.fill_heads(totals, heads)
 
 
-def scale_(table: Any, factor: float | Tensor) -> None:
+def scale_(table: Any, factor: float | Tensor, skip: Tensor | None = None) -> None:
+    if skip is not None and bool(skip):
+        return
     if isinstance(factor, Tensor) and factor.dim() == 0:
         factor = float(factor)
     if isinstance(factor, Tensor):
@@ -84,21 +86,29 @@ def scale_(table: Any, factor: float | Tensor) -> None:
         increment_version(table.grads)
 
 
-def scale_units_(table: Any, dims: list[tuple[int, ...]], factors: Tensor) -> None:
+def scale_units_(table: Any, dims: list[tuple[int, ...]], factors: Tensor, skip: Tensor | None = None) -> None:
+    if skip is not None and bool(skip):
+        return
+
     def scale(counts: apart.Counts, own: Tensor) -> None:
         C.cpu_scale_each(C.split(table, counts), own, torch.get_num_threads())
         clipped = np.add.accumulate(np.concatenate([[0], (own != 1.0).numpy()]))[np.cumsum([0, *counts])]
         _bump(table, (np.diff(clipped) > 0).tolist())
 
-    apart.scale_units_(table, dims, factors, scale)
+    apart.scale_units_(table, dims, factors, None, scale)
 
 
-def clamp_(table: Any, bound: float) -> None:
+def clamp_(table: Any, bound: float, skip: Tensor | None = None) -> None:
+    if skip is not None and bool(skip):
+        return
     _bump(table, C.cpu_clamp(table, bound, torch.get_num_threads()))
 
 
 def zero_nonfinite_(table: Any) -> None:
     _bump(table, C.cpu_zero_nonfinite(table, torch.get_num_threads()))
+
+
+tally = reference.tally  # the host mostly knows, and counts by itself
 
 
 def _bump(table: Any, written: list[bool]) -> None:

@@ -103,35 +103,38 @@ def finish(rows: Tensor, request: Request, totals: Tensor, heads: Tensor | None 
     C.cuda_finish(rows, fields, count, request.norm_type, request.max_norm, request.eps, totals, heads)
 
 
-def scale_(table: Any, factor: float | Tensor) -> None:
+def scale_(table: Any, factor: float | Tensor, skip: Tensor | None = None) -> None:
     if not len(table):
         return
-    device = table.grads[0].device
     if isinstance(factor, Tensor) and factor.dim() == 1:
-        C.cuda_scale_each(table, [], factor)
+        C.cuda_scale_each(table, [], factor, skip)
     elif isinstance(factor, Tensor) or factor != 1.0:
-        C.cuda_scale(table, _scalar(factor, device))
+        C.cuda_scale(table, _scalar(factor, table.grads[0].device), skip)
     else:
         return
     increment_version(table.grads)
 
 
-def scale_units_(table: Any, dims: list[tuple[int, ...]], factors: Tensor) -> None:
+def scale_units_(table: Any, dims: list[tuple[int, ...]], factors: Tensor, skip: Tensor | None = None) -> None:
     def scale(counts: apart.Counts, own: Tensor) -> None:
-        C.cuda_scale_each(table, counts, own)
+        C.cuda_scale_each(table, counts, own, skip)
         increment_version([grad for grad, count in zip(table.grads, counts, strict=True) if count])
 
-    apart.scale_units_(table, dims, factors, scale)
+    apart.scale_units_(table, dims, factors, skip, scale)
 
 
-def clamp_(table: Any, bound: float) -> None:
-    C.cuda_clamp(table, bound)
+def clamp_(table: Any, bound: float, skip: Tensor | None = None) -> None:
+    C.cuda_clamp(table, bound, skip)
     increment_version(table.grads)
 
 
 def zero_nonfinite_(table: Any) -> None:
     C.cuda_zero_nonfinite(table)
     increment_version(table.grads)
+
+
+def tally(before: Tensor, factor: float | Tensor, skip: float | Tensor, after: Tensor) -> None:
+    C.cuda_tally(before, _scalar(factor, before.device), _scalar(skip, before.device), after)
 
 
 def _scalar(value: float | Tensor, device: torch.device) -> float | Tensor:

@@ -21,6 +21,7 @@ from fastclip.types import (
     CLIP_COEF,
     HEAD_INF,
     HEAD_NORM,
+    IN_A_ROW,
     MAX_ABS,
     NORM,
     SUM_ABS,
@@ -192,7 +193,9 @@ def narrowed(norms: Tensor, dtype: torch.dtype) -> Tensor:
     return norms.to(dtype, copy=True)
 
 
-def scale_(table: ReferenceTable, factor: float | Tensor) -> None:
+def scale_(table: ReferenceTable, factor: float | Tensor, skip: Tensor | None = None) -> None:
+    if skip is not None:
+        factor = unless(skip, factor)
     for column, (grad, source) in enumerate(zip(table.grads, table.sources, strict=True)):
         own = factor[column] if isinstance(factor, Tensor) and factor.dim() == 1 else factor
         if isinstance(own, float) and own == 1.0:
@@ -204,7 +207,18 @@ def scale_(table: ReferenceTable, factor: float | Tensor) -> None:
             tensors.write_back(source, grad)
 
 
-def scale_units_(table: ReferenceTable, dims: list[tuple[int, ...]], factors: Tensor) -> None:
+def unless(skip: Tensor, factor: float | Tensor) -> Tensor:
+    """``factor``, or 1 where ``skip`` is not 0: selected, not multiplied by 0, for 0 x NaN is NaN."""
+    if not isinstance(factor, Tensor):
+        factor = torch.full((), factor, dtype=wide_dtype(skip.device), device=skip.device)
+    return torch.where((skip != 0.0).to(factor.device), 1.0, factor)
+
+
+def scale_units_(
+    table: ReferenceTable, dims: list[tuple[int, ...]], factors: Tensor, skip: Tensor | None = None
+) -> None:
+    if skip is not None:
+        factors = unless(skip, factors)
     at = 0
     for grad, source, reduced in zip(table.grads, table.sources, dims, strict=True):
         units = count_units(grad, reduced)
@@ -220,12 +234,16 @@ def scale_units_of(grad: Tensor, dims: tuple[int, ...], factors: Tensor) -> None
         grad.copy_(_widened(grad) * factors.to(grad.device).reshape(shape))
 
 
-def clamp_(table: ReferenceTable, bound: float) -> None:
+def clamp_(table: ReferenceTable, bound: float, skip: Tensor | None = None) -> None:
     for grad, source in zip(table.grads, table.sources, strict=True):
         if bound > torch.finfo(grad.dtype).max:
             continue  # nothing finite exceeds it, and Inf clamped to it would round back to Inf
         with tensors.its_mode(source):
-            grad.clamp_(min=-bound, max=bound)
+            if skip is None:
+                grad.clamp_(min=-bound, max=bound)
+            else:
+                kept = (skip != 0.0).to(grad.device)
+                grad.copy_(torch.where(kept, grad, grad.clamp(min=-bound, max=bound)))
             tensors.write_back(source, grad)
 
 
@@ -234,6 +252,18 @@ def zero_nonfinite_(table: ReferenceTable) -> None:
         with tensors.its_mode(source):
             grad.masked_fill_(torch.isfinite(grad).logical_not(), 0)
             tensors.write_back(source, grad)
+
+
+def tally(before: Tensor, factor: float | Tensor, skip: float | Tensor, after: Tensor) -> None:
+    def differs(value: float | Tensor, idle: float) -> Tensor:
+        if not isinstance(value, Tensor):
+            return torch.full((), value != idle, device=before.device)
+        return value.detach().reshape(()).to(before.device) != idle
+
+    skipped = differs(skip, 0.0)
+    clipped = differs(factor, 1.0) > skipped
+    torch.add(before, torch.stack([torch.ones_like(skipped), clipped, skipped, skipped]), out=after)
+    after[IN_A_ROW].mul_(skipped)
 
 
 def norm_of_norms(norms: Tensor, p: float) -> Tensor:

@@ -123,29 +123,29 @@ def finish(rows: Tensor, request: Request, totals: Tensor, heads: Tensor | None 
     _launch().finish(rows, request.norm_type, request.max_norm, request.eps, totals, heads)
 
 
-def scale_(table: Any, factor: float | Tensor) -> None:
+def scale_(table: Any, factor: float | Tensor, skip: Tensor | None = None) -> None:
     if not len(table) or (not isinstance(factor, Tensor) and factor == 1.0):
         return
     device = table.grads[0].device
     if isinstance(factor, Tensor) and factor.dim() == 1:
-        _launch().scale_each(table.facts, device, factor)
+        _launch().scale_each(table.facts, device, factor, skip=skip)
     else:
-        _launch().scale(table.facts, device, _on_device(factor, device))
+        _launch().scale(table.facts, device, _on_device(factor, device), skip)
     increment_version(table.grads)
 
 
-def scale_units_(table: Any, dims: list[tuple[int, ...]], factors: Tensor) -> None:
+def scale_units_(table: Any, dims: list[tuple[int, ...]], factors: Tensor, skip: Tensor | None = None) -> None:
     def scale(counts: apart.Counts, own: Tensor) -> None:
         device = table.grads[0].device
-        _launch().scale_each(table.facts, device, own, counts)
+        _launch().scale_each(table.facts, device, own, counts, skip)
         increment_version([grad for grad, count in zip(table.grads, counts, strict=True) if count])
 
-    apart.scale_units_(table, dims, factors, scale)
+    apart.scale_units_(table, dims, factors, skip, scale)
 
 
-def clamp_(table: Any, bound: float) -> None:
+def clamp_(table: Any, bound: float, skip: Tensor | None = None) -> None:
     if len(table):
-        _launch().clamp(table.facts, table.grads[0].device, bound)
+        _launch().clamp(table.facts, table.grads[0].device, bound, skip)
         increment_version(table.grads)
 
 
@@ -153,6 +153,11 @@ def zero_nonfinite_(table: Any) -> None:
     if len(table):
         _launch().zero_nonfinite(table.facts, table.grads[0].device)
         increment_version(table.grads)
+
+
+def tally(before: Tensor, factor: float | Tensor, skip: float | Tensor, after: Tensor) -> None:
+    known = [tables.one_number(v, before.device) if isinstance(v, Tensor) else float(v) for v in (factor, skip)]
+    _launch().tally(before, *known, after)
 
 
 def _on_device(value: float | Tensor, device: torch.device) -> Tensor:

@@ -14,8 +14,9 @@ from fastclip.clipping import examine
 from fastclip.ladder import Ladder
 from fastclip.policies import Bound, GlobalNorm, Policy, policy_of
 from fastclip.reading import any_of
-from fastclip.record import IN_A_ROW, Record, Reports, Seen
+from fastclip.record import Record, Reports
 from fastclip.tensors import GroupNames, grads_among
+from fastclip.types import IN_A_ROW
 
 # Everything that a Keras optimizer does with the gradients once it has clipped them.
 AFTER_CLIPPING = (
@@ -86,7 +87,7 @@ class KerasGuard(Reports):
         verdict = finding.decide()
         skip = any_of([verdict.decision.skip, finding.reading.found_inf if self.nonfinite == "skip" else False])
         self._skipped = bool(skip)
-        self._record.note([Seen(finding.reading)], verdict.clipped, self._skipped)
+        self._record.note([finding.reading], verdict.factor, self._skipped)
         self._record.check_streak(int(self._record.counts[IN_A_ROW]))
         verdict.apply(skip=self._skipped)
         return grads
