@@ -203,12 +203,26 @@ def test_wrong_memory_is_refused_before_anything_is_launched() -> None:
     three = torch.full((3,), 2.0, dtype=torch.float64, device=device())
     for factors in (three[:2], three.float(), three.repeat(2)[::2], torch.empty(3, dtype=torch.float64, device="meta")):
         with pytest.raises((TypeError, ValueError)):
-            C.cuda_scale_each(table, [], factors)
+            C.cuda_scale_each(table, [], factors, None)
     for factor in (three, three.half()[0], torch.empty((), device="meta")):
         with pytest.raises((TypeError, ValueError)):
-            C.cuda_scale(table, factor)
+            C.cuda_scale(table, factor, None)
+        with pytest.raises((TypeError, ValueError)):
+            C.cuda_tally(totals, factor, 0.0, totals.clone())
     with pytest.raises(ValueError, match="units"):
-        C.cuda_scale_each(table, [5, 3, 3], three)
+        C.cuda_scale_each(table, [5, 3, 3], three, None)
+    for skip in (three[0], three.bool()[0], three.float(), torch.empty((), device="meta"), 1.0):
+        for write in (
+            lambda skip=skip: C.cuda_scale(table, 0.5, skip),
+            lambda skip=skip: C.cuda_scale_each(table, [], three, skip),
+            lambda skip=skip: C.cuda_clamp(table, 0.5, skip),
+        ):
+            with pytest.raises((TypeError, ValueError)):
+                write()
+    for counts in (totals[:3], heads, poisoned(8)[::2], None):
+        for given in ((counts, totals.clone()), (totals.clone(), counts)):
+            with pytest.raises((TypeError, ValueError, RuntimeError)):
+                C.cuda_tally(given[0], 1.0, 0.0, given[1])
     strengths, weight_rows = poisoned(2, 3), poisoned(3, 3)
     partners = C.partners(table, [grad.clone() for grad in grads])
     for wrong in (

@@ -137,8 +137,11 @@ void zero_nonfinite(const GradTable& table) { cuda::zero_nonfinite(table.tensors
 
 void tally(const py::object& before, const py::object& factor, const py::object& skip, const py::object& after) {
   const Device device = device_of(before);
-  cuda::tally(doubles(before, 4, device, "before"), scalar(factor, device, "factor"), scalar(skip, device, "skip"),
-              doubles(after, 4, device, "after"), place(device));
+  const auto counts = [&](const py::object& tensor, const char* name) {
+    return static_cast<double*>(memory(tensor, DType::f64, 4, device, name));
+  };
+  cuda::tally(counts(before, "before"), scalar(factor, device, "factor"), scalar(skip, device, "skip"),
+              counts(after, "after"), place(device));
 }
 
 }  // namespace
