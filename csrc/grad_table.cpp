@@ -291,7 +291,7 @@ py::tuple gather(const py::list& tensors, bool take_grad) {
   for (Py_ssize_t i = 0; i < count && i < PyList_GET_SIZE(tensors.ptr()); ++i) {
     PyObject* tensor = PyList_GET_ITEM(tensors.ptr(), i);
     if (tensor == Py_None && !take_grad) continue;
-    if (!PyObject_TypeCheck(tensor, torch.tensor))
+    if (!is_plain(tensor) && !PyObject_TypeCheck(tensor, torch.tensor))  // which walks up from a Parameter's class
       throw py::type_error("item " + std::to_string(i) + " is a " + Py_TYPE(tensor)->tp_name + ", not a torch.Tensor");
     auto grad = take_grad ? py::reinterpret_steal<py::object>(grad_of(tensor))
                           : py::reinterpret_borrow<py::object>(tensor);

@@ -178,23 +178,24 @@ def examine(
             reading.plan.zero_nonfinite_()
         again = joined(asked, grad_scale, None).readings
         readings = [new.with_penalty_of(seen) for new, seen in zip(again, readings, strict=True)]
-    each = [Finding(policy, reading) for (_, policy), reading in zip(shares, readings, strict=True)]
-    return Findings([of for of, nobodys in zip(each, nobody, strict=True) if not nobodys], skips)
+    seen = zip(shares, readings, nobody, strict=True)
+    return Findings([Finding(policy, reading) for (_, policy), reading, nobodys in seen if not nobodys], skips)
 
 
 def _checked_plans(
     shares: list[tuple[Grads, Policy]], requests: list[Request], nonfinite: str, may_write: bool, ties: Ties | None
 ) -> list[Plan]:
     """Whatever may raise before the first read."""
-    for grads, policy in shares:
+    plans = []
+    for request, (grads, policy) in zip(requests, shares, strict=True):
         if policy.clamps:
             check_real(grads)
         if is_capturing() and policy.state_dict():
             check_not_captured(
                 f"{policy!r} learns from step to step, and a replay would begin anew each time", "clip outside of it"
             )
-    plans = [plan(grads) for grads, _ in shares]
-    for work, request, (grads, policy) in zip(plans, requests, shares, strict=True):
+        work = plan(grads)
+        plans.append(work)
         if policy.writes or may_write:
             work.check_writable()
         if request.units is not None:
@@ -204,12 +205,12 @@ def _checked_plans(
                 f"{policy!r} looks at single tensors, of which FullyShardedDataParallel holds pieces; shard with "
                 "fully_shard(), or take a rule that looks at the total norm. Nothing was written"
             )
+        if len(work.parts) > 1 and len({part.table.grads[0].device for part in work.parts}) > 1:
+            check_not_captured(
+                "a list of gradients on several devices has to wait for them", "clip each device's own in its own graph"
+            )
     if nonfinite == "raise":
         check_not_captured('nonfinite="raise" has to wait for the device', 'use "skip" or "propagate"')
-    if any(len({part.table.grads[0].device for part in work.parts}) > 1 for work in plans if len(work.parts) > 1):
-        check_not_captured(
-            "a list of gradients on several devices has to wait for them", "clip each device's own in its own graph"
-        )
     return plans
 
 

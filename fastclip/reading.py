@@ -450,5 +450,6 @@ def _read_part(part: Part, request: Request) -> Tensor:
 
 
 def _empty_rows(part: Part, fields: int) -> Tensor:
-    like = part.table.grads[0] if len(part.table) else torch.empty(0)
-    return like.new_empty((fields, len(part.table)), dtype=wide_dtype(like.device))
+    grads = part.table.grads
+    like = grads[0] if grads else torch.empty(0)
+    return like.new_empty((fields, len(grads)), dtype=wide_dtype(like.device))

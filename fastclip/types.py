@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeAlias
@@ -266,6 +267,7 @@ def on_device(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
 
+@functools.cache
 def wide_dtype(device: torch.device) -> torch.dtype:
     """The widest real dtype of a device: MPS has no float64."""
     return torch.float32 if device.type == "mps" else torch.float64

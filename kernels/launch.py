@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import struct
 from contextlib import nullcontext
 from dataclasses import replace
@@ -28,9 +29,10 @@ _partials: dict[tuple[torch.device, int], Tensor] = {}
 _done: dict[tuple[torch.device, int], Tensor] = {}
 
 
+@functools.lru_cache(1024)
 def bits_of(number: float) -> int:
-    """A float64 as an integer: Triton would pass it on as float32."""
-    return int(_INT64.unpack(_FLOAT64.pack(number))[0])
+    """A float64 as an integer, -0.0 as 0.0: Triton would pass it on as float32. The same few come again and again."""
+    return int(_INT64.unpack(_FLOAT64.pack(number + 0.0))[0])
 
 
 class Where:

@@ -101,7 +101,8 @@ class Plan(NamedTuple):
     @property
     def wide(self) -> bool:
         """Whether a gradient is float64 or complex128."""
-        return any(part.table.wide for part in self.parts)
+        wide: bool = self.parts[0].table.wide
+        return wide or any(part.table.wide for part in self.parts[1:])
 
     @property
     def size_bytes(self) -> int:
