@@ -733,3 +733,39 @@ def test_a_number_keeps_its_bits_where_the_device_decides_about_the_step(far) ->
     verdict = fastclip.clipping.Verdict(verdict.reading, verdict.decision._replace(clip_coef=0.1))
     verdict.apply(skip=torch.tensor(False))
     assert p.grad.tolist() == [2.0 * 0.1] * 3
+
+
+class Says(GlobalNorm):
+    """Skips by any number that isn't 0."""
+
+    total_only = True
+    number = 3.0
+
+    def decide(self, reading):
+        return super().decide(reading)._replace(skip=torch.full((1,), self.number, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("rule", ["skip", "propagate"])
+@every_fused
+def test_a_rule_skips_by_any_number(name, rule, far) -> None:
+    """torch's fused steps skip where their found_inf is exactly 1."""
+    model = small_model()
+    opt = ClippedOptimizer(INNERS[name](model.parameters()), policy=Says(0.5), nonfinite=rule)
+    for number, skips in ((0.0, False), (3.0, True), (math.nan, True), (-0.5, True), (0.0, False)):
+        opt.policy.number = number
+        backward(model, 0)
+        before = flat(model).clone()
+        with may_wait(name, not opt.state):
+            opt.step()
+        assert torch.equal(flat(model), before) == skips
+    assert (opt.steps, opt.clipped_steps, opt.skipped_steps, opt.skipped_in_a_row) == (5, 2, 3, 0)
+
+
+@pytest.mark.parametrize("bad", [False, True])
+def test_what_is_clamped_is_left_alone_without_waiting(far, bad) -> None:
+    p = torch.nn.Parameter(torch.ones(4))
+    p.grad = torch.tensor([0.5, -7.0, math.inf if bad else 7.0, 0.0])
+    before = p.grad.clone()
+    with no_waiting():
+        fastclip.clip_grads_([p], Value(2.0), nonfinite="skip")
+    assert p.grad.tolist() == (before if bad else before.clamp(-2.0, 2.0)).tolist()

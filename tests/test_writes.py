@@ -234,7 +234,7 @@ def test_a_device_may_forbid_to_write(backend: str, how: str, dtype: torch.dtype
     """Whatever the factor, and also what would become NaN by any."""
     grads = [torch.full(shape, 2.0, dtype=dtype) for shape in ((3, 7), (300, 300), (50, 300), (1,))]
     grads[0][1, 2], grads[3][0] = NAN, INF
-    before = [bits(grad) for grad in grads]
+    before = [bits(grad).clone() for grad in grads]
     chosen = gpu.module_of(backend)
     WRITES[how](chosen, chosen.table_of(grads), None if skip is None else torch.tensor(skip))
     if skip:

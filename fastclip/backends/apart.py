@@ -77,7 +77,6 @@ def scale_units_(
         if count:
             own.append(each)
         elif not (known_to_host(each) and bool((each == 1.0).all())):
-            own_factors = each if skip is None else reference.unless(skip, each)
-            reference.scale_units_of(grad.detach(), reduced, own_factors)
+            reference.scale_units_of(grad.detach(), reduced, each, skip)
     if own:
         scale(counts, torch.cat(own))

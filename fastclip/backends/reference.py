@@ -194,8 +194,6 @@ def narrowed(norms: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def scale_(table: ReferenceTable, factor: float | Tensor, skip: Tensor | None = None) -> None:
-    if skip is not None:
-        factor = unless(skip, factor)
     for column, (grad, source) in enumerate(zip(table.grads, table.sources, strict=True)):
         own = factor[column] if isinstance(factor, Tensor) and factor.dim() == 1 else factor
         if isinstance(own, float) and own == 1.0:
@@ -203,35 +201,34 @@ def scale_(table: ReferenceTable, factor: float | Tensor, skip: Tensor | None = 
         with tensors.its_mode(source):
             for piece in _pieces(grad):
                 factor_here = own.to(piece.device) if isinstance(own, Tensor) else own
-                piece.copy_(_widened(piece) * factor_here)
+                _write(piece, _widened(piece) * factor_here, skip)
             tensors.write_back(source, grad)
 
 
-def unless(skip: Tensor, factor: float | Tensor) -> Tensor:
-    """``factor``, or 1 where ``skip`` is not 0: selected, not multiplied by 0, for 0 x NaN is NaN."""
-    if not isinstance(factor, Tensor):
-        factor = torch.full((), factor, dtype=wide_dtype(skip.device), device=skip.device)
-    return torch.where((skip != 0.0).to(factor.device), 1.0, factor)
+def _write(grad: Tensor, values: Tensor, skip: Tensor | None) -> None:
+    """Rounds ``values`` into ``grad``, unless ``skip`` is not 0: selected, as NaN times 0 or
+    complex Inf times 1 is NaN."""
+    if skip is not None:
+        values = torch.where((skip != 0.0).to(grad.device), grad, values.to(grad.dtype))
+    grad.copy_(values)
 
 
 def scale_units_(
     table: ReferenceTable, dims: list[tuple[int, ...]], factors: Tensor, skip: Tensor | None = None
 ) -> None:
-    if skip is not None:
-        factors = unless(skip, factors)
     at = 0
     for grad, source, reduced in zip(table.grads, table.sources, dims, strict=True):
         units = count_units(grad, reduced)
         with tensors.its_mode(source):
-            scale_units_of(grad, reduced, factors[at : at + units])
+            scale_units_of(grad, reduced, factors[at : at + units], skip)
             tensors.write_back(source, grad)
         at += units
 
 
-def scale_units_of(grad: Tensor, dims: tuple[int, ...], factors: Tensor) -> None:
+def scale_units_of(grad: Tensor, dims: tuple[int, ...], factors: Tensor, skip: Tensor | None = None) -> None:
     shape = [1 if d in dims else grad.shape[d] for d in range(grad.dim())]
     with tensors.its_mode(grad):
-        grad.copy_(_widened(grad) * factors.to(grad.device).reshape(shape))
+        _write(grad, _widened(grad) * factors.to(grad.device).reshape(shape), skip)
 
 
 def clamp_(table: ReferenceTable, bound: float, skip: Tensor | None = None) -> None:
@@ -242,8 +239,7 @@ def clamp_(table: ReferenceTable, bound: float, skip: Tensor | None = None) -> N
             if skip is None:
                 grad.clamp_(min=-bound, max=bound)
             else:
-                kept = (skip != 0.0).to(grad.device)
-                grad.copy_(torch.where(kept, grad, grad.clamp(min=-bound, max=bound)))
+                _write(grad, grad.clamp(min=-bound, max=bound), skip)
             tensors.write_back(source, grad)
 
 
