@@ -284,8 +284,9 @@ class Guard(Reports):
         factor = verdicts[0].factor if len(verdicts) == 1 else 1.0 + any_of(verdict.clipped for verdict in verdicts)
 
         rides = riding.rides(self.optimizer)
-        if isinstance(skip, Tensor) and (not rides or riding.first_step_is_lost(self.optimizer)):
-            skip = bool(skip)
+        if isinstance(skip, Tensor):  # once; what the read left is float32 already
+            is_waited_for = not rides or riding.first_step_is_lost(self.optimizer)
+            skip = bool(skip) if is_waited_for else skip.to(torch.float32)
         self._record.note([finding.reading for finding in findings], factor, skip)
         went_back, in_a_row = (False, 0) if again else self._climb(observed, held, found_inf)
         if self._record.listeners:
@@ -305,7 +306,7 @@ class Guard(Reports):
         self._record.check_streak(in_a_row)
         if went_back or skip is True:
             return Clearance(False)
-        riding_inf = skip.to(torch.float32) if isinstance(skip, Tensor) else None
+        riding_inf = skip if isinstance(skip, Tensor) else None
         only = verdicts[0]
         # Riding costs a write of every gradient, whatever the coefficient. So where only the device knows that there is
         # nothing to clip, and no scale has to ride anyway: the step launched twice if that pays, else a pass of its own
