@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import gpu
 import pytest
 import torch
+from forbidden import SKIPS, TOLD, WRITES, Given, check_tally, check_write
 from gpu import (
     CHUNK_BYTES,
     POISON,
@@ -373,6 +374,17 @@ def signalling(dtype: torch.dtype) -> Tensor:
     }
     of, values = codes[dtype]
     return torch.tensor(values * 8, dtype=of).view(dtype)
+
+
+@pytest.mark.parametrize("skip", SKIPS)
+@pytest.mark.parametrize(("how", "dtype"), WRITES, ids=str)
+def test_a_device_may_forbid_to_write(how: str, dtype: torch.dtype, skip: float | None) -> None:
+    check_write(gpu.kernels, how, dtype, skip, gpu.device())
+
+
+@pytest.mark.parametrize("given", TOLD)
+def test_steps_are_counted(given: Given) -> None:
+    check_tally(gpu.kernels, given, gpu.device())
 
 
 @pytest.mark.parametrize("dtype", WRITABLE, ids=str)

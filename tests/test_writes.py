@@ -5,6 +5,7 @@ from __future__ import annotations
 import gpu
 import pytest
 import torch
+from forbidden import SKIPS, TOLD, WRITES, Given, check_tally, check_write
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import (
@@ -212,69 +213,15 @@ def test_one_factor_per_tensor(backend: str, dtype: torch.dtype) -> None:
         assert torch.equal(grad, old * factor)
 
 
-WRITES = {
-    "scale": lambda chosen, table, skip: chosen.scale_(table, 0.5, skip),
-    "scale by one tensor": lambda chosen, table, skip: chosen.scale_(table, torch.tensor(0.5), skip),
-    "scale each": lambda chosen, table, skip: chosen.scale_(table, torch.full((4,), 0.5, dtype=torch.float64), skip),
-    # of the third and of the last tensor no unit is one piece of memory, or all are
-    "scale units": lambda chosen, table, skip: chosen.scale_units_(
-        table, [(1,), (0, 1), (0,), (0,)], torch.full((3 + 1 + 300 + 1,), 0.5, dtype=torch.float64), skip
-    ),
-    "clamp": lambda chosen, table, skip: chosen.clamp_(table, 0.5, skip),
-}
-
-
-@pytest.mark.parametrize("skip", [None, 0.0, 1.0, NAN])
-@pytest.mark.parametrize(
-    ("how", "dtype"),
-    [(how, dtype) for how in WRITES for dtype in WRITABLE if how != "clamp" or dtype not in COMPLEX],
-    ids=str,
-)
+@pytest.mark.parametrize("skip", SKIPS)
+@pytest.mark.parametrize(("how", "dtype"), WRITES, ids=str)
 def test_a_device_may_forbid_to_write(backend: str, how: str, dtype: torch.dtype, skip: float | None) -> None:
-    """Whatever the factor, and also what would become NaN by any."""
-    grads = [torch.full(shape, 2.0, dtype=dtype) for shape in ((3, 7), (300, 300), (50, 300), (1,))]
-    grads[0][1, 2], grads[3][0] = NAN, INF
-    before = [bits(grad).clone() for grad in grads]
-    chosen = gpu.module_of(backend)
-    WRITES[how](chosen, chosen.table_of(grads), None if skip is None else torch.tensor(skip))
-    if skip:
-        assert all(torch.equal(bits(grad), old) for grad, old in zip(grads, before, strict=True))
-    else:
-        written = 0.5 if how == "clamp" else 1.0
-        assert all(bool((grad == written).all()) for grad in grads[1:3])
-        assert grads[0][0, 0] == written
-        assert bool(grads[0].isnan()[1, 2])
+    check_write(gpu.module_of(backend), how, dtype, skip, "cpu")
 
 
-@pytest.mark.parametrize("given", [float, torch.tensor, lambda value: torch.tensor(value, dtype=torch.float64)])
-def test_steps_are_counted(backend: str, given) -> None:
-    """Clipped where the factor isn't 1, but not where the step is skipped; NaN is neither 1 nor 0."""
-    chosen, counts = gpu.module_of(backend), torch.zeros(4, dtype=torch.float64)
-    seen = []
-    for factor, skip in (
-        (1.0, 0.0),
-        (0.5, 0.0),
-        (0.5, 1.0),
-        (NAN, 1.0),
-        (1.0, NAN),
-        (NAN, 0.0),
-        (1.0, 1.0),
-        (1.0, 0.0),
-    ):
-        after = torch.full_like(counts, NAN)
-        chosen.tally(counts, given(factor), given(skip), after)
-        counts = after
-        seen.append(after.tolist())
-    assert seen == [
-        [1, 0, 0, 0],
-        [2, 1, 0, 0],
-        [3, 1, 1, 1],
-        [4, 1, 2, 2],
-        [5, 1, 3, 3],
-        [6, 2, 3, 0],
-        [7, 2, 4, 1],
-        [8, 2, 4, 0],
-    ]
+@pytest.mark.parametrize("given", TOLD)
+def test_steps_are_counted(backend: str, given: Given) -> None:
+    check_tally(gpu.module_of(backend), given, "cpu")
 
 
 @pytest.mark.parametrize("dtype", WRITABLE, ids=str)
