@@ -39,6 +39,8 @@ OUR_WRITE_S, OUR_WRITE_S_PER_TENSOR = 9e-6, 30e-9
 OUR_TENSORS = 1200  # of a launch: kTableTensors in csrc/cuda/table.h
 # Counted in tests/test_far.py.
 GUARDS_LAUNCHES = 3  # of the wrapper: it counts the step, sends the counts to the host, and torch minds a found_inf
+SCALED_LAUNCHES = 9  # under fastclip's GradScaler, besides: its own three, the found_inf that it asks for, what rides
+SCALERS_LAUNCHES = 7  # of torch's own GradScaler, besides the pass that unscales
 TWICE_LAUNCHES = 10  # where the step is launched twice, besides: what rides, and which of the two is meant
 
 # torch, ATen/native/cuda/MultiTensorApply.cuh, built with CUDA 13 (before that 110, 64, 48, 36 tensors and 320 blocks).
@@ -131,8 +133,9 @@ def costs(row: gpu.Row) -> tuple[Cost, Cost]:
         return triton, triton
     if kind is rows.step and settings.get("scaled"):
         looks = Cost(2 * workload.bytes, mta_launches(_sizes(workload)), 0.0)  # unscale_: reads and writes
-        ours = _sum(our_read(workload), fused_adamw(workload, True), launches=GUARDS_LAUNCHES)
-        return ours, _sum(looks, torch_clip(workload), fused_adamw(workload, False), launches=4)
+        launches = GUARDS_LAUNCHES + SCALED_LAUNCHES
+        ours = _sum(our_read(workload), fused_adamw(workload, True), launches=launches)
+        return ours, _sum(looks, torch_clip(workload), fused_adamw(workload, False), launches=SCALERS_LAUNCHES)
     if kind is rows.step and settings.get("bare"):
         bare = fused_adamw(workload, False)
         if workload.bytes < riding.TWICE_FROM_BYTES:

@@ -251,7 +251,7 @@ class Guard(Reports):
                 return Clearance(True)
         if not self._record.seen:  # a walk up the stack, at the first step only
             check_not_in_zero()
-        grad_scale, given_inf = self._given(owner)
+        grad_scale, given_inf = self._given(owner, report is not None)
         nonfinite = self.nonfinite
         if report is not None or given_inf is not None:
             nonfinite = "skip"  # a GradScaler searches for its scale by trial
@@ -425,8 +425,9 @@ class Guard(Reports):
             )
         return policy
 
-    def _given(self, owner: Optimizer) -> tuple[float | Tensor | None, bool | Tensor | None]:
-        """The scale of the gradients, and whether an Inf has been found: what a GradScaler or the user says, if any."""
+    def _given(self, owner: Optimizer, asks: bool) -> tuple[float | Tensor | None, bool | Tensor | None]:
+        """The scale of the gradients, and whether an Inf has been found, not 0 for yes: what a GradScaler or the user
+        says, if any. A scaler that ``asks`` has found nothing."""
         holders = [vars(owner)]
         if owner is not self.optimizer:
             if all(name in holders[0] for name in riding.RIDERS):
@@ -440,8 +441,9 @@ class Guard(Reports):
                 if isinstance(scale, float) and not 0.0 < scale < float("inf"):
                     raise ValueError(f"grad_scale must be positive and finite, got {scale}; nothing was written")
                 grad_scale = scale if grad_scale is None else grad_scale * scale
-            if holder.get("found_inf") is not None:
-                found.append(_on_host_if_known("found_inf", holder["found_inf"]) > 0)
+            if holder.get("found_inf") is not None and not (asks and holder is vars(owner)):
+                found_inf = _on_host_if_known("found_inf", holder["found_inf"])
+                found.append(found_inf if isinstance(found_inf, Tensor) else found_inf > 0)
         return grad_scale, any_of(found) if found else None
 
     def _is_rehearsal(self, groups: list[dict[str, Any]], findings: list[Finding]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -271,8 +272,11 @@ def check_not_captured(why_not: str, instead: str) -> None:
 
 def flag(value: Tensor) -> Tensor:
     """One element, true unless it is 0, as a 0-d bool: what is one already costs no operation on its device."""
-    value = value.detach().reshape(()) if value.dim() or value.requires_grad else value
-    return value.bool()  # in half the time of != 0
+    return _number(value).bool()  # in half the time of != 0
+
+
+def _number(value: Tensor) -> Tensor:
+    return value.detach().reshape(()) if value.dim() or value.requires_grad else value
 
 
 def any_of(reasons: Iterable[bool | Tensor]) -> bool | Tensor:
@@ -290,7 +294,8 @@ def any_of(reasons: Iterable[bool | Tensor]) -> bool | Tensor:
         return False
     if len(tensors) == 1:
         return tensors[0]
-    return torch.stack([flag(tensor).to(tensors[0].device) for tensor in tensors]).any()
+    home = tensors[0].device
+    return functools.reduce(torch.logical_or, [_number(tensor).to(home) for tensor in tensors])  # NaN holds, too
 
 
 def read(

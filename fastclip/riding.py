@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastclip.types import wide_dtype
+
 FUSED_STEPS = ("torch.optim.adam", "torch.optim.adamw", "torch.optim.sgd", "torch.optim.adagrad")
 FUSED_KERNELS = {getattr(torch.ops.aten, f"_fused_{name}_") for name in ("adam", "adamw", "sgd", "adagrad")}
 RIDERS = ("grad_scale", "found_inf")
@@ -58,6 +60,8 @@ def divisor(clip_coef: float | Tensor, grad_scale: float | Tensor | None) -> flo
     """What the gradients are to be divided by, as a rider; 1.0 for nothing at all, None if float32 can't say it."""
     scale = 1.0 if grad_scale is None else grad_scale
     if isinstance(clip_coef, Tensor) or isinstance(scale, Tensor):
+        if isinstance(clip_coef, Tensor):
+            clip_coef = clip_coef.to(wide_dtype(clip_coef.device))  # a rule may have said it in 16 bits
         wanted = torch.as_tensor(scale / clip_coef)
         # Past float32's range it stays finite, so that finite gradients don't vanish (the bound is missed there);
         # Inf means a coefficient of 0.

@@ -368,11 +368,15 @@ def its_mode(grad: Tensor) -> AbstractContextManager[Any]:
 
 def write_back(grad: Tensor, values: Tensor) -> None:
     """After a write to ``values = dense(grad)``: brings it to ``grad`` where memory isn't shared."""
-    if grad.layout == torch.sparse_coo and not grad.is_coalesced():
+    if grad.layout != torch.sparse_coo:
+        return
+    if not grad.is_coalesced():
         coalesced = grad.coalesce()
         coalesced._values().copy_(values)
         with torch.no_grad():
             grad.copy_(coalesced)
+    elif not (own := grad._values()).is_set_to(values):  # coalesced by the write before this one
+        own.copy_(values)
 
 
 def read_only(grad: Tensor) -> str:

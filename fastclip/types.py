@@ -262,6 +262,12 @@ def is_capturing() -> bool:
     return cuda_in_use() and torch.cuda.is_current_stream_capturing()
 
 
+def moved(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Itself, or a copy there. The host waits only for what comes to it: the memory of such a copy would be filled
+    later."""
+    return tensor.to(device, dtype, non_blocking=device.type != "cpu")
+
+
 def on_device(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Numbers of the host as a tensor there, without waiting for the device, as ``torch.tensor`` would."""
     return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)

@@ -7,7 +7,7 @@ import gpu
 import pytest
 import torch
 from far import go_far, no_waiting
-from fastclip.bench.model import GUARDS_LAUNCHES, TWICE_LAUNCHES
+from fastclip.bench.model import GUARDS_LAUNCHES, SCALED_LAUNCHES, SCALERS_LAUNCHES, TWICE_LAUNCHES
 from small import (
     EXTREMES,
     INNERS,
@@ -36,7 +36,7 @@ import fastclip.record
 import fastclip.riding
 from fastclip import ClippedOptimizer
 from fastclip.backends import EMULATED
-from fastclip.policies import AdaGC, Chain, GlobalNorm, Percentile, PerTensorNorm, Value, ZScore
+from fastclip.policies import AdaGC, Chain, GlobalNorm, Percentile, PerTensorNorm, Unitwise, Value, ZScore
 
 
 @pytest.fixture(params=["reference", *(backend.name for backend in EMULATED)])
@@ -689,6 +689,29 @@ def test_a_far_step_launches_as_much_as_the_model_says(twice, monkeypatch):
     assert counts[0] - counts[1] - the_steps_own == GUARDS_LAUNCHES + (TWICE_LAUNCHES if twice else 0)
 
 
+def test_a_far_step_under_a_scaler_launches_as_much_as_the_model_says(monkeypatch):
+    go_far(monkeypatch, "reference")
+    monkeypatch.setattr(fastclip.backends.reference, "returns_early", True)
+    bare, ours, theirs = [], [], []
+    for counts, scaler in (
+        (bare, None),
+        (ours, fastclip.GradScaler("cpu", init_scale=8.0)),
+        (theirs, torch.amp.GradScaler("cpu", init_scale=8.0)),
+    ):
+        model = small_model()
+        opt = INNERS["adamw-fused"](model.parameters())
+        opt = ClippedOptimizer(opt, 0.5) if counts is ours else opt
+        backward(model, 0)
+        opt.step()  # makes its state
+        if scaler is not None:
+            scaler.scale(torch.ones(()))  # makes its own
+        with Launches(monkeypatch) as launches:
+            opt.step() if scaler is None else scaler.step(opt)
+        counts.append(launches.count)
+    assert ours[0] - bare[0] == GUARDS_LAUNCHES + SCALED_LAUNCHES
+    assert theirs[0] - bare[0] - 1 == SCALERS_LAUNCHES  # one is the pass
+
+
 @pytest.mark.parametrize("bad", [False, True])
 def test_without_a_bound_nothing_is_launched_to_write(far, bad) -> None:
     params = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2, 2))]
@@ -769,3 +792,58 @@ def test_what_is_clamped_is_left_alone_without_waiting(far, bad) -> None:
     with no_waiting():
         fastclip.clip_grads_([p], Value(2.0), nonfinite="skip")
     assert p.grad.tolist() == (before if bad else before.clamp(-2.0, 2.0)).tolist()
+
+
+class InHalf(GlobalNorm):
+    """Says its coefficient in 16 bits."""
+
+    total_only = True
+
+    def decide(self, reading):
+        return super().decide(reading)._replace(clip_coef=torch.tensor(0.25, dtype=torch.float16))
+
+
+@every_fused
+def test_a_rule_says_its_coefficient_in_any_dtype(name, far) -> None:
+    model, twin = small_model(), small_model()
+    opt, plain = ClippedOptimizer(INNERS[name](model.parameters()), policy=InHalf()), INNERS[name](twin.parameters())
+    for m in (model, twin):
+        backward(m, 0)
+    for p in twin.parameters():
+        p.grad.mul_(0.25)
+    with may_wait(name, True):
+        opt.step()
+    plain.step()
+    torch.testing.assert_close(flat(model), flat(twin))
+
+
+@pytest.mark.parametrize("rule", [GlobalNorm(1.0), PerTensorNorm(0.5), Unitwise(0.01), Value(0.5)], ids=str)
+def test_what_a_device_said_is_waited_for_on_the_host(rule, monkeypatch) -> None:
+    """A copy that isn't waited for is filled later: pinned memory, which torch gives it, may hold anything."""
+    to = torch.Tensor.to
+
+    def late(tensor, *args, **kwargs):
+        to_host = args and isinstance(args[0], torch.device) and args[0].type == "cpu"
+        return (
+            torch.zeros_like(to(tensor, *args))
+            if kwargs.get("non_blocking") and to_host
+            else to(tensor, *args, **kwargs)
+        )
+
+    go_far(monkeypatch, "cpu")
+    params = [torch.nn.Parameter(torch.ones(3, 2)) for _ in range(2)]
+    params[0].grad = torch.tensor([[1.0, 2.0], [math.inf, 0.0], [3.0, 5.0]])
+    params[1].grad = torch.full((3, 2), 7.0)
+    before = [p.grad.clone() for p in params]
+    monkeypatch.setattr(torch.Tensor, "to", late)
+    fastclip.clip_grads_(params, rule, nonfinite="skip")
+    assert all(torch.equal(p.grad, old) for p, old in zip(params, before, strict=True))
+    params[0].grad[1, 0] = 4.0
+    fastclip.clip_grads_(params, rule, nonfinite="skip")
+    monkeypatch.undo()
+    twins = [torch.nn.Parameter(torch.ones(3, 2)) for _ in range(2)]
+    twins[0].grad, twins[1].grad = before[0].clone(), before[1].clone()
+    twins[0].grad[1, 0] = 4.0
+    fastclip.clip_grads_(twins, rule)
+    for p, twin in zip(params, twins, strict=True):
+        torch.testing.assert_close(p.grad, twin.grad)

@@ -326,6 +326,20 @@ def test_sparse_gradients_are_served_through_their_values(route: str, kind: str,
     assert float(fastclip.get_total_norm([grad], INF)) == 1.0
 
 
+@pytest.mark.parametrize("kind", ["coalesced", "uncoalesced", "hybrid"])
+def test_sparse_gradients_are_written_as_often_as_needed(route: str, kind: str) -> None:
+    """Zeroed and then clipped, clipped and then clamped: what isn't coalesced becomes so on the way."""
+    p, q = (torch.nn.Parameter(torch.zeros(sparse(kind).shape)) for _ in range(2))
+    p.grad, q.grad = sparse(kind), torch.full_like(q, INF)
+    dense = p.grad.to_dense()
+    assert float(fastclip.clip_grad_norm_([p, q], 2.5, nonfinite="zero")) == 5.0
+    torch.testing.assert_close(p.grad.to_dense(), dense / 2, rtol=1e-6, atol=0)
+    p.grad = sparse(kind)
+    rule = fastclip.policies.Chain(fastclip.policies.GlobalNorm(2.5), fastclip.policies.Value(1.75))
+    assert float(fastclip.clip_grads_([p], rule)) == 5.0
+    torch.testing.assert_close(p.grad.to_dense(), (dense / 2).clamp(max=1.75), rtol=1e-6, atol=0)
+
+
 def test_sparse_faults_are_zeroed(route: str) -> None:
     p = torch.nn.Parameter(torch.zeros(4, 3))
     p.grad = sparse("coalesced")

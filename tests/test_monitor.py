@@ -12,6 +12,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -853,3 +854,33 @@ def test_every_field_of_a_record_is_documented():
     page = (Path(__file__).parents[1] / "docs" / "monitor.md").read_text()
     for name in (*records.SCALARS, "events", "columns", "tensor_norms", "resumed_at", "header", "tensors", "lost"):
         assert f"`{name}`" in page, name
+
+
+def test_a_shipment_leaves_from_the_accelerator(monkeypatch):
+    """Also where a value of the host comes first: copied here without waiting, the others would be read too early. And
+    its event is of the stream of that device, which need not be the current one."""
+    far, recorded = torch.device("meta"), []
+
+    class Event:
+        def __init__(self, device):
+            self.device = device
+
+        def record(self, stream=None):
+            recorded.append((self.device, stream))
+
+    class Pinned:
+        def __init__(self, values):
+            self.values = values
+
+        def copy_(self, values, non_blocking):
+            assert non_blocking
+            assert self.values is values
+            return self
+
+    monkeypatch.setattr(torch, "Event", Event)
+    monkeypatch.setattr(torch, "empty_like", lambda values, **where: Pinned(values))
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: f"stream of {device}")
+    leaves = [torch.ones(()), None, torch.ones(3, device=far), 2.0, torch.ones(2, device=far, dtype=torch.float64)]
+    sent = shipping.Shipment([SimpleNamespace(leaves=leaves)])
+    assert (sent._copy.values.device, len(sent._copy.values)) == (far, 6)
+    assert recorded == [(far, "stream of meta")]

@@ -23,6 +23,7 @@ from fastclip.types import (
     Request,
     UnsupportedGradientError,
     cuda_in_use,
+    moved,
     wide_dtype,
 )
 
@@ -63,13 +64,13 @@ class Part(NamedTuple):
         if not len(self.table):
             return given
         device = self.table.grads[0].device
-        return given.to(device, wide_dtype(device), non_blocking=True).contiguous()
+        return moved(given, device, wide_dtype(device)).contiguous()
 
     def flag(self, given: Tensor | None) -> Tensor | None:
         """0-d of any dtype, as its backend takes it."""
         if given is None or not len(self.table):
             return given
-        return given.to(self.table.grads[0].device, torch.float32, non_blocking=True)
+        return moved(given, self.table.grads[0].device, torch.float32)
 
 
 @functools.cache
@@ -143,7 +144,7 @@ class Plan(NamedTuple):
             own, columns = weights, strengths
             if part.positions is not None:
                 own, columns = [weights[i] for i in part.positions], strengths[:, part.positions]
-            columns = columns.to(own_rows, non_blocking=True).contiguous()
+            columns = moved(columns, own_rows.device, own_rows.dtype).contiguous()
             part.backend.read_penalised_(part.table, own, columns, request, own_rows, own_weight_rows)
 
     def scale_(self, factor: float | Tensor, skip: Tensor | None = None) -> None:

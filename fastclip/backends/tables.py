@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastclip._native import C
 from fastclip.tensors import FLOAT8
+from fastclip.types import moved
 
 CPU, CUDA, ROCM = 1, 2, 10  # DLPack's numbers for types of devices
 
@@ -127,7 +128,7 @@ def one_number(value: Tensor, device: torch.device) -> Tensor:
     if value.dim() or value.requires_grad:
         value = value.detach().reshape(())
     if value.device != device or value.dtype not in (torch.float32, torch.float64):
-        value = value.to(device, torch.float64, non_blocking=True)
+        value = moved(value, device, torch.float64)
     return value
 
 

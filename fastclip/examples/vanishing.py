@@ -51,7 +51,7 @@ class Settings:
 
     @classmethod
     def quick(cls) -> Settings:
-        return cls(seeds=1, steps=80)
+        return cls(seeds=1, steps=160)  # with 80 the ReLUs still hover between 40% and 78%, by seed and by machine
 
 
 def load_digits() -> Digits:

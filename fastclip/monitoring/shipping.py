@@ -105,7 +105,8 @@ class Shipment:
         if not aboard:
             self._copy = torch.empty(0)
             return
-        home = aboard[0].device
+        # an accelerator where one of them lies on one: nothing is to be waited for on its way here
+        home = next((leaf.device for leaf in aboard if leaf.device.type != "cpu"), aboard[0].device)
         here = [leaf if leaf.device == home else leaf.to(home, non_blocking=True) for leaf in aboard]
         values = torch.cat([leaf.detach().reshape(-1) for leaf in here])
         if home.type == "cpu":
@@ -113,7 +114,8 @@ class Shipment:
             return
         self._copy = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
         self._event = torch.Event(home)
-        self._event.record()
+        # by itself it would be on the stream of whichever device is the current one
+        self._event.record(torch.accelerator.current_stream(home))
 
     @property
     def has_arrived(self) -> bool:
