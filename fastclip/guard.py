@@ -18,7 +18,7 @@ from fastclip.checks import nonfinite_rule, number, real, whole
 from fastclip.clipping import Finding, all_finite, examine
 from fastclip.ladder import Ladder, LossWatch, Rollback, SpikeBackoff, reduced_lr
 from fastclip.policies import GlobalNorm, Policy, policy_of
-from fastclip.reading import any_of, check_not_captured
+from fastclip.reading import any_of, check_not_captured, flag
 from fastclip.record import Outcome, Record, Reports
 from fastclip.regularisation import Penalty
 from fastclip.sharded import check_not_in_zero
@@ -284,9 +284,11 @@ class Guard(Reports):
         factor = verdicts[0].factor if len(verdicts) == 1 else 1.0 + any_of(verdict.clipped for verdict in verdicts)
 
         rides = riding.rides(self.optimizer)
-        if isinstance(skip, Tensor):  # once; what the read left is float32 already
-            is_waited_for = not rides or riding.first_step_is_lost(self.optimizer)
-            skip = bool(skip) if is_waited_for else skip.to(torch.float32)
+        if isinstance(skip, Tensor):
+            if not rides or riding.first_step_is_lost(self.optimizer):
+                skip = bool(skip)
+            else:  # exactly 1 for yes, as torch's fused steps want it and the read has left it
+                skip = (skip if skip is found_inf else flag(skip)).to(torch.float32)
         self._record.note([finding.reading for finding in findings], factor, skip)
         went_back, in_a_row = (False, 0) if again else self._climb(observed, held, found_inf)
         if self._record.listeners:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import sys
 
 import gpu
 import pytest
@@ -847,3 +848,21 @@ def test_what_a_device_said_is_waited_for_on_the_host(rule, monkeypatch) -> None
     fastclip.clip_grads_(twins, rule)
     for p, twin in zip(params, twins, strict=True):
         torch.testing.assert_close(p.grad, twin.grad)
+
+
+@every_fused
+def test_a_found_inf_of_several_devices_is_one(name, monkeypatch) -> None:
+    """A GradScaler adds up what it found on each; it may lie on a device though the gradients don't."""
+    found_inf = torch.tensor(0.0)
+    for module in [m for key, m in sys.modules.items() if key.startswith("fastclip.") and hasattr(m, "known_to_host")]:
+        monkeypatch.setattr(module, "known_to_host", lambda tensor: tensor.data_ptr() != found_inf.data_ptr())
+    model = small_model()
+    opt = ClippedOptimizer(INNERS[name](model.parameters()))
+    for found in (0.0, 2.0, 0.0):
+        backward(model, 0)
+        before = flat(model).clone()
+        opt.found_inf = found_inf.fill_(found)
+        opt.step()
+        del opt.found_inf
+        assert torch.equal(flat(model), before) == bool(found)
+    assert (opt.steps, opt.skipped_steps) == (3, 1)
