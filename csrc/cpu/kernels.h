@@ -41,6 +41,9 @@ struct Kernels {
   WeightSums (*penalise)(DType, void* grads, const void* weights, std::int64_t size, double of_sign, double of_weight);
 };
 
+// How far ahead a 16-bit stream, which takes 256 bytes at a time, is fetched; see engine.cpp.
+extern const std::int64_t half_prefetch_bytes;
+
 const Kernels& kernels_default();
 #if defined(FASTCLIP_X86)
 const Kernels& kernels_avx2();

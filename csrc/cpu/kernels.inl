@@ -27,7 +27,6 @@ constexpr int kStreams = 8;
 constexpr int kLanes = 8;                          // doubles per stream
 constexpr int kVectors = kLanes / kWide;           // vectors per stream
 constexpr int kPrefetchBytes = 512;
-constexpr int kHalfPrefetchBytes = 1024;           // a 16-bit stream takes 256 bytes at a time
 constexpr int kHalfLanes = 2 * kLanes;             // floats per stream, for 16-bit numbers
 constexpr int kHalfVectors = kHalfLanes / (2 * kWide);
 constexpr int kMaxFloatAdditions = 8;              // then float32 lanes are widened to float64

@@ -98,7 +98,7 @@ FASTCLIP_INLINE static inline void add_half_squares(Format format, const std::ui
 template <bool kScaled, class Format>
 static double sum_squares_half(Format format, const std::uint16_t* x, std::int64_t size, float scale) {
   constexpr std::int64_t kRun = kMaxFloatAdditions * kHalfLanes;
-  const std::int64_t stream = size / (kStreams * kHalfLanes) * kHalfLanes;
+  const std::int64_t stream = size / (kStreams * kHalfLanes) * kHalfLanes, ahead = half_prefetch_bytes;
   vd lanes[kStreams][kVectors];
   clear(lanes);
   std::int64_t i = 0;
@@ -106,7 +106,7 @@ static double sum_squares_half(Format format, const std::uint16_t* x, std::int64
     unrolled<kStreams>([&](auto s) FASTCLIP_INLINE {
       const std::uint16_t* at = x + s * stream + i;
       for (int line = 0; line < 4; ++line)
-        __builtin_prefetch(reinterpret_cast<const char*>(at) + kHalfPrefetchBytes + 64 * line);
+        __builtin_prefetch(reinterpret_cast<const char*>(at) + ahead + 64 * line);
       add_half_squares<kScaled>(format, at, kMaxFloatAdditions, lanes[s], scale);
     });
   if (const int steps = static_cast<int>((stream - i) / kHalfLanes); steps > 0)
