@@ -32,14 +32,14 @@ CUDA_BINDINGS = "csrc/cuda/bindings.cpp"
 EMULATOR = "csrc/cuda/emulated/fibers.cpp"
 # Each instruction set is one translation unit with flags of its own.
 INSTRUCTION_SETS = {
-    "csrc/cpu/kernels_avx2.cpp": ["-mavx2", "-mf16c"],
+    "csrc/cpu/kernels_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
     "csrc/cpu/kernels_avx512.cpp": [
         *("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
         "-mprefer-vector-width=512",
         "-Wno-maybe-uninitialized",  # GCC 12 warns about its own _mm512_undefined_ps
     ],
 }
-# Contraction to FMA is off because every instruction set must give the same bits.
+# Contraction to FMA is off because every instruction set must give the same bits: only exact products are fused, by name.
 # Machine code runs on every later chip of its major version. All of it is made from the PTX of the first, which is also
 # what the majors to come compile at run time: the kernels use nothing newer, and one pass of the front end serves all.
 CUDA_TARGETS = [80, 90, 100, 120]

@@ -254,6 +254,16 @@ def test_nan_wins_over_inf(backend: str, dtype: torch.dtype, p: float) -> None:
     assert_norm(fastclip.get_total_norm(inf, p), norm(inf, p), p, norm_dtype(dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [1, 40, 3000])
+def test_a_nan_among_zeros_is_found(backend: str, dtype: torch.dtype, size: int) -> None:
+    values = torch.zeros(size)
+    values[size // 2] = NAN  # in float8's FNUZ formats it has the code of the others' negative zero
+    rows = rows_of([values.to(dtype)], 2.0, extras=False)
+    assert math.isnan(float(rows[0, 0]))
+    assert rows[1:3, 0].tolist() == [1, 0]
+
+
 @pytest.mark.parametrize("dtype", COMPLEX, ids=str)
 def test_a_complex_number_with_a_nan_part_is_nan(backend: str, dtype: torch.dtype) -> None:
     for fault in (complex(NAN, INF), complex(INF, NAN), complex(-INF, NAN), complex(NAN, 0), complex(0, NAN)):
@@ -294,6 +304,13 @@ def test_overflow_is_not_inf(backend: str, dtype: torch.dtype) -> None:
     rows = rows_of([torch.full((500,), top / 100, dtype=dtype)], 2.0, extras=False)
     assert math.isfinite(float(rows[0, 0]))
     assert rows[1:3, 0].tolist() == [0, 0]
+
+
+def test_a_sum_may_be_more_than_float32_holds(backend: str) -> None:
+    grad = torch.full((500,), torch.finfo(torch.bfloat16).max, dtype=torch.bfloat16)
+    for p in (1.0, 2.0):
+        rows = rows_of([grad], p, extras=True)
+        assert float(rows[4, 0]) == 500 * float(grad[0])
 
 
 @given(

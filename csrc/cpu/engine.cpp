@@ -17,10 +17,9 @@ std::vector<const Kernels*> runnable() {
   std::vector<const Kernels*> found;
 #if defined(FASTCLIP_X86)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
-  const bool avx512 = avx2 && __builtin_cpu_supports("fma") && __builtin_cpu_supports("avx512f") &&
-                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512vl");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (avx512) found.push_back(&kernels_avx512());
   if (avx2) found.push_back(&kernels_avx2());
 #endif
@@ -145,15 +144,15 @@ double norm_of_survey(const Kernels& k, DType dtype, const void* data, std::int6
 }
 
 ChunkStats stats_of(const Kernels& k, DType dtype, const void* data, std::int64_t size, double p, bool extras) {
-  if (p == 2.0 && !extras) {
-    const double sum = k.sum_squares(dtype, data, size, 1.0);
-    if (sum >= least_trusted_sum(dtype) && sum <= DBL_MAX) return {std::sqrt(sum), 0.0, 0.0, 0, 0, 0};
-  }
-  // Most chunks of an embedding's gradient are zeros: they must not cost more than the others.
-  if (p == 2.0 && !extras && k.all_zero(dtype, data, size)) return {0.0, 0.0, 0.0, size, 0, 0};
+  const double sum = p == 2.0 ? k.sum_squares(dtype, data, size, 1.0) : kNaN;
+  const bool trusted = sum >= least_trusted_sum(dtype) && sum <= DBL_MAX;
+  if (trusted && !extras) return {std::sqrt(sum), 0.0, 0.0, 0, 0, 0};
+  // Most chunks of an embedding's gradient are zeros: they must not cost more than the others. A sum that is finite has
+  // no NaN in it, one of whose codes is the negative zero of the other 8-bit formats.
+  if (sum <= DBL_MAX && !extras && k.all_zero(dtype, data, size)) return {0.0, 0.0, 0.0, size, 0, 0};
   // The second look, while the chunk is in cache: tells NaN, Inf, overflow and underflow apart.
-  const Survey seen = k.survey(dtype, data, size);
-  const double norm = norm_of_survey(k, dtype, data, size, p, seen);
+  const Survey seen = k.survey(dtype, data, size, extras || p == 1.0);
+  const double norm = trusted ? std::sqrt(sum) : norm_of_survey(k, dtype, data, size, p, seen);
   return {norm, seen.max_abs, seen.sum_abs, seen.zeros, seen.nans, seen.infs};
 }
 

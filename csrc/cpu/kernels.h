@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "../tensor_table.h"
 
@@ -12,7 +13,7 @@ namespace fastclip::cpu {
 struct Survey {
   double max_abs;     // NaN left out; 0 for a chunk of zeros
   double min_abs;     // NaN left out; Inf if there is nothing else
-  double sum_abs;     // NaN if there is one; may overflow for float64
+  double sum_abs;     // NaN if there is one; may overflow for float64; 0 if it wasn't asked for
   std::int64_t zeros;
   std::int64_t nans;  // a complex number with a NaN part is a NaN
   std::int64_t infs;
@@ -32,7 +33,7 @@ struct Kernels {
   // Sum of (|x| / unit)^power; power finite, not 0.
   double (*sum_powers)(DType, const void* data, std::int64_t size, double unit, double power);
   bool (*all_zero)(DType, const void* data, std::int64_t size);
-  Survey (*survey)(DType, const void* data, std::int64_t size);
+  Survey (*survey)(DType, const void* data, std::int64_t size, bool with_sum);
   void (*scale)(DType, void* data, std::int64_t size, double factor);
   // |x| > bound becomes sign(x) * bound, NaN stays. Like the next: returns whether anything was written.
   bool (*clamp)(DType, void* data, std::int64_t size, double bound);

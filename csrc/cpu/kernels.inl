@@ -6,6 +6,7 @@
 //   load_wide(p)        kWide floats or doubles -> vd
 //   load_bf16(p), load_f16(p)   2 * kWide 16-bit numbers -> vf
 //   widen_low(f), widen_high(f) the halves of vf -> vd
+//   add_square(sum, x)  sum + x * x, for an x whose square is exact: fused where the set can
 //   store_bf16(p, f), store_f16(p, f) vf -> 2 * kWide 16-bit numbers, rounded to nearest even; a NaN
 //                       stays one (in bfloat16 it becomes 0x7fc0, as in torch: rounding could carry it to 0)
 //
@@ -13,7 +14,7 @@
 // and penalty.inl.
 //
 // Every sum runs over the same double lanes (64; 8 in penalty.inl) whatever the width of a vector, products of narrow
-// types are exact in the wider one, and contraction to FMA is off: all instruction sets give the
+// types are exact in the wider one, and nothing else is fused: all instruction sets give the
 // same bits. Nothing here calls an inline function of a header: see kernels.h.
 
 #define FASTCLIP_INLINE __attribute__((always_inline))
@@ -31,7 +32,7 @@ constexpr int kHalfLanes = 2 * kLanes;             // floats per stream, for 16-
 constexpr int kHalfVectors = kHalfLanes / (2 * kWide);
 constexpr int kMaxFloatAdditions = 8;              // then float32 lanes are widened to float64
 constexpr int kStep = 2 * kWide;                   // floats per vector
-constexpr std::int64_t kBlock = 512;               // elements decoded at a time, in registers and L1
+constexpr std::int64_t kBlock = 1024;              // elements decoded or looked at at a time, in registers and L1
 static_assert(kLanes % kWide == 0 && kBlock % kLanes == 0);
 
 struct F64 { using Storage = double; using Real = double; };
@@ -42,7 +43,13 @@ struct C128 { using Storage = double; using Real = double; };
 struct C64 { using Storage = float; using Real = double; };
 template <int kExponentBits, bool kFnuz> struct F8 { using Storage = std::uint8_t; using Real = float; };
 
-template <class Real> struct BitsOf;
+// As signed integers the bits of magnitudes are in order, with NaN above Inf.
+template <class Value> struct BitsOf;
+template <> struct BitsOf<std::uint16_t> {
+  using type = std::int16_t;
+  using Unsigned = std::uint16_t;
+  static constexpr type kAbs = 0x7fff;
+};
 template <> struct BitsOf<float> {
   using type = std::int32_t;
   using Unsigned = std::uint32_t;
@@ -53,6 +60,10 @@ template <> struct BitsOf<double> {
   using Unsigned = std::uint64_t;
   static constexpr type kAbs = 0x7fffffffffffffff, kInf = 0x7ff0000000000000;
 };
+
+template <class Format> constexpr auto kInfBits = BitsOf<typename Format::Storage>::kInf;
+template <> constexpr std::int16_t kInfBits<Bf16> = 0x7f80;
+template <> constexpr std::int16_t kInfBits<F16> = 0x7c00;
 
 template <int kValue>
 struct Index {

@@ -1,4 +1,4 @@
-// The CPU kernels for AVX2 with F16C. Compiled with -mavx2 -mf16c.
+// The CPU kernels for AVX2 with FMA and F16C. Compiled with -mavx2 -mfma -mf16c.
 #include <immintrin.h>
 
 #include "kernels.h"
@@ -30,6 +30,8 @@ static inline void store_bf16(std::uint16_t* p, vf values) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                    _mm_packus_epi32(_mm256_castsi256_si128(stored), _mm256_extracti128_si256(stored, 1)));
 }
+static inline vd add_square(vd sum, vd x) { return _mm256_fmadd_pd(x, x, sum); }
+static inline vf add_square(vf sum, vf x) { return _mm256_fmadd_ps(x, x, sum); }
 static inline vd widen_low(vf values) { return _mm256_cvtps_pd(_mm256_castps256_ps128(values)); }
 static inline vd widen_high(vf values) { return _mm256_cvtps_pd(_mm256_extractf128_ps(values, 1)); }
 

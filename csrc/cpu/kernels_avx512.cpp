@@ -29,6 +29,8 @@ static inline void store_bf16(std::uint16_t* p, vf values) {
   const __m512i stored = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(stored));
 }
+static inline vd add_square(vd sum, vd x) { return _mm512_fmadd_pd(x, x, sum); }
+static inline vf add_square(vf sum, vf x) { return _mm512_fmadd_ps(x, x, sum); }
 static inline vd widen_low(vf values) { return _mm512_cvtps_pd(_mm512_castps512_ps256(values)); }
 static inline vd widen_high(vf values) { return _mm512_cvtps_pd(_mm512_extractf32x8_ps(values, 1)); }
 

@@ -69,6 +69,8 @@ static inline void store_bf16(std::uint16_t* p, vf values) {
   __builtin_memcpy(p, &stored, sizeof stored);
 }
 
+static inline vd add_square(vd sum, vd x) { return sum + x * x; }
+static inline vf add_square(vf sum, vf x) { return sum + x * x; }
 static inline vd widen_low(vf values) { return vd{values[0], values[1]}; }
 static inline vd widen_high(vf values) { return vd{values[2], values[3]}; }
 

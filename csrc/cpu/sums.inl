@@ -14,9 +14,9 @@ FASTCLIP_INLINE static inline void unrolled(Fn fn) {
   call_each(typename IndicesBelow<kCount>::type{}, fn);
 }
 
-template <class Real, class Term>
-FASTCLIP_INLINE static inline void add_terms(const Real* x, vd (&lanes)[kVectors], Term term) {
-  unrolled<kVectors>([&](auto v) FASTCLIP_INLINE { lanes[v] += term(load_wide(x + v * kWide)); });
+template <class Real, class Add>
+FASTCLIP_INLINE static inline void add_wide(const Real* x, vd (&lanes)[kVectors], Add add) {
+  unrolled<kVectors>([&](auto v) FASTCLIP_INLINE { lanes[v] = add(lanes[v], load_wide(x + v * kWide)); });
 }
 
 FASTCLIP_INLINE static inline void clear(vd (&streams)[kStreams][kVectors]) {
@@ -42,9 +42,10 @@ FASTCLIP_INLINE static inline double sum_of_streams(const vd (&streams)[kStreams
   return sum_of_lanes(lanes);
 }
 
-// Sum of term(x) over all x. term(0) must be 0: the last row of lanes is padded with zeros.
-template <class Real, class Term>
-static inline double sum_terms(const Real* x, std::int64_t size, Term term) {
+// The sum that begins at 0 and goes on as add(sum, x), over all x. An x of 0 must add 0: the last row of lanes is padded
+// with zeros.
+template <class Real, class Add>
+static inline double sum_wide(const Real* x, std::int64_t size, Add add) {
   const std::int64_t stream = size / (kStreams * kLanes) * kLanes;
   vd lanes[kStreams][kVectors];
   clear(lanes);
@@ -52,21 +53,23 @@ static inline double sum_terms(const Real* x, std::int64_t size, Term term) {
     unrolled<kStreams>([&](auto s) FASTCLIP_INLINE {
       const Real* at = x + s * stream + i;
       __builtin_prefetch(reinterpret_cast<const char*>(at) + kPrefetchBytes);
-      add_terms(at, lanes[s], term);
+      add_wide(at, lanes[s], add);
     });
   if (const std::int64_t done = stream * kStreams; done < size) {
     Real tail[kStreams * kLanes] = {};
     __builtin_memcpy(tail, x + done, (size - done) * sizeof *x);
-    unrolled<kStreams>([&](auto s) FASTCLIP_INLINE { add_terms(tail + s * kLanes, lanes[s], term); });
+    unrolled<kStreams>([&](auto s) FASTCLIP_INLINE { add_wide(tail + s * kLanes, lanes[s], add); });
   }
   return sum_of_streams(lanes);
 }
 
+// A float's square is exact as a double.
 template <bool kScaled, class Real>
 static double sum_squares_wide(const Real* x, std::int64_t size, double scale) {
-  return sum_terms(x, size, [scale](vd values) {
+  return sum_wide(x, size, [scale](vd sum, vd values) FASTCLIP_INLINE {
     if (kScaled) values *= scale;
-    return values * values;
+    if constexpr (sizeof(Real) == 4) return add_square(sum, values);
+    else return sum + values * values;
   });
 }
 
@@ -74,20 +77,22 @@ static inline vd magnitude(vd x) {
   typedef std::int64_t Lanes __attribute__((vector_size(8 * kWide)));
   return reinterpret_cast<vd>(reinterpret_cast<Lanes>(x) & BitsOf<double>::kAbs);
 }
+static inline vf magnitude(vf x) {
+  typedef std::int32_t Lanes __attribute__((vector_size(8 * kWide)));
+  return reinterpret_cast<vf>(reinterpret_cast<Lanes>(x) & BitsOf<float>::kAbs);
+}
 
 static inline vf load_half(Bf16, const std::uint16_t* x) { return load_bf16(x); }
 static inline vf load_half(F16, const std::uint16_t* x) { return load_f16(x); }
 
 // `steps` <= kMaxFloatAdditions steps of kHalfLanes numbers: float32 sums, widened once.
-template <bool kScaled, class Format>
-FASTCLIP_INLINE static inline void add_half_squares(Format format, const std::uint16_t* x, int steps, vd (&lanes)[kVectors], float scale) {
+template <class Format, class Add>
+FASTCLIP_INLINE static inline void add_halves(Format format, const std::uint16_t* x, int steps, vd (&lanes)[kVectors], Add add) {
   vf sums[kHalfVectors];
   unrolled<kHalfVectors>([&](auto v) FASTCLIP_INLINE { sums[v] = vf{}; });
   for (int step = 0; step < steps; ++step)
     unrolled<kHalfVectors>([&](auto v) FASTCLIP_INLINE {
-      vf values = load_half(format, x + step * kHalfLanes + v * 2 * kWide);
-      if (kScaled) values *= scale;
-      sums[v] += values * values;
+      sums[v] = add(sums[v], load_half(format, x + step * kHalfLanes + v * 2 * kWide));
     });
   unrolled<kHalfVectors>([&](auto v) FASTCLIP_INLINE {
     lanes[(2 * v) % kVectors] += widen_low(sums[v]);
@@ -95,8 +100,9 @@ FASTCLIP_INLINE static inline void add_half_squares(Format format, const std::ui
   });
 }
 
-template <bool kScaled, class Format>
-static double sum_squares_half(Format format, const std::uint16_t* x, std::int64_t size, float scale) {
+// As sum_wide, add(sum, x) being of float32 vectors.
+template <class Format, class Add>
+static inline double sum_halves(Format format, const std::uint16_t* x, std::int64_t size, Add add) {
   constexpr std::int64_t kRun = kMaxFloatAdditions * kHalfLanes;
   const std::int64_t stream = size / (kStreams * kHalfLanes) * kHalfLanes, ahead = half_prefetch_bytes;
   vd lanes[kStreams][kVectors];
@@ -107,20 +113,27 @@ static double sum_squares_half(Format format, const std::uint16_t* x, std::int64
       const std::uint16_t* at = x + s * stream + i;
       for (int line = 0; line < 4; ++line)
         __builtin_prefetch(reinterpret_cast<const char*>(at) + ahead + 64 * line);
-      add_half_squares<kScaled>(format, at, kMaxFloatAdditions, lanes[s], scale);
+      add_halves(format, at, kMaxFloatAdditions, lanes[s], add);
     });
   if (const int steps = static_cast<int>((stream - i) / kHalfLanes); steps > 0)
-    unrolled<kStreams>([&](auto s) FASTCLIP_INLINE {
-      add_half_squares<kScaled>(format, x + s * stream + i, steps, lanes[s], scale);
-    });
+    unrolled<kStreams>([&](auto s) FASTCLIP_INLINE { add_halves(format, x + s * stream + i, steps, lanes[s], add); });
   if (const std::int64_t done = stream * kStreams; done < size) {
     std::uint16_t tail[kStreams * kHalfLanes] = {};
     __builtin_memcpy(tail, x + done, (size - done) * sizeof *x);
-    unrolled<kStreams>([&](auto s) FASTCLIP_INLINE {
-      add_half_squares<kScaled>(format, tail + s * kHalfLanes, 1, lanes[s], scale);
-    });
+    unrolled<kStreams>([&](auto s) FASTCLIP_INLINE { add_halves(format, tail + s * kHalfLanes, 1, lanes[s], add); });
   }
   return sum_of_streams(lanes);
+}
+
+static inline vf add_half_square(F16, vf sum, vf x) { return add_square(sum, x); }
+static inline vf add_half_square(Bf16, vf sum, vf x) { return sum + x * x; }  // which may underflow, and is rounded then
+
+template <bool kScaled, class Format>
+static double sum_squares_half(Format format, const std::uint16_t* x, std::int64_t size, float scale) {
+  return sum_halves(format, x, size, [=](vf sum, vf values) FASTCLIP_INLINE {
+    if (kScaled) values *= scale;
+    return add_half_square(format, sum, values);
+  });
 }
 
 template <bool kScaled>
@@ -155,11 +168,11 @@ static double sum_powers(DType dtype, const void* data, std::int64_t size, doubl
     if (whole == power) {
       double sum = 0.0;
       for_blocks(format, data, size, [&](const typename Format::Real* values, std::int64_t count) {
-        sum += sum_terms(values, count, [=](vd x) {
+        sum += sum_wide(values, count, [=](vd powers, vd x) FASTCLIP_INLINE {
           const vd ratio = magnitude(x) / unit;
           vd result = ratio;
           for (int k = 1; k < whole; ++k) result *= ratio;
-          return result;
+          return powers + result;
         });
       });
       return sum;

@@ -3,80 +3,90 @@
 namespace fastclip::cpu {
 namespace FASTCLIP_ISA {
 
+// Magnitudes, by their bits.
 template <class Bits>
-struct BitCounts {
+struct Magnitudes {
   Bits largest, smallest;
   std::int64_t zeros, nans, infs;
 };
 
-// Works on the bits of |x|, whose order as signed integers is that of the magnitudes, with NaN above
-// Inf. A true comparison is -1 in each lane, so counts are subtracted. kBlock can't overflow a lane.
+// A loop as the compilers' vectorisers like it: no count of a block overflows 16 bits.
+static_assert(kBlock <= 0x7fff);
+template <bool kFinite, class Bits, class Value>
+static inline Magnitudes<Bits> seen_in(const Value* values, std::int64_t count, Bits inf) {
+  Bits largest = 0, smallest = inf, zeros = 0, nans = 0, infs = 0;
+  for (std::int64_t i = 0; i < count; ++i) {
+    const Bits bits = bit_cast<Bits>(values[i]) & BitsOf<Value>::kAbs;
+    const bool nan = !kFinite && bits > inf;
+    const Bits high = nan ? Bits{0} : bits, low = nan ? inf : bits;
+    largest = high > largest ? high : largest;
+    smallest = low < smallest ? low : smallest;
+    zeros += bits == 0;
+    nans += nan;
+    infs += !kFinite && bits == inf;
+  }
+  return {largest, smallest, zeros, nans, infs};
+}
+
+// Adds a block to what was seen before. NaN and Inf are rare: a block without them is looked at by half the operations.
+template <class Bits, class Value>
+static inline void add_block(Magnitudes<Bits>& all, const Value* values, std::int64_t count, Bits inf) {
+  Magnitudes<Bits> seen = seen_in<true>(values, count, inf);
+  if (seen.largest >= inf) seen = seen_in<false>(values, count, inf);
+  all.largest = all.largest > seen.largest ? all.largest : seen.largest;
+  all.smallest = all.smallest < seen.smallest ? all.smallest : seen.smallest;
+  all.zeros += seen.zeros;
+  all.nans += seen.nans;
+  all.infs += seen.infs;
+}
+
 template <class Real>
-static inline auto count_bits(const Real* values, std::int64_t count) {
-  using Layout = BitsOf<Real>;
-  using Bits = typename Layout::type;
-  constexpr int kCount = 8 * kWide / sizeof(Bits);
-  typedef Bits Lanes __attribute__((vector_size(8 * kWide)));
-  const Lanes inf = Lanes{} + Layout::kInf;
-  Lanes largest = {}, smallest = inf, zeros = {}, nans = {}, infs = {};
-  const auto add = [&](const Real* x) {
-    Lanes bits;
-    __builtin_memcpy(&bits, x, sizeof bits);
-    bits &= Layout::kAbs;
-    // masks, not ?: on vectors, which GCC 12 takes apart into scalars for AVX2
-    const Lanes nan = bits > inf;
-    const Lanes high = bits & ~nan, low = high | (inf & nan);
-    const Lanes higher = high > largest, lower = low < smallest;
-    largest = (high & higher) | (largest & ~higher);
-    smallest = (low & lower) | (smallest & ~lower);
-    zeros -= bits == 0;
-    nans -= nan;
-    infs -= bits == inf;
-  };
-  const std::int64_t whole = count / kCount * kCount;
-  for (std::int64_t i = 0; i < whole; i += kCount) add(values + i);
-  std::int64_t padding = 0;
-  if (whole < count) {
-    Real tail[kCount];
-    for (int k = 0; k < kCount; ++k) tail[k] = values[whole + k < count ? whole + k : whole];
-    add(tail);
-    padding = kCount - (count - whole);  // the first of the tail was counted that often too much
-  }
-  BitCounts<Bits> sum{0, Layout::kInf, 0, 0, 0};
-  for (int k = 0; k < kCount; ++k) {
-    sum.largest = largest[k] > sum.largest ? largest[k] : sum.largest;
-    sum.smallest = smallest[k] < sum.smallest ? smallest[k] : sum.smallest;
-    sum.zeros += zeros[k];
-    sum.nans += nans[k];
-    sum.infs += infs[k];
-  }
-  if (padding > 0) {
-    const Bits bits = bit_cast<Bits>(values[whole]) & Layout::kAbs;
-    sum.zeros -= bits == 0 ? padding : 0;
-    sum.nans -= bits > Layout::kInf ? padding : 0;
-    sum.infs -= bits == Layout::kInf ? padding : 0;
-  }
+static inline double sum_magnitudes(const Real* values, std::int64_t count) {
+  return sum_wide(values, count, [](vd sum, vd x) FASTCLIP_INLINE { return sum + magnitude(x); });
+}
+static inline double sum_of_stored(F64, const double* x, std::int64_t size) { return sum_magnitudes(x, size); }
+static inline double sum_of_stored(F32, const float* x, std::int64_t size) { return sum_magnitudes(x, size); }
+template <class Format>
+static inline double sum_of_stored(Format format, const std::uint16_t* x, std::int64_t size) {
+  double sum = sum_halves(format, x, size, [](vf sum, vf values) FASTCLIP_INLINE { return sum + magnitude(values); });
+  if (__builtin_isfinite(sum)) return sum;
+  sum = 0.0;  // a few bfloat16 numbers may be more than a float32 lane holds
+  for_blocks(format, x, size, [&](const float* values, std::int64_t count) { sum += sum_magnitudes(values, count); });
   return sum;
 }
 
-static Survey survey(DType dtype, const void* data, std::int64_t size) {
+static inline double value_of(F64, std::int64_t bits) { return bit_cast<double>(bits); }
+static inline double value_of(F32, std::int32_t bits) { return bit_cast<float>(bits); }
+template <class Format>
+static inline double value_of(Format format, std::int16_t bits) {
+  const std::uint16_t stored[kStep] = {static_cast<std::uint16_t>(bits)};
+  return load_half(format, stored)[0];
+}
+
+static Survey survey(DType dtype, const void* data, std::int64_t size, bool with_sum) {
   return visit(dtype, [&](auto format) -> Survey {
-    using Real = typename decltype(format)::Real;
-    using Bits = typename BitsOf<Real>::type;
-    Bits largest = 0, smallest = BitsOf<Real>::kInf;
-    double sum_abs = 0.0;
-    std::int64_t zeros = 0, nans = 0, infs = 0;
-    for_blocks(format, data, size, [&](const Real* values, std::int64_t count) {
-      const auto seen = count_bits(values, count);
-      largest = largest > seen.largest ? largest : seen.largest;
-      smallest = smallest < seen.smallest ? smallest : seen.smallest;
-      zeros += seen.zeros;
-      nans += seen.nans;
-      infs += seen.infs;
-      sum_abs += sum_terms(values, count, [](vd x) { return magnitude(x); });
-    });
-    return {static_cast<double>(bit_cast<Real>(largest)), static_cast<double>(bit_cast<Real>(smallest)),
-            sum_abs, zeros, nans, infs};
+    using Format = decltype(format);
+    using Storage = typename Format::Storage;
+    using Real = typename Format::Real;
+    if constexpr (kParts<Format> == 1 && sizeof(Storage) > 1) {
+      constexpr auto inf = kInfBits<Format>;
+      const auto* x = static_cast<const Storage*>(data);
+      const double sum = with_sum ? sum_of_stored(format, x, size) : 0.0;
+      Magnitudes<std::remove_const_t<decltype(inf)>> all{0, inf, 0, 0, 0};
+      for (std::int64_t begin = 0; begin < size; begin += kBlock)
+        add_block(all, x + begin, begin + kBlock < size ? kBlock : size - begin, inf);
+      return {value_of(format, all.largest), value_of(format, all.smallest), sum, all.zeros, all.nans, all.infs};
+    } else {
+      constexpr auto inf = BitsOf<Real>::kInf;
+      double sum = 0.0;
+      Magnitudes<std::remove_const_t<decltype(inf)>> all{0, inf, 0, 0, 0};
+      for_blocks(format, data, size, [&](const Real* values, std::int64_t count) {
+        if (with_sum) sum += sum_magnitudes(values, count);
+        add_block(all, values, count, inf);
+      });
+      return {static_cast<double>(bit_cast<Real>(all.largest)), static_cast<double>(bit_cast<Real>(all.smallest)), sum,
+              all.zeros, all.nans, all.infs};
+    }
   });
 }
 

@@ -110,8 +110,6 @@ static std::uint16_t half_bits(Format format, float value) {
   store_half(format, stored, values);
   return stored[0];
 }
-constexpr std::uint16_t half_inf(Bf16) { return 0x7f80; }
-constexpr std::uint16_t half_inf(F16) { return 0x7c00; }
 
 static bool clamp(DType dtype, void* data, std::int64_t size, double bound) {
   return visit(dtype, [&](auto format) -> bool {
@@ -120,11 +118,11 @@ static bool clamp(DType dtype, void* data, std::int64_t size, double bound) {
     if constexpr (kParts<Format> == 2 || sizeof(Storage) == 1) {
       return false;  // refused at the border
     } else if constexpr (sizeof(Storage) == 2) {
-      return clamp_bits(static_cast<Storage*>(data), size, half_bits(format, static_cast<float>(bound)), half_inf(format));
+      return clamp_bits(static_cast<Storage*>(data), size, half_bits(format, static_cast<float>(bound)),
+                        static_cast<Storage>(kInfBits<Format>));
     } else {
-      using Layout = BitsOf<Storage>;
-      using Bits = typename Layout::Unsigned;
-      return clamp_bits(static_cast<Bits*>(data), size, bit_cast<Bits>(static_cast<Storage>(bound)), static_cast<Bits>(Layout::kInf));
+      using Bits = typename BitsOf<Storage>::Unsigned;
+      return clamp_bits(static_cast<Bits*>(data), size, bit_cast<Bits>(static_cast<Storage>(bound)), static_cast<Bits>(kInfBits<Format>));
     }
   });
 }
@@ -134,12 +132,20 @@ template <int kCount, class Bits>
 static bool zero_nonfinite_bits(Bits* x, std::int64_t size, Bits inf) {
   constexpr Bits kMagnitude = static_cast<Bits>(static_cast<Bits>(~Bits{0}) >> 1);
   bool written = false;
-  for (std::int64_t i = 0; i < size * kCount; i += kCount) {
-    bool finite = true;
-    for (int k = 0; k < kCount; ++k) finite &= (x[i + k] & kMagnitude) < inf;
-    if (finite) continue;
+  for (std::int64_t begin = 0; begin < size * kCount; begin += kBlock) {
+    const std::int64_t end = begin + kBlock < size * kCount ? begin + kBlock : size * kCount;
+    Bits largest = 0;
+    for (std::int64_t i = begin; i < end; ++i) {
+      const Bits magnitude = x[i] & kMagnitude;
+      largest = magnitude > largest ? magnitude : largest;
+    }
+    if (largest < inf) continue;  // nothing to do: nothing is written
     written = true;
-    for (int k = 0; k < kCount; ++k) x[i + k] = Bits{0};
+    for (std::int64_t i = begin; i < end; i += kCount) {
+      bool finite = true;
+      for (int k = 0; k < kCount; ++k) finite &= (x[i + k] & kMagnitude) < inf;
+      for (int k = 0; k < kCount; ++k) x[i + k] = finite ? x[i + k] : Bits{0};
+    }
   }
   return written;
 }
@@ -148,12 +154,9 @@ static bool zero_nonfinite(DType dtype, void* data, std::int64_t size) {
   return visit(dtype, [&](auto format) -> bool {
     using Format = decltype(format);
     using Storage = typename Format::Storage;
-    if constexpr (sizeof(Storage) == 2) {
-      return zero_nonfinite_bits<1>(static_cast<Storage*>(data), size, half_inf(format));
-    } else if constexpr (sizeof(Storage) >= 4) {
-      using Layout = BitsOf<Storage>;
-      using Bits = typename Layout::Unsigned;
-      return zero_nonfinite_bits<kParts<Format>>(static_cast<Bits*>(data), size, static_cast<Bits>(Layout::kInf));
+    if constexpr (sizeof(Storage) >= 2) {
+      using Bits = typename BitsOf<Storage>::Unsigned;
+      return zero_nonfinite_bits<kParts<Format>>(static_cast<Bits*>(data), size, static_cast<Bits>(kInfBits<Format>));
     } else {
       return false;  // refused at the border
     }
