@@ -39,7 +39,8 @@ INSTRUCTION_SETS = {
         "-Wno-maybe-uninitialized",  # GCC 12 warns about its own _mm512_undefined_ps
     ],
 }
-# Contraction to FMA is off because every instruction set must give the same bits: only exact products are fused, by name.
+# Contraction to FMA is off because every instruction set must give the same bits: only exact products are fused, by
+# name.
 # Machine code runs on every later chip of its major version. All of it is made from the PTX of the first, which is also
 # what the majors to come compile at run time: the kernels use nothing newer, and one pass of the front end serves all.
 CUDA_TARGETS = [80, 90, 100, 120]

@@ -225,10 +225,10 @@ def clip_(grads: Grads, policy: Policy, nonfinite: str, group: Any = None) -> Te
     """Clips under one of the rules of NONFINITE; returns the total norm before clipping."""
     ties = ties_of([grads], group)
     if ties is None and not grads.tensors:
-        return torch.tensor(0.0)
+        return torch.zeros((), dtype=torch.float32)
     findings = examine([(grads, policy)], nonfinite, ties=ties).each
     if not findings:  # nor does any other rank have one
-        return torch.tensor(0.0)
+        return torch.zeros((), dtype=torch.float32)
     (finding,) = findings
     verdict = finding.decide()
     skip = any_of([verdict.decision.skip, finding.reading.found_inf if nonfinite == "skip" else False])
@@ -258,7 +258,7 @@ def total_norm(grads: Grads, request: Request, error_if_nonfinite: bool, group: 
     """The joint norm alone."""
     ties = ties_of([grads], group)
     if ties is None and not grads.tensors:
-        return torch.tensor(0.0)
+        return torch.zeros((), dtype=torch.float32)
     (reading,), *_ = distributed.join(ties, [request], [False], lambda: [read(plan(grads), request)])
     if error_if_nonfinite:
         reading.check_finite()

@@ -24,7 +24,7 @@ from fastclip.types import Request
 def clip_grad_norm_(parameters: TensorOrTensors, request: Request, nonfinite: str) -> Tensor:
     grads, positions = _gather(parameters, True)
     if not grads:
-        return torch.tensor(0.0)
+        return torch.zeros((), dtype=torch.float32)
     norm: Tensor = _clip_grad_norm_(grads, positions, request.norm_type, request.max_norm, request.eps, nonfinite)
     return norm
 
@@ -38,7 +38,7 @@ def clip_grad_value_(parameters: TensorOrTensors, bound: float) -> None:
 def get_total_norm(tensors: TensorOrTensors, request: Request, error_if_nonfinite: bool) -> Tensor:
     grads, positions = _gather(tensors, False)
     if not grads:
-        return torch.tensor(0.0)
+        return torch.zeros((), dtype=torch.float32)
     norm: Tensor = _get_total_norm(grads, positions, request.norm_type, error_if_nonfinite)
     return norm
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -23,7 +24,7 @@ from fastclip.record import Outcome, Record, Reports
 from fastclip.regularisation import Penalty
 from fastclip.sharded import check_not_in_zero
 from fastclip.step_arguments import step_arguments_of
-from fastclip.tensors import Grads, check_groups_disjoint, grads_among, grads_of_groups
+from fastclip.tensors import Grads, Names, check_groups_disjoint, grads_among, grads_of_groups, ids_named
 from fastclip.ties import group_named, group_of_caller, process_group, ties_of
 from fastclip.types import IN_A_ROW, SKIPPED, STEPS, TOTAL_NORM, known_to_host
 
@@ -52,6 +53,7 @@ class Guard(Reports):
         policy: the rule for all its gradients, but those of groups with a rule of their own.
         max_norm, nonfinite, skip_limit: as they were given; may be set at any time.
         group: process group whose other ranks step other parameters, which count in the norms; or None.
+        names: id of a parameter -> its name; empty in a copy.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Guard(Reports):
         rollback: Rollback | None = None,
         watch: LossWatch | None = None,
         group: Any = None,
+        names: Names = None,
     ) -> None:
         for name, given, kind in (
             ("backoff", backoff, SpikeBackoff),
@@ -76,6 +79,7 @@ class Guard(Reports):
         self.optimizer = optimizer
         self.policy = policy
         self.group = process_group(group) or group_of_caller()
+        self.names = ids_named(names)
         self.nonfinite = nonfinite
         self._takes = step_arguments_of(optimizer)
         self._record = Record()
@@ -86,6 +90,7 @@ class Guard(Reports):
         self._penalty, self._watch = penalty, watch or LossWatch()
         self._ladder = Ladder(backoff, rollback)
         self._lr_factor = 1.0  # of this step
+        self._aboard: riding.aboard | None = None  # during it
         check_groups_disjoint(optimizer.param_groups)
 
     @property
@@ -105,7 +110,8 @@ class Guard(Reports):
         self._record.skip_limit = None if value is None else whole("skip_limit", value, least=1)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "group": None if self.group is None else self.group.group_name}
+        named = None if self.group is None else self.group.group_name
+        return {**self.__dict__, "group": named, "names": {}}  # a copy has other parameters
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -139,6 +145,10 @@ class Guard(Reports):
         attributes[amp.GUARD] = self
         if self.can_unscale:
             attributes["_step_supports_amp_scaling"] = True
+
+    def attach_like_to(self, optimizer: Optimizer) -> None:
+        """Attaches the same rule, knowing what it has learned by now, and the same penalties to another optimizer."""
+        Guard(optimizer, copy.deepcopy(self.policy), self.nonfinite, None, self._penalty).attach()
 
     def remove(self) -> None:
         """Gives an attached optimizer its own ``step`` back."""
@@ -184,7 +194,8 @@ class Guard(Reports):
                     return loss  # else the optimizer has done something before its first evaluation (SAM)
             with torch.enable_grad():
                 loss = closure()
-            self.look(owner, again=True)
+            with nullcontext() if self._aboard is None else self._aboard.getting_off():
+                self.look(owner, again=True)
             return loss
 
         return self._call(inner_step, clearance, {**kwargs, "closure": guarded_closure})
@@ -215,11 +226,15 @@ class Guard(Reports):
         return self._call_with_riders(inner_step, clearance, kwargs)
 
     def _call_with_riders(self, inner_step: Callable[..., Any], clearance: Clearance, kwargs: dict[str, Any]) -> Any:
-        with (
-            riding.aboard(self.optimizer, grad_scale=clearance.grad_scale, found_inf=clearance.found_inf),
-            riding.launched_twice() if clearance.may_be_one else nullcontext(),  # type: ignore[no-untyped-call]
-        ):
-            return inner_step(**kwargs)
+        self._aboard = riding.aboard(self.optimizer, grad_scale=clearance.grad_scale, found_inf=clearance.found_inf)
+        try:
+            with (
+                self._aboard,
+                riding.launched_twice() if clearance.may_be_one else nullcontext(),  # type: ignore[no-untyped-call]
+            ):
+                return inner_step(**kwargs)
+        finally:
+            self._aboard = None
 
     def look(self, owner: Optimizer, again: bool = False) -> Clearance:
         """What follows from the gradients as they are; see :meth:`_look`."""
@@ -283,7 +298,7 @@ class Guard(Reports):
         # of one rule without an operation on the device
         factor = verdicts[0].factor if len(verdicts) == 1 else 1.0 + any_of(verdict.clipped for verdict in verdicts)
 
-        rides = riding.rides(self.optimizer)
+        rides = not again and riding.rides(self.optimizer)  # what rides belongs to the gradients of the first look
         if isinstance(skip, Tensor):
             if not rides or riding.first_step_is_lost(self.optimizer):
                 skip = bool(skip)
@@ -303,7 +318,7 @@ class Guard(Reports):
             lrs = [group["lr"] * self._lr_factor for group in groups if "lr" in group]
             clipped = factor != 1.0
             outcome = Outcome(self._record.seen, verdicts, held_back, clipped, skip, went_back, loss, lrs, grad_scale)
-            for listener in self._record.listeners:
+            for listener in list(self._record.listeners):  # one may leave while it is told
                 listener(outcome)
         self._record.check_streak(in_a_row)
         if went_back or skip is True:
@@ -365,6 +380,8 @@ class Guard(Reports):
         return {whose: state for whose, state in known.items() if state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self._ladder.rollback is not None:
+            self._ladder.rollback.forget()  # what was before the load is no place to go back to
         if self._ladder.backoff is not None and "backoff" in state_dict:
             self._ladder.backoff.load_state_dict(state_dict["backoff"])
         if self._watch.k is not None and "loss" in state_dict:
@@ -386,8 +403,8 @@ class Guard(Reports):
         entries = list(enumerate(groups))
         alone = [entry for entry in entries if "policy" in entry[1] or "group_max_norm" in entry[1]]
         joint = [entry for entry in entries if entry not in alone] if alone else entries
-        found = [(*grads_of_groups(joint), self.policy)] if joint or not alone else []
-        found += [(*grads_of_groups([entry]), self._own_rule(*entry)) for entry in alone]
+        found = [(*grads_of_groups(joint, self.names), self.policy)] if joint or not alone else []
+        found += [(*grads_of_groups([entry], self.names), self._own_rule(*entry)) for entry in alone]
         twice = any(twice for _, twice, _ in found)
         if twice or alone:
             check_groups_disjoint(groups)

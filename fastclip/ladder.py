@@ -196,6 +196,10 @@ class Rollback:
 
     def __init__(self, every: int = 100, *, after: int = 10) -> None:
         self.every, self.after = whole("every", every, 1), whole("after", after, 1)
+        self.forget()
+
+    def forget(self) -> None:
+        """Without a snapshot, until the next one is taken."""
         self.snapshot = Snapshot()
         self._good, self._bad = 0, 0
 

@@ -8,14 +8,14 @@ import re
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from fastclip.amp import GUARD
 from fastclip.checks import whole
 from fastclip.guard import Guard
 from fastclip.ladder import Event
@@ -26,7 +26,7 @@ from fastclip.monitoring.records import FORMAT, VERSION, StepRecord, packed, spe
 from fastclip.monitoring.shipping import Shipment, Sighting, sighting
 from fastclip.monitoring.sinks import Events, Sink, sink_of
 from fastclip.record import Outcome, Reports
-from fastclip.tensors import GroupNames
+from fastclip.tensors import GroupNames, Names, ids_named
 from fastclip.version import __version__
 
 SECONDS = 1.0  # after which the next step sends what has been gathered, however little it is
@@ -37,7 +37,6 @@ SKIP_REASONS = {
     "scaler": "a GradScaler found Inf",
     "rank": "seen by this or another rank",
 }
-Names: TypeAlias = "torch.nn.Module | Iterable[tuple[str, Tensor]] | None"
 
 
 class GradMonitor:
@@ -96,6 +95,8 @@ class GradMonitor:
         self._include = None if include is None else re.compile(include)
         if on_event is not None and not callable(on_event):
             raise TypeError(f"on_event: expected a function, got {type(on_event).__name__}")
+        if flags is not None and not isinstance(flags, FlagRules):
+            raise TypeError(f"flags: expected a fastclip.FlagRules, got {type(flags).__name__}")
         self._flags = Flags(flags or FlagRules())
         self.step = 0
         self._fold: str | None = None
@@ -123,14 +124,13 @@ class GradMonitor:
 
     def _watch(self, opt: Any, names: Names) -> None:
         self._guarded = opt
-        if not isinstance(opt, Reports):
+        guard = opt if isinstance(opt, Guard) else vars(opt).get(GUARD) if isinstance(opt, Reports) else None
+        if not isinstance(guard, Guard):
             raise TypeError(
                 f"opt: expected a fastclip.ClippedOptimizer or what fastclip.attach returned, got {type(opt).__name__}"
             )
-        pairs = names.named_parameters() if isinstance(names, torch.nn.Module) else names or ()
-        self._tensors = Tensors(self._include, {id(parameter): name for name, parameter in pairs})
-        holder: Any = opt.optimizer if isinstance(opt, Guard) else opt
-        known = GroupNames(list(enumerate(holder.param_groups)))
+        self._tensors = Tensors(self._include, ids_named(names))
+        known = GroupNames(list(enumerate(guard.optimizer.param_groups)), guard.names)
         self._tensors.add(known.parameters, known)
         self._know_tensors()
         self._policy = repr(self._guarded.policy)  # now: a bound that is a tensor would have to be waited for

@@ -22,7 +22,8 @@ from fastclip.record import Reports
 from fastclip.regularisation import Penalty
 from fastclip.riding import RIDERS
 from fastclip.several import Several
-from fastclip.tensors import GroupNames
+from fastclip.step_arguments import step_arguments_of
+from fastclip.tensors import GroupNames, Names
 
 BOUNDS = ("max_norm", *OWN_RULES)  # keys of a param group that are fastclip's
 STATE = "fastclip"  # the key of a state_dict under which policies that learn keep what they know
@@ -99,6 +100,8 @@ class ClippedOptimizer(Reports, Optimizer):
         group: a process group, or a mesh of one dimension, whose other ranks step other parameters that count in the
             norm, as with pipeline stages. Sharded parameters (FSDP2, tensor parallel) and a
             ``ZeroRedundancyOptimizer`` around this one need none; FSDP1 needs ``model.process_group``.
+        names: the model, or (name, parameter) pairs, for events and errors to tell which tensor went bad. Without them
+            the names that the optimizer was given with its parameters, else places in its param groups.
 
     Raises:
         TypeError: ``optimizer`` is not a ``torch.optim.Optimizer``, or accelerate's or Lightning's wrapper of one.
@@ -130,13 +133,16 @@ class ClippedOptimizer(Reports, Optimizer):
         rollback: Rollback | None = None,
         loss_watch: LossWatch | None = None,
         group: Any = None,
+        names: Names = None,
     ) -> None:
         # Optimizer.__init__ is not called: it would build param_groups and state of its own.
         _check_optimizer(optimizer)
         self._inner = optimizer
         penalty = Penalty(l1, l2, convention)
         chosen = _policy(max_norm, norm_type, policy)
-        self._fastclip = Guard(optimizer, chosen, nonfinite, skip_limit, penalty, backoff, rollback, loss_watch, group)
+        self._fastclip = Guard(
+            optimizer, chosen, nonfinite, skip_limit, penalty, backoff, rollback, loss_watch, group, names
+        )
         self._start()
 
     def _start(self) -> None:
@@ -263,7 +269,10 @@ class ClippedOptimizer(Reports, Optimizer):
 
     def _policies(self) -> dict[str, Policy]:
         """Each by the name under which its state is kept."""
-        alone = {f"group {i}": group["policy"] for i, group in enumerate(self.param_groups) if "policy" in group}
+        alone: dict[str, Policy] = {}
+        for i, group in enumerate(self.param_groups):
+            if "policy" in group:
+                alone[f"group {i}"] = group["policy"] = policy_of(group["policy"], f"param_groups[{i}]['policy']")
         return {"all": self.policy, **alone}
 
     def _tensors(self) -> dict[str, list[int]]:
@@ -367,6 +376,8 @@ class ClipGroup(ClippedOptimizer):
                 raise TypeError(
                     f"optimizers: {type(part).__name__} is clipped by fastclip already; pass what is inside"
                 )
+            if step_arguments_of(part).closure_required:
+                raise TypeError(f"optimizers: {type(part).__name__} needs a closure in each step; wrap it by itself")
         super().__init__(Several(parts), max_norm, **settings)
 
 
@@ -442,6 +453,7 @@ def attach(
     rollback: Rollback | None = None,
     loss_watch: LossWatch | None = None,
     group: Any = None,
+    names: Names = None,
 ) -> Guard:
     """Clips inside every ``optimizer.step`` of this very object, for code that checks ``type(optimizer)``.
 
@@ -468,6 +480,6 @@ def attach(
         raise ValueError("fastclip is in this optimizer's step already; remove() that guard first, or use it")
     penalty = Penalty(l1, l2, convention)
     chosen = _policy(max_norm, norm_type, policy)
-    guard = Guard(optimizer, chosen, nonfinite, skip_limit, penalty, backoff, rollback, loss_watch, group)
+    guard = Guard(optimizer, chosen, nonfinite, skip_limit, penalty, backoff, rollback, loss_watch, group, names)
     guard.attach()
     return guard

@@ -230,7 +230,7 @@ class Record:
         sizes = [size for seen in self.seen for size in seen.sizes]
         names = [name for seen in self.seen for name in seen.names]
         weight_rows = [seen.weight_rows.to(rows) for seen in self.seen if seen.weight_rows is not None]
-        joined = torch.cat(weight_rows, dim=1) if weight_rows else None  # of all or of none
+        joined = torch.cat(weight_rows, dim=1) if len(weight_rows) == len(self.seen) else None  # of all, or of none
         peers, name_at = self._peers()
         return stats_from(rows, self.norm.clone(), request, sizes, names, joined, peers, name_at)
 

@@ -8,6 +8,8 @@ them. Every other optimizer asserts that the attributes are not there.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -84,9 +86,21 @@ class aboard:
         self._attributes.update(self._riders)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._only(self._before)
+
+    @contextmanager
+    def getting_off(self) -> Iterator[None]:
+        """In this block, inside the other, those that it had before; and none at all from then on."""
+        self._only(self._before)
+        try:
+            yield
+        finally:
+            self._only({})
+
+    def _only(self, riders: dict[str, Any]) -> None:
         for name in RIDERS:
             self._attributes.pop(name, None)
-        self._attributes.update(self._before)
+        self._attributes.update(riders)
 
 
 class launched_twice(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -51,16 +51,23 @@ class Several(Optimizer):
     def __init__(self, parts: Iterable[Optimizer]) -> None:
         # Optimizer.__init__ is not called: it would build param_groups and state of its own.
         self.parts = list(parts)
+        self._order: list[tuple[int, int]] = []  # of the groups: part, and place in it
         for name in HOOKS:
             setattr(self, name, OrderedDict())
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        return [group for part in self.parts for group in part.param_groups]
+        """Those of the first, then those of the second, and so on; one that is added later comes last, as anywhere: by
+        their places rules know what they have learned of which."""
+        there = [(i, k) for i, part in enumerate(self.parts) for k in range(len(part.param_groups))]
+        if len(there) != len(self._order):
+            self._order = [at for at in self._order if at in there] + [at for at in there if at not in self._order]
+        return [self.parts[i].param_groups[k] for i, k in self._order]
 
     @property
     def state(self) -> Any:  # type: ignore[override]
         owners = {p: i for i, part in enumerate(self.parts) for group in part.param_groups for p in group["params"]}
+        owners |= {p: i for i, part in enumerate(self.parts) for p in part.state}  # one may have left its group
         return _States([part.state for part in self.parts], owners)
 
     @property
@@ -96,10 +103,11 @@ class Several(Optimizer):
         raise TypeError("several optimizers are clipped here as one: call add_param_group of the one it belongs to")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"parts": self.parts}
+        return {"parts": self.parts, "order": self._order}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         Several.__init__(self, state["parts"])
+        self._order = list(state["order"])
 
     def __repr__(self) -> str:
         return f"[{', '.join(type(part).__name__ for part in self.parts)}]"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
-from types import GeneratorType
+from types import GeneratorType, MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -17,6 +17,7 @@ from fastclip._native import C
 from fastclip.types import UnsupportedGradientError
 
 TensorOrTensors: TypeAlias = Tensor | Iterable[Tensor]
+Names: TypeAlias = torch.nn.Module | Iterable[tuple[str, Tensor]] | None
 
 FLOAT8 = tuple(
     dtype
@@ -246,14 +247,18 @@ def grads_of(parameters: TensorOrTensors) -> Grads:
 class GroupNames(Sequence[str]):
     """Names of the parameters of an optimizer's param groups, in order; made only when one is asked for.
 
-    The caller's own where he gave the optimizer named parameters, else the way to them.
+    The caller's own where he gave them, or gave the optimizer named parameters, else the way to them.
+
+    Args:
+        groups: each with its index among all groups.
+        own: id of a parameter -> its name, as :func:`ids_named` makes it.
 
     Attributes:
         parameters: the parameters.
     """
 
-    def __init__(self, groups: list[tuple[int, dict[str, Any]]]) -> None:
-        self._groups = groups
+    def __init__(self, groups: list[tuple[int, dict[str, Any]]], own: Mapping[int, str] = MappingProxyType({})) -> None:
+        self._groups, self._own = groups, own
         # at every step, for thousands of them: in a third of a comprehension's time
         self.parameters: list[Tensor] = list(chain.from_iterable(group["params"] for _, group in groups))
 
@@ -263,19 +268,34 @@ class GroupNames(Sequence[str]):
     def __getitem__(self, position: Any) -> Any:
         for index, group in self._groups:
             if position < len(group["params"]):
+                if (name := self._own.get(id(group["params"][position]))) is not None:
+                    return name
                 names = group.get("param_names")
                 return names[position] if names else f"param_groups[{index}]['params'][{position}]"
             position -= len(group["params"])
         raise IndexError("no such parameter")
 
 
-def grads_of_groups(groups: list[tuple[int, dict[str, Any]]]) -> tuple[Grads, bool]:
-    """The gradients of an optimizer's param groups, each with its index among all groups.
+def ids_named(names: Names) -> dict[int, str]:
+    """By the id of each parameter, which has to be kept alive: what a model, or pairs, call it."""
+    if names is None:
+        return {}
+    given: Any = names.named_parameters() if isinstance(names, torch.nn.Module) else names
+    pairs = list(given) if isinstance(given, Iterable) else [given]
+    if not all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], Tensor) for pair in pairs):
+        raise TypeError("names: expected a module, or (name, parameter) pairs as of module.named_parameters()")
+    return {id(parameter): name for name, parameter in pairs}
+
+
+def grads_of_groups(
+    groups: list[tuple[int, dict[str, Any]]], own: Mapping[int, str] = MappingProxyType({})
+) -> tuple[Grads, bool]:
+    """The gradients of an optimizer's param groups, each with its index among all groups, and names as of GroupNames.
 
     Returns:
         The gradients, and whether an optimizer would meet one of them twice, at two parameters.
     """
-    names = GroupNames(groups)
+    names = GroupNames(groups, own)
     listed = names.parameters
     grads = _gathered(listed, True, "param_groups", names, adopt=True)
     if len(grads.tensors) == len(listed):

@@ -128,8 +128,8 @@ class Backend(Protocol):
         totals: Tensor | None = None,
         heads: Tensor | None = None,
     ) -> None:
-        """The one read. Fills ``rows``, ``[request.fields, len(table)]``, every element of it. A norm is NaN where a
-        NaN was counted and, for p > 0, else Inf where an Inf was: whoever joins rows may rely on it.
+        """The one read. Fills ``rows``, ``[request.fields, len(table)]``, every element of it. But for p = 0 a norm
+        is NaN where a NaN was counted and, for p > 0, else Inf where an Inf was: whoever joins rows may rely on it.
 
         With ``grad_scale``, a number or one element, norms and magnitudes are divided by it. With ``totals`` does what
         ``finish`` does, too.

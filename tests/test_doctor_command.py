@@ -114,10 +114,33 @@ def test_usage(factories, capsys):
     assert "Exit status: 0 nothing" in " ".join(capsys.readouterr().out.split())
 
 
-def test_a_module_that_lacks_something_says_what(factories):
-    (factories / "lacking.py").write_text("import something_that_isnt_there\n")
-    with pytest.raises(ModuleNotFoundError, match="something_that_isnt_there"):
-        command.main(["check", "lacking:f"])
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("import something_that_isnt_there", "No module named 'something_that_isnt_there'"),
+        ("def f(:", "SyntaxError"),
+        ("def f(): return {}['absent']", "KeyError: 'absent'"),
+        ("def f(): raise ValueError('no data')", "in f"),
+    ],
+)
+def test_what_fails_in_the_users_own_code_is_shown_with_its_place(factories, capsys, code, message):
+    (factories / "failing.py").write_text(f"{code}\n")
+    assert command.main(["check", "failing.py:f"]) == 2
+    said = capsys.readouterr()
+    assert message in said.err
+    assert "failing.py" in said.err
+    assert not said.out
+
+
+def test_a_picture_that_cant_be_drawn_is_refused_before_anything_is_tried(factories, capsys, monkeypatch):
+    monkeypatch.setattr("fastclip.doctor.command._asked", lambda *asked: pytest.fail("it was asked"))
+    with pytest.raises(SystemExit):
+        command.main(["check", "of_a_user:sick", "--picture", "seen.xyz"])
+    assert ".png, .svg, .pdf" in capsys.readouterr().err
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        command.main(["check", "of_a_user:sick", "--picture", "seen.png"])
+    assert "matplotlib" in capsys.readouterr().err
 
 
 def test_a_seed_gives_the_same_again(factories, capsys):

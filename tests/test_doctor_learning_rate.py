@@ -58,6 +58,28 @@ def test_the_settings_of_the_groups_are_the_users():
         own.step()
 
 
+@pytest.mark.parametrize("guard", [fastclip.ClippedOptimizer, fastclip.attach])
+def test_a_clipped_optimizer_is_tried_clipped(guard):
+    torch.manual_seed(0)
+    model, batch = mlp(nn.ReLU, 1), classes()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e3)
+    policy = fastclip.policies.Chain(fastclip.policies.ZScore(warmup=2), fastclip.policies.GlobalNorm(1e-4))
+    reports = guard(optimizer, policy=policy, l2=1e-3)
+    diagnosis = fastclip.check(
+        model, batch, nn.CrossEntropyLoss(), reports if isinstance(reports, torch.optim.Optimizer) else optimizer
+    )
+    assert "lr-too-high" not in diagnosis.codes
+    assert diagnosis.lr.optimizer == "clipped SGD"
+    assert int(policy.policies[0].count) == int(reports.steps) == 0, "the user's own rule has learned from it"
+    own = optimizer if guard is fastclip.attach else reports
+    for expected in diagnosis.trial.losses:
+        loss = nn.functional.cross_entropy(model(batch[0]), batch[1])
+        assert float(loss.detach()) == pytest.approx(expected, rel=1e-6)
+        own.zero_grad()
+        loss.backward()
+        own.step()
+
+
 @pytest.mark.parametrize(
     ("optimizer", "why"),
     [

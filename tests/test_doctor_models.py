@@ -256,6 +256,23 @@ def test_what_has_no_scale_is_said():
     assert diagnosis.findings[0].where == ("inputs['rest']",)
 
 
+def test_the_cure_of_an_infinite_input_is_one_that_works():
+    inputs, targets = classes()
+    for value, first in ((math.nan, False), (math.inf, True)):
+        inputs[3] = value
+        diagnosis = fastclip.check(mlp(nn.ReLU, 2), (inputs, targets), nn.CrossEntropyLoss(), max_seconds=0)
+        (found,) = [finding for finding in diagnosis.findings if finding.code == "nonfinite-input"]
+        assert ("make NaN of Inf" in found.advice) == first
+
+
+def test_a_gradient_that_breaks_in_the_loss_is_said_to():
+    diagnosis = fastclip.check(
+        mlp(nn.ReLU, 2), classes(), lambda out, y: (out - out.detach()).square().sum().sqrt(), max_seconds=0
+    )
+    (found,) = [finding for finding in diagnosis.findings if finding.code == "nonfinite-gradient"]
+    assert found.message.endswith("when the gradient has come back as far as the loss")
+
+
 def test_layers_inside_of_a_transform_are_said():
     model, (x, y) = mlp(nn.ReLU, 1), classes()
     diagnosis = check(model, step=lambda model: CE(torch.vmap(model)(x), y))

@@ -136,6 +136,21 @@ def poisoned(model):
     return model
 
 
+def normed():
+    model = net()
+    return nn.Sequential(model[0], nn.BatchNorm1d(model[0].out_features), *model[1:])
+
+
+def spoilt(model, value):
+    model[1].running_mean[2] = value
+    return model
+
+
+def masked(model):
+    model.register_buffer("mask", torch.full((3, 3), -math.inf))
+    return model
+
+
 def huge_head(model):
     with torch.no_grad():
         model[-1].weight.fill_(1e37)
@@ -355,6 +370,14 @@ PAIRS = {
         tokens,
         lambda: Transformer(1),
         tokens,
+        CE,
+    ),
+    ("nonfinite-buffer", "MLP"): (lambda: spoilt(normed(), math.nan), classes, normed, classes, CE),
+    ("nonfinite-buffer", "MLP, Inf"): (
+        lambda: spoilt(normed(), math.inf),
+        classes,
+        lambda: masked(normed()),
+        classes,
         CE,
     ),
     ("nonfinite-loss", "MLP"): (

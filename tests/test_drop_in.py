@@ -867,3 +867,151 @@ def test_settings_of_the_wrong_type_are_named(setting, value, message):
             form(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1), **{setting: value})
     with pytest.raises(TypeError, match="loss: expected a number, got str"):
         ClippedOptimizer(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)).observe("x")
+
+
+# what is stepped, and what reports
+GUARDS = {
+    "wrapper": lambda inner, **own: (ClippedOptimizer(inner, **own),) * 2,
+    "attached": lambda inner, **own: (inner, fastclip.attach(inner, **own)),
+}
+
+
+@pytest.mark.parametrize("form", GUARDS)
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("scales", [(0.01, 100.0), (100.0, 0.01), (100.0, 300.0)])
+def test_a_closure_that_is_evaluated_again_is_clipped_by_its_own_norm(form, fused, scales):
+    """A hook that writes a parameter makes the first evaluation void: what counts is the second one's gradient."""
+    p = torch.nn.Parameter(torch.ones(2))
+    inner = torch.optim.SGD([p], lr=1.0, fused=fused)
+    opt, reports = GUARDS[form](inner, max_norm=1.0)
+
+    def touch(*_):
+        with torch.no_grad():
+            p.mul_(1.0)
+
+    inner.register_step_pre_hook(touch)
+    for grad_scale in (None, 8.0):
+        if grad_scale is not None:
+            opt.grad_scale = torch.tensor(grad_scale)
+        coming = iter(scales)
+        before = p.detach().clone()
+
+        def closure(grad_scale=grad_scale, coming=coming):
+            opt.zero_grad()
+            loss = (p * torch.tensor([3.0, 4.0]) * next(coming)).sum()
+            (loss * (grad_scale or 1.0)).backward()
+            return loss
+
+        opt.step(closure)
+        assert float(reports.last_norm) == pytest.approx(5.0 * scales[1], rel=1e-6)
+        assert float((before - p.detach()).norm()) == pytest.approx(min(5.0 * scales[1], 1.0), rel=1e-5)
+        assert "found_inf" not in vars(inner)
+
+
+@pytest.mark.parametrize("form", GUARDS)
+def test_events_and_errors_call_parameters_by_the_names_that_were_given(form):
+    model = small_model()
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    opt, reports = GUARDS[form](inner, names=model, skip_limit=2)
+    names = [name for name, _ in model.named_parameters()]
+    backward(model, 0)
+    assert "param_names" not in inner.param_groups[0]
+    assert (opt.step(), list(reports.last_stats.names)) == (None, names)
+    model.get_parameter(names[1]).grad.fill_(float("nan"))
+    opt.step()
+    assert reports.events[-1].tensors == (names[1],)
+    with pytest.raises(fastclip.SkipLimitError, match=names[1]):
+        opt.step()
+    some = torch.optim.SGD([model.get_parameter(names[1])], lr=0.1)
+    stats = GUARDS[form](some, names=[("mine", model.get_parameter(names[1]))])[1]
+    some.step() if form == "attached" else stats.step()
+    assert stats.last_stats.names == ["mine"]
+
+
+def test_a_copy_has_other_parameters_and_none_of_the_names():
+    model = small_model()
+    opt = ClippedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), names=model)
+    twin, other = copy.deepcopy((opt, model))
+    backward(other, 0)
+    twin.step()
+    assert twin.last_stats.names[0] == "param_groups[0]['params'][0]"
+
+
+@pytest.mark.parametrize("names", [["weight"], 3, [("weight", 1.0)]])
+def test_names_are_a_module_or_pairs(names):
+    with pytest.raises(TypeError, match="names: expected a module"):
+        ClippedOptimizer(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1), names=names)
+
+
+def test_a_policy_that_a_group_names_travels_before_the_first_step():
+    def made():
+        groups = [{"params": [torch.nn.Parameter(torch.ones(2))]} for _ in range(2)]
+        groups[1]["policy"] = "ZScore"
+        return ClippedOptimizer(torch.optim.SGD(groups, lr=0.1))
+
+    opt, fresh = made(), made()
+    for _ in range(3):
+        for group in opt.param_groups:
+            group["params"][0].grad = torch.ones(2)
+        opt.step()
+    fresh.load_state_dict(opt.state_dict())
+    assert int(fresh.param_groups[1]["policy"].count) == 3
+    assert made().state_dict()["fastclip"]
+
+
+class Weighing(fastclip.policies.Policy):
+    """A rule that asks for the weights, and clips nothing."""
+
+    def request(self):
+        return fastclip.types.Request(weights=True)
+
+    def decide(self, reading):
+        return fastclip.policies.Decision(1.0)
+
+
+def test_stats_have_weights_only_if_all_rules_have_asked_for_them():
+    first, second = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    groups = [{"params": [first]}, {"params": [second], "policy": Weighing()}]
+    opt = ClippedOptimizer(torch.optim.SGD(groups, lr=1.0))
+    first.grad, second.grad = torch.ones(2), torch.ones(2)
+    opt.step()
+    assert opt.last_stats.weight_norms is None
+    assert "grads[0]" not in str(opt.last_stats)
+
+
+def clip_group(policy, **settings):
+    parameters = [torch.nn.Parameter(torch.ones(1)) for _ in range(3)]
+    parts = [torch.optim.SGD([p], lr=0.0, momentum=0.9) for p in parameters[:2]]
+    return fastclip.ClipGroup(parts, policy=policy, **settings), parts, parameters
+
+
+def test_a_group_that_joins_a_part_takes_no_others_place():
+    opt, parts, (a, b, c) = clip_group(fastclip.policies.PerTensorPercentile(50.0))
+    for _ in range(5):
+        a.grad, b.grad = torch.tensor([1.0]), torch.tensor([1e3])
+        opt.step()
+    parts[0].add_param_group({"params": [c]})
+    a.grad, b.grad, c.grad = torch.tensor([1.0]), torch.tensor([2e3]), torch.tensor([1e6])
+    opt.step()
+    assert (float(a.grad), float(b.grad), float(c.grad)) == (1.0, 1e3, 1e6)
+    assert [group["params"] for group in copy.deepcopy(opt).param_groups] == [[1.0], [1.0], [1.0]]
+    assert [group["params"][0] is p for group, p in zip(opt.param_groups, (a, b, c), strict=True)] == [True] * 3
+
+
+def test_a_clip_group_refuses_what_needs_a_closure():
+    a, b = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    with pytest.raises(TypeError, match="LBFGS needs a closure"):
+        fastclip.ClipGroup([torch.optim.SGD([a], lr=1.0), torch.optim.LBFGS([b])])
+
+
+def test_a_clip_group_goes_on_with_a_replaced_parameter():
+    opt, _, (a, b, c) = clip_group(GlobalNorm(1.0), rollback=fastclip.Rollback(1, after=1))
+    for _ in range(2):
+        a.grad, b.grad = torch.ones(1), torch.ones(1)
+        opt.step()
+    opt.param_groups[0]["params"] = [c]
+    c.grad, b.grad = torch.ones(1), torch.ones(1)
+    opt.step()
+    c.grad = torch.tensor([float("nan")])
+    opt.step()
+    assert [event.kind for event in opt.events] == ["skip", "roll back"]

@@ -574,6 +574,25 @@ def test_a_forced_backend_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> N
     assert params[0].grad.tolist() == [3.0, 4.0]
 
 
+@pytest.mark.parametrize("after", [0, 1])
+def test_what_cant_be_written_is_named_beside_what_another_backend_serves(after: int) -> None:
+    grads = [torch.ones(6)[::2], torch.ones(3).to(torch.float8_e4m3fn), *[torch.ones(3)] * after]
+    params = [torch.nn.Parameter(torch.zeros(3, dtype=grad.dtype), requires_grad=False) for grad in grads]
+    for param, grad in zip(params, grads, strict=True):
+        param.grad = grad.clone() if grad is not grads[0] else grad
+    with pytest.raises(fastclip.UnsupportedGradientError, match=r"parameters\[1\] \(torch.float8.*8-bit"):
+        fastclip.clip_grad_norm_(params, 0.1)
+
+
+def test_the_norm_of_nothing_is_a_float32_whatever_the_default() -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert fastclip.clip_grad_norm_([], 1.0).dtype == fastclip.get_total_norm([]).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(before)
+
+
 def test_backends_explain_themselves() -> None:
     grads = [torch.ones(3), torch.ones(8)[::2]]
     text = fastclip.backends.explain(grads)

@@ -141,6 +141,16 @@ def test_a_bad_batch_costs_an_accumulated_step_and_no_more():
     assert int(optimizer._iterations) == 8
 
 
+def test_skips_are_told_by_events():
+    optimizer, guard = clipped_sgd()
+    inputs = INPUTS.copy()
+    inputs[BAD] = numpy.nan
+    fit(optimizer, inputs, epochs=1)
+    (event,) = guard.events
+    assert (event.step, event.kind, event.reason) == (2, "skip", "NaN or Inf in the gradients")
+    assert event.tensors[0].endswith("/kernel")
+
+
 def test_skipping_for_ever_is_an_error():
     optimizer = keras.optimizers.SGD(0.1)
     clip(optimizer, skip_limit=3)

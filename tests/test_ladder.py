@@ -776,3 +776,18 @@ def test_a_bad_loss_on_a_device(late, name):
     (event,) = opt.events
     assert event.kind == "skip"
     assert 4 <= event.step <= 4 + 2 * late
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_nothing_goes_back_to_before_a_checkpoint_was_loaded(bare):
+    model = small_model()
+    opt = sgd(model, rollback=Rollback(1, after=1))
+    step(opt, model)
+    step(opt, model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(7.0)
+    opt.load_state_dict((opt.inner if bare else opt).state_dict())
+    assert opt._ladder.rollback.snapshot.taken_at is None
+    step(opt, model, bad=True)
+    assert all(bool((parameter == 7.0).all()) for parameter in model.parameters())

@@ -146,6 +146,8 @@ def test_a_bad_step_is_skipped(tmp_path):
     ours = trained(tmp_path, Module(bad_batch=(1, 2)), [clip])
     assert all(bool(weight.isfinite().all()) for weight in weights(ours))
     assert clip.guards[0].skipped_steps == 1
+    names = [name for name, _ in ours.lightning_module.named_parameters()]
+    assert clip.guards[0].events[0].tensors == tuple(names)
 
 
 def test_the_log_has_the_norm_before_clipping(tmp_path):

@@ -814,6 +814,8 @@ def test_a_new_fold_forgets_the_past():
         ({"buffer": 0}, ValueError),
         ({"census_every": 0}, ValueError),
         ({"on_event": 3}, TypeError),
+        ({"flags": {"sigmas": 3}}, TypeError),
+        ({"names": ["weight"]}, TypeError),
     ],
 )
 def test_bad_arguments(settings, error):
@@ -826,6 +828,17 @@ def test_bad_arguments(settings, error):
 def test_an_unguarded_optimizer_is_refused(tmp_path):
     with pytest.raises(TypeError, match=r"ClippedOptimizer.*got AdamW"):
         GradMonitor(torch.optim.AdamW(model_of()), sinks=tmp_path / "run.jsonl")
+
+
+def test_one_that_closes_itself_costs_another_no_step():
+    parameters = model_of()
+    opt, seen = optimizer_of(parameters), []
+    first = GradMonitor(opt, buffer=1, sinks=lambda record: first.close())
+    GradMonitor(opt, buffer=1, sinks=lambda record: seen.append(record.step))
+    for i in range(3):
+        give(parameters, i)
+        opt.step()
+    assert seen == [1, 2, 3]
 
 
 def test_closing_twice_and_stepping_afterwards(told):

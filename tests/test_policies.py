@@ -405,6 +405,33 @@ def test_zero_gradients_of_one_tensor_silence_only_themselves(backend: str) -> N
         assert [norm(grad) for grad in got] == pytest.approx([0.5, 0.5], rel=1e-6)
 
 
+@pytest.mark.parametrize("kept", [(0, 1), (2,)])
+def test_a_rule_for_each_tensor_goes_on_with_fewer_of_them(backend: str, kept: tuple[int, ...]) -> None:
+    for policy in (AdaGC(warmup=2), PerTensorPercentile(50)):
+        params = [parameter(torch.ones(size)) for size in (2, 3, 4)]
+        opt = ClippedOptimizer(torch.optim.SGD(params, lr=0.0), policy=policy)
+        for listed in (params, params, [params[i] for i in kept]):
+            opt.param_groups[0]["params"] = listed
+            for p in listed:
+                p.grad = torch.ones_like(p)
+            opt.step()
+        assert len(opt.last_stats.tensor_norms) == len(kept)
+
+
+def test_moments_are_as_wide_whatever_the_default_dtype() -> None:
+    before, found = torch.get_default_dtype(), []
+    try:
+        for dtype in (torch.bfloat16, torch.float64):
+            torch.set_default_dtype(dtype)
+            policy = ZScore(warmup=5)
+            series(policy, [1.0, 2.0, 3.0, 5.0, 9.0])
+            found.append((float(policy.mean), float(policy.var)))
+    finally:
+        torch.set_default_dtype(before)
+    assert found[0] == pytest.approx((4.0, 8.0), rel=1e-6)
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
 @pytest.mark.parametrize("policy", [ZScore(warmup=0), SkipLarge(warmup=0), SkipAboveMedian(warmup=0)], ids=repr)
 def test_without_a_warm_up_the_first_step_is_no_outlier(policy: Policy) -> None:
     """A mean that starts at 0 makes one of it (AGGC)."""

@@ -15,6 +15,7 @@ from skorch.callbacks import GradientNormClipping
 
 import fastclip
 from fastclip import policies
+from fastclip.integrations.facts import reports_of
 from fastclip.integrations.skorch import Clip, neg_skipped_steps, neg_spike_rate, spike_rate
 
 RANDOM = numpy.random.default_rng(0)
@@ -144,6 +145,8 @@ def test_a_bad_batch_is_skipped_and_counted():
     assert all(bool(weight.isfinite().all()) for weight in weights(estimator))
     assert neg_skipped_steps(estimator) == -3.0  # one in each epoch
     assert neg_spike_rate(estimator) == pytest.approx(-3 / 18)
+    names = tuple(name for name, _ in estimator.module_.named_parameters())
+    assert {event.tensors for event in reports_of(estimator.optimizer_).events} == {names}
 
 
 def test_the_spike_rate():

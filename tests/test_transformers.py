@@ -147,6 +147,7 @@ def test_a_bad_step_is_skipped_and_logged(tmp_path):
     assert all(bool(weight.isfinite().all()) for weight in weights(ours))
     assert logged(ours, "skipped_steps") == [0.0, 0.0] + [1.0] * 10
     assert math.isnan(logged(ours, "grad_norm")[2])
+    assert ours.optimizer.optimizer.events[0].tensors == ("transformer.ln_f.weight",)
 
 
 @pytest.mark.parametrize(("cls", "optimizer"), [(Clipped, None), (Trainer, wrapped_adamw)], ids=["mixin", "given"])

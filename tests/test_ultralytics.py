@@ -121,6 +121,8 @@ def test_a_bad_step_is_skipped_at_once(data, tmp_path):
     ours = trained(data, tmp_path, poisoned(Clipped, 1), epochs=1, val=False)
     assert all(bool(weight.isfinite().all()) for weight in weights(ours))
     assert reports_of(ours.optimizer).skipped_steps == 1
+    (event,) = reports_of(ours.optimizer).events
+    assert {*event.tensors} <= {name for name, _ in ours.model.named_parameters()}
     assert ours.nan_recovery_attempts == 0
 
 

@@ -273,6 +273,20 @@ def test_threads_write_the_same_bits(backend: str, work: str) -> None:
     assert all(torch.equal(seen[0], other) for other in seen[1:])
 
 
+def test_what_needs_no_factor_is_not_written(backend: str) -> None:
+    small, large = parameter(torch.tensor([0.3, 0.4])), parameter(torch.tensor([30.0, 40.0]))
+    rows_small, rows_large = parameter(torch.full((2, 2), 1e-9)), parameter(torch.full((2, 2), 1e3))
+    versions = [p.grad._version for p in (small, large, rows_small, rows_large)]
+    fastclip.clip_grads_([small, large], fastclip.policies.PerTensorNorm(1.0))
+    fastclip.clip_grads_([rows_small, rows_large], fastclip.policies.Unitwise(0.01))
+    written = [
+        p.grad._version > before for p, before in zip((small, large, rows_small, rows_large), versions, strict=True)
+    ]
+    if backend.startswith(("cpu", "reference")):
+        assert written == [False, True, False, True]
+    assert small.grad.tolist() == pytest.approx([0.3, 0.4])
+
+
 def test_zeroing_writes_only_where_something_is_bad(backend: str) -> None:
     good, bad = parameter(torch.ones(3)), parameter(torch.tensor([1.0, float("nan")]))
     versions = good.grad._version, bad.grad._version

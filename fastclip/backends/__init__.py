@@ -56,7 +56,7 @@ class Part(NamedTuple):
     positions: list[int] | None
 
     def to_list(self, index: int) -> int:
-        """Position in the whole list of the table's input ``index``."""
+        """Position in the whole list of the table's tensor ``index``."""
         return index if self.positions is None else self.positions[index]
 
     def factors(self, given: Tensor) -> Tensor:
@@ -128,8 +128,11 @@ class Plan(NamedTuple):
     def check_writable(self) -> None:
         """Raises ``UnsupportedGradientError`` if a gradient can be read but not written."""
         for part in self.parts:
-            if part.table.readonly:
-                check_writable(self.grads, {part.to_list(i): why for i, why in part.table.readonly.items()})
+            table = part.table
+            if table.readonly:  # by the place in what the table was made of, of which it may have refused some
+                served = {place: i for i, place in enumerate(table.positions)} if table.refused else None
+                reasons = {i if served is None else served[i]: why for i, why in table.readonly.items()}
+                check_writable(self.grads, {part.to_list(i): why for i, why in reasons.items()})
 
     def read_penalised_(
         self,

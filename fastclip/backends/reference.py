@@ -196,7 +196,7 @@ def narrowed(norms: Tensor, dtype: torch.dtype) -> Tensor:
 def scale_(table: ReferenceTable, factor: float | Tensor, skip: Tensor | None = None) -> None:
     for column, (grad, source) in enumerate(zip(table.grads, table.sources, strict=True)):
         own = factor[column] if isinstance(factor, Tensor) and factor.dim() == 1 else factor
-        if isinstance(own, float) and own == 1.0:
+        if (not isinstance(own, Tensor) or known_to_host(own)) and own == 1.0:
             continue
         with tensors.its_mode(source):
             for piece in _pieces(grad):
@@ -219,10 +219,13 @@ def scale_units_(
     at = 0
     for grad, source, reduced in zip(table.grads, table.sources, dims, strict=True):
         units = count_units(grad, reduced)
-        with tensors.its_mode(source):
-            scale_units_of(grad, reduced, factors[at : at + units], skip)
-            tensors.write_back(source, grad)
+        own = factors[at : at + units]
         at += units
+        if known_to_host(own) and bool((own == 1.0).all()):
+            continue
+        with tensors.its_mode(source):
+            scale_units_of(grad, reduced, own, skip)
+            tensors.write_back(source, grad)
 
 
 def scale_units_of(grad: Tensor, dims: tuple[int, ...], factors: Tensor, skip: Tensor | None = None) -> None:

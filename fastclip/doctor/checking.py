@@ -34,6 +34,8 @@ from fastclip.doctor.progress import progress_bar
 from fastclip.doctor.subject import Subject, subject_of
 from fastclip.doctor.untouched import Untouched
 
+RUNNING = ("running_mean", "running_var")
+
 
 def check(
     model: nn.Module,
@@ -55,7 +57,7 @@ def check(
         batch: ``(inputs, targets)``, as in training; the loss is ``loss_fn(model(inputs), targets)``.
         loss_fn: a function or module of outputs and targets.
         optimizer: the one it is trained with: its learning rate is judged, with a new optimizer of its class and
-            settings. Without one, AdamW is what a learning rate is suggested for.
+            settings, clipped as it is. Without one, AdamW is what a learning rate is suggested for.
         step: instead of ``batch`` and ``loss_fn``, for several inputs, own losses, masks: ``loss = step(model)`` runs
             the model that it is given, and returns the loss. It is called some 70 times; what else it changes is its
             own business.
@@ -90,6 +92,7 @@ def check(
     ):
         warnings.filterwarnings("ignore", "Using a target size")  # "broadcast-loss" tells of it
         bad = _bad_parameters(subject)
+        buffers = _bad_buffers(subject)
         subject.prepare()
         seen = observe(subject)
         found = [*_of_the_pass(seen)]
@@ -99,6 +102,8 @@ def check(
         tried, trial, steady = None, None, None
         if bad:
             found.append(_nonfinite_parameters(bad))
+        if buffers:
+            found.append(_nonfinite_buffers(buffers))
         if bad or not math.isfinite(seen.loss) or seen.bad:
             untouched.rewind()
             subject.prepare()
@@ -158,11 +163,37 @@ def _bad_parameters(subject: Subject) -> tuple[str, ...]:
     return tuple(name for name, count in zip(stats.names, found, strict=True) if count)
 
 
+def _bad_buffers(subject: Subject) -> tuple[str, ...]:
+    """Those with NaN, and running means and variances with Inf; other buffers, masks, hold Inf by intent."""
+    named = [(name, b.detach()) for name, b in subject.model.named_buffers() if b.is_floating_point() and b.numel()]
+    stats = functional.grad_stats(named, extras=False)
+    each = zip(stats.names, stats.nans.tolist(), stats.infs.tolist(), strict=True)
+    return tuple(name for name, nans, infs in each if nans or (infs and name.endswith(RUNNING)))
+
+
+def _count(names: tuple[str, ...], noun: str) -> str:
+    which = f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+    return f"{len(names)} {noun}{'s hold' if len(names) > 1 else ' holds'} NaN or Inf: {which}"
+
+
+def _nonfinite_buffers(bad: tuple[str, ...]) -> Finding:
+    return Finding(
+        "nonfinite-buffer",
+        ERROR,
+        f"{_count(bad, 'buffer')}. A bad batch has got into what the model keeps, and where that is used, as running "
+        "means and variances are in evaluation, everything becomes NaN",
+        "module.reset_running_stats() for each normalisation among them, then some good batches in training mode; or "
+        "go back to a checkpoint from before. No guard of the optimizer sees this: look at the inputs",
+        bad,
+        {"buffers": float(len(bad))},
+    )
+
+
 def _nonfinite_parameters(bad: tuple[str, ...]) -> Finding:
     return Finding(
         "nonfinite-parameter",
         ERROR,
-        f"{len(bad)} parameters hold NaN or Inf themselves: {', '.join(bad[:5])}{', ...' if len(bad) > 5 else ''}",
+        _count(bad, "parameter"),
         "go back to a checkpoint from before, or start anew: no step brings a NaN back. "
         "fastclip.ClippedOptimizer(optimizer, max_norm=1.0) skips the steps that would write one",
         bad,

@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from fastclip.doctor.checking import check
 from fastclip.doctor.diagnosis import DoctorError
 
 FOUND, USAGE = 1, 2  # exit statuses beside 0
+PICTURES = (".png", ".svg", ".pdf")
 ARGUMENTS = ("model", "batch", "loss_fn", "optimizer", "step", "max_seconds")
 RETURNS = "(model, batch, loss_fn), the same with an optimizer, or a dict of fastclip.check's arguments"
 
@@ -36,10 +38,17 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, metavar="N", help="torch.manual_seed(N) before the factory is called")
     parser.add_argument("--max-seconds", type=float, metavar="S", help="try learning rates for so long; 0: don't")
     arguments = parser.parse_args(argv)
-    if arguments.picture is not None and not arguments.picture.resolve().parent.is_dir():
-        parser.error(f"--picture: there is no folder {arguments.picture.resolve().parent}")
+    if arguments.picture is not None:
+        _check_picture(parser, arguments.picture)
     try:
         asked = _asked(arguments.factory, arguments.seed)
+    except DoctorError as error:
+        print(f"fastclip check: {error}", file=sys.stderr)
+        return USAGE
+    except Exception:  # of the user's own code, for which its traceback is what helps; nothing was checked
+        traceback.print_exc()
+        return USAGE
+    try:
         if arguments.max_seconds is not None:
             asked["max_seconds"] = arguments.max_seconds
         diagnosis = check(**asked)
@@ -50,6 +59,16 @@ def main(argv: list[str]) -> int:
         return USAGE
     print(diagnosis.to_json(indent=2) if arguments.json else diagnosis)
     return 0 if diagnosis.healthy else FOUND
+
+
+def _check_picture(parser: argparse.ArgumentParser, picture: Path) -> None:
+    """Before a minute is spent on what can't be drawn."""
+    if not picture.resolve().parent.is_dir():
+        parser.error(f"--picture: there is no folder {picture.resolve().parent}")
+    if picture.suffix not in PICTURES:
+        parser.error(f"--picture: expected a file that ends in {', '.join(PICTURES)}, got {picture}")
+    if importlib.util.find_spec("matplotlib") is None:
+        parser.error("--picture needs matplotlib: pip install 'torch-fastclip[plots]'")
 
 
 def _asked(path: str, seed: int | None) -> dict[str, Any]:

@@ -134,7 +134,8 @@ def findings(given: list[Given]) -> Iterator[Finding]:
                 ERROR,
                 f"{one.name} holds {m.nans} NaN and {m.infs} Inf among {m.size} numbers",
                 f"find them with torch.isfinite({one.name}).all(dim=0), and fill or drop them before training: "
-                "sklearn.impute.SimpleImputer()",
+                + ("make NaN of Inf, then " if m.infs else "")
+                + "sklearn.impute.SimpleImputer()",
                 (one.name,),
                 {"nans": float(m.nans), "infs": float(m.infs), "size": float(m.size)},
             )

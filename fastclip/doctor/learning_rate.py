@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Iterator
@@ -10,10 +11,12 @@ from typing import Any
 import torch
 
 import fastclip.functional as functional
+from fastclip.amp import GUARD
 from fastclip.doctor.diagnosis import ERROR, WARNING, Finding, Range, Trial
 from fastclip.doctor.passes import gradients
 from fastclip.doctor.subject import Subject, during
 from fastclip.doctor.untouched import Untouched
+from fastclip.guard import Guard
 from fastclip.optim import ClippedOptimizer
 
 LOWEST, HIGHEST, POINTS = 1e-7, 10.0, 49  # six points for each factor of ten: 1.47 from one to the next
@@ -43,7 +46,7 @@ class Trainer:
         seconds: how long all may take; the range test leaves some of it for what comes after it.
 
     Attributes:
-        kind: name of the optimizer's class.
+        kind: name of the optimizer's class, as a clipped one if it is.
         used: the learning rate in use; NaN without an optimizer.
         late: whether a step was left out because of the deadline.
     """
@@ -55,7 +58,8 @@ class Trainer:
         optimizer = _inner(subject.optimizer)
         self._class: Any = torch.optim.AdamW if optimizer is None else type(optimizer)
         self._groups = _groups(optimizer, self._parameters)
-        self.kind: str = self._class.__name__
+        self._guard: Guard | None = None if subject.optimizer is None else vars(subject.optimizer).get(GUARD)
+        self.kind: str = f"{'' if self._guard is None else 'clipped '}{self._class.__name__}"
         self.used = math.nan if optimizer is None else float(self._groups[0]["lr"])
         self.late = False
 
@@ -70,7 +74,9 @@ class Trainer:
         self._untouched.rewind()
         self._subject.prepare()
         with during(f"making a {self.kind} like the one in use"):
-            optimizer = self._class([dict(group) for group in self._groups])
+            optimizer = self._class(copy.deepcopy(self._groups, {id(p): p for p in self._parameters}))
+            if self._guard is not None:
+                self._guard.attach_like_to(optimizer)
         base = [float(group["lr"]) for group in optimizer.param_groups]
         losses: list[float] = []
         norms: list[float] = []

@@ -21,6 +21,7 @@ BY_INTENT: tuple[str, ...] = (
     *("masked_fill", "fill", "full", "full_like", "new_full", "where", "scalar_tensor", "lift_fresh"),
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize"),
 )
+THE_LOSS = "the loss"
 CURES = {
     "log": "keep what it gets above 0, torch.log(x.clamp_min(1e-8)), or use log_softmax and logsigmoid",
     "sqrt": "its slope at 0 is infinite: torch.sqrt(x + 1e-8)",
@@ -114,7 +115,7 @@ class Nodes:
     def _hook(self, name: str) -> Any:
         def hook(made: tuple[Tensor | None, ...], given: tuple[Tensor | None, ...]) -> None:
             if self.first is None and not _finite(made) and _finite(given):
-                where = self._layers.arrived[-1].layer.name if self._layers.arrived else "the loss"
+                where = self._layers.arrived[-1].layer.name if self._layers.arrived else THE_LOSS
                 nan = any(t is not None and bool(t.isnan().any()) for t in made)
                 fed = [t for t in given if t is not None and t.numel()]
                 low, high = min(float(t.min()) for t in fed), max(float(t.max()) for t in fed)
@@ -188,8 +189,7 @@ def backward_findings(bad: tuple[str, ...], nans: int, infs: int, nodes: Nodes |
         "nonfinite-gradient",
         ERROR,
         f"{count}. The first {first.what} on the way back is made by {first.operation}, when the gradient has come "
-        "back "
-        f"as far as layer {first.where}",
+        f"back as far as {first.where if first.where == THE_LOSS else f'layer {first.where}'}",
         _cure(
             first.operation,
             "look at what this operation gets in the forward pass: at 0, or far out, its slope is infinite",

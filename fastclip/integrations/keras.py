@@ -16,7 +16,7 @@ from fastclip.policies import Bound, GlobalNorm, Policy, policy_of
 from fastclip.reading import any_of
 from fastclip.record import Record, Reports
 from fastclip.tensors import GroupNames, grads_among
-from fastclip.types import IN_A_ROW
+from fastclip.types import IN_A_ROW, SKIPPED, STEPS
 
 # Everything that a Keras optimizer does with the gradients once it has clipped them.
 AFTER_CLIPPING = (
@@ -88,9 +88,16 @@ class KerasGuard(Reports):
         skip = any_of([verdict.decision.skip, finding.reading.found_inf if self.nonfinite == "skip" else False])
         self._skipped = bool(skip)
         self._record.note([finding.reading], verdict.factor, self._skipped)
-        self._record.check_streak(int(self._record.counts[IN_A_ROW]))
+        counts = self._record.counts.tolist()
+        self._ladder.climb(self.optimizer, counts[STEPS], counts[SKIPPED], counts[IN_A_ROW], self._reason)
+        self._record.check_streak(counts[IN_A_ROW])
         verdict.apply(skip=self._skipped)
         return grads
+
+    def _reason(self) -> tuple[str, tuple[str, ...]]:
+        """Of a skip, for the event that tells of it."""
+        bad = tuple(self._record.bad())
+        return ("NaN or Inf in the gradients", bad) if bad else (f"decided by {self.policy!r}", ())
 
 
 def clip(

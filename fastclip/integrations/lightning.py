@@ -40,7 +40,7 @@ class Clip(Callback):  # type: ignore[misc]
                 f"Trainer(gradient_clip_val={trainer.gradient_clip_val}) would clip before fastclip looks: leave it out"
             )
         self.guards = [
-            attach(optimizer, **copy.deepcopy(self.settings))
+            attach(optimizer, **{"names": pl_module, **copy.deepcopy(self.settings)})
             for optimizer in trainer.optimizers
             if reports_of(optimizer) is None
         ]

@@ -53,7 +53,7 @@ class Clip(Callback):  # type: ignore[misc]
         for name in net._optimizers:
             optimizer = getattr(net, f"{name}_")
             if reports_of(optimizer) is None:
-                attach(optimizer, **copy.deepcopy(self.get_params(deep=False)))
+                attach(optimizer, **copy.deepcopy(self.get_params(deep=False)), names=net.module_)
             elif isinstance(guard := reports_of(optimizer), Guard):  # further training, maybe after set_params
                 guard.nonfinite, guard.skip_limit = self.nonfinite, self.skip_limit
                 if self.policy is None:

@@ -42,7 +42,7 @@ class ClippedTrainer:
         trainer: Any = self
         optimizer = super().create_optimizer(model)  # type: ignore[misc]
         if reports_of(optimizer) is None:
-            settings = copy.deepcopy(self.clipping)
+            settings = {"names": trainer.model if model is None else model, **copy.deepcopy(self.clipping)}
             if not settings.keys() & {"max_norm", "policy"}:
                 settings["max_norm"] = trainer.args.max_grad_norm or math.inf
             trainer.optimizer = ClippedOptimizer(optimizer, **settings)

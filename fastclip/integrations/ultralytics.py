@@ -24,14 +24,12 @@ class ClippedTrainer:
 
     clipping: ClassVar[dict[str, Any]] = {"max_norm": 10.0}
 
-    def build_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+    def build_optimizer(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         """Wraps what the trainer builds."""
-        optimizer = super().build_optimizer(*args, **kwargs)  # type: ignore[misc]
-        return (
-            optimizer
-            if reports_of(optimizer) is not None
-            else ClippedOptimizer(optimizer, **copy.deepcopy(self.clipping))
-        )
+        optimizer = super().build_optimizer(model, *args, **kwargs)  # type: ignore[misc]
+        if reports_of(optimizer) is not None:
+            return optimizer
+        return ClippedOptimizer(optimizer, **{"names": model, **copy.deepcopy(self.clipping)})
 
     def optimizer_step(self) -> None:
         """As the trainer's own, without its passes over the gradients."""

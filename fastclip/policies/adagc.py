@@ -45,6 +45,7 @@ class AdaGC(Policy):
         missing = reading.parameters - len(self.averages)
         if missing > 0:
             self.averages = torch.cat([self.averages, self.averages.new_full((missing,), torch.inf)])
+        self.averages = self.averages[: reading.parameters]  # there may be fewer than there were
         own = self.averages if columns is None else self.averages[columns]
         warm = self.step >= self.warmup
         coefs = torch.where(

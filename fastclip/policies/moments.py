@@ -32,7 +32,7 @@ class Learner(Policy):
 
     def learn(self, value: Tensor, valid: Tensor, warm: Tensor) -> None:
         """Takes in a 0-d value, where ``valid``; ``warm`` says whether the warm-up is over."""
-        step = torch.where(warm, 1.0 - self.alpha, (self.count + 1).reciprocal())
+        step = torch.where(warm, 1.0 - self.alpha, (self.count + 1).to(self.mean).reciprocal())
         delta = value - self.mean
         mean = torch.addcmul(self.mean, step, delta)
         residual = value - mean

@@ -48,10 +48,13 @@ class Windowed(Policy):
         self._window = Window(state_dict["ring"].clone(), state_dict["counts"].clone())
 
     def fit(self, series: int, like: Tensor) -> Window:
-        """The window, on the device of ``like``, with room for so many series."""
+        """The window, on the device of ``like``, of so many series; those past them are forgotten."""
         if self._window is None:
             self._window = Window.empty(series, self.window, like)
         ring, counts = self._window.ring, self._window.counts
+        if len(ring) > series:
+            ring, counts = ring[:series], counts[:series]
+            self._window = Window(ring, counts)
         if len(ring) < series or ring.device != like.device:
             more = Window.empty(max(series - len(ring), 0), self.window, like)
             self._window = Window(

@@ -24,20 +24,26 @@ def report(argv: list[str]) -> int:
     output: Path = arguments.output or arguments.run.with_suffix(".html")
     try:
         digest = digest_of(arguments.run)
+        for problem in digest.reader.problems():
+            print(f"{arguments.run}: {problem}", file=sys.stderr)
+        if not digest.records:
+            print(f"{arguments.run}: no record of a monitor is in it; no page was written", file=sys.stderr)
+            return 1
         output.write_text(page_of(digest), encoding="utf-8")
     except OSError as error:
         parser.error(str(error))
-    for problem in digest.reader.problems():
-        print(f"{arguments.run}: {problem}", file=sys.stderr)
     print(f"{output}: {digest.records:,} records of {len(digest.reader.names):,} tensors")
     if arguments.png is not None:
         try:
             from fastclip.report import figures
         except ModuleNotFoundError as error:
             return _lacks(error, "plots")
-        for path in figures.save(digest, arguments.png):
-            print(path)
-    return 0 if digest.records else 1
+        try:
+            for path in figures.save(digest, arguments.png):
+                print(path)
+        except OSError as error:
+            parser.error(f"--png: {error}")
+    return 0
 
 
 def watch(argv: list[str]) -> int:
@@ -46,6 +52,8 @@ def watch(argv: list[str]) -> int:
     parser.add_argument("run", type=Path, help="a .jsonl file of a monitor; waited for until it is there")
     parser.add_argument("--once", action="store_true", help="show what there is, once")
     arguments = parser.parse_args(argv)
+    if arguments.run.is_dir():
+        parser.error(f"{arguments.run} is a folder; a monitor writes a .jsonl file")
     try:
         from fastclip.report import terminal
     except ModuleNotFoundError as error:
