@@ -339,15 +339,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="frameworks whose name contains it")
     parser.add_argument("--json", type=Path, help="also write every time there")
     args = parser.parse_args(argv)
+    wanted = {name: framework for name, framework in FRAMEWORKS.items() if args.only.lower() in name.lower()}
+    if not wanted:
+        parser.error(f"no framework's name contains {args.only!r}; they are: {', '.join(FRAMEWORKS)}")
     os.environ.setdefault("KERAS_BACKEND", "torch")
     os.environ.setdefault("YOLO_OFFLINE", "true")
     os.environ.setdefault("YOLO_VERBOSE", "false")
     settings = Settings.quick() if args.quick else Settings()
     torch.set_num_threads(1)  # as ultralytics does by itself, and as on a machine with other work
     rows, failed = [], False
-    for name, framework in FRAMEWORKS.items():
-        if args.only.lower() not in name.lower():
-            continue
+    for name, framework in wanted.items():
         for case in framework.bounds:
             try:
                 rows.append(measure(name, case, settings))

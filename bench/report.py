@@ -203,7 +203,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--markdown", metavar="FILE", help="write the table; - for the terminal")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw the ratios (needs matplotlib)")
     args = parser.parse_args(argv)
-    results = json.loads(args.results.read_text())
+    try:
+        results = json.loads(args.results.read_text())
+    except OSError as error:
+        parser.error(str(error))
+    except ValueError:  # not JSON
+        results = None
     if not isinstance(results, dict) or results.get("format") != FORMAT:
         parser.error(f"{args.results} was not written by this version of fastclip.bench.compare")
     if args.markdown is None and args.png is None:

@@ -31,6 +31,7 @@ def describe() -> str:
 def main(argv: list[str] | None = None) -> int:
     """The console script ``fastclip``."""
     parser = argparse.ArgumentParser(prog="fastclip", description=__doc__)
+    parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command")
     commands.add_parser("info", help="versions, threads, and each backend with available or why not (the default)")
     commands.add_parser("demo", help="train a network that explodes without fastclip, on real weather", add_help=False)

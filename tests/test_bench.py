@@ -664,11 +664,15 @@ def test_report_command(results, tmp_path, capsys):
     assert "far ahead" in capsys.readouterr().out
 
 
-def test_report_refuses_another_file(tmp_path, capsys):
-    (tmp_path / "other.json").write_text("[1]")
+@pytest.mark.parametrize(
+    ("content", "message"), [("[1]", "was not written by"), ("no JSON", "was not written by"), (None, "No such file")]
+)
+def test_report_refuses_another_file(tmp_path, capsys, content, message):
+    if content is not None:
+        (tmp_path / "other.json").write_text(content)
     with pytest.raises(SystemExit):
         report.main([str(tmp_path / "other.json")])
-    assert "was not written by" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_compare_command(monkeypatch, tmp_path, capsys):

@@ -93,3 +93,9 @@ def test_the_clock_leaves_nothing_behind():
         assert (Derived().inherited(), Derived().own()) == (1, 2)
     assert len(clock.seconds) == 2
     assert dict(vars(Derived)) == before
+
+
+def test_a_framework_that_there_is_not_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        frameworks.main(["--only", "nosuch"])
+    assert "no framework's name contains 'nosuch'; they are: " in capsys.readouterr().err

@@ -134,6 +134,12 @@ def test_docstring_examples_run(module):
     assert results.attempted
 
 
+def test_the_version_is_told(capsys):
+    with pytest.raises(SystemExit) as end:
+        command.main(["--version"])
+    assert (end.value.code, capsys.readouterr().out) == (0, f"{fastclip.__version__}\n")
+
+
 def test_info_names_every_backend(capsys):
     assert command.main([]) == 0
     text = capsys.readouterr().out

@@ -175,3 +175,8 @@ def test_the_mixin_wants_a_trainer():
 
         class Alone(ClippedTrainer):
             pass
+
+    with pytest.raises(TypeError, match="Behind: expected ClippedTrainer before a Trainer"):
+
+        class Behind(Trainer, ClippedTrainer):
+            pass

@@ -126,6 +126,13 @@ def test_a_bad_step_is_skipped_at_once(data, tmp_path):
     assert ours.nan_recovery_attempts == 0
 
 
+def test_the_mixin_wants_to_be_first():
+    with pytest.raises(TypeError, match="Behind: expected ClippedTrainer before a trainer"):
+
+        class Behind(DetectionTrainer, ClippedTrainer):
+            pass
+
+
 def test_any_policy(data, tmp_path):
     class Other(Clipped):
         clipping = {"policy": policies.Chain(policies.ZScore(warmup=2), policies.GlobalNorm(5.0))}  # noqa: RUF012

@@ -34,7 +34,9 @@ class ClippedTrainer:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if not issubclass(cls, Trainer) or any(not hasattr(Trainer, name) for name in TAKEN_OVER):
+        mro = cls.__mro__
+        is_first = Trainer in mro and mro.index(ClippedTrainer) < mro.index(Trainer)  # else the trainer's own would run
+        if not is_first or any(not hasattr(Trainer, name) for name in TAKEN_OVER):
             raise TypeError(f"{cls.__name__}: expected ClippedTrainer before a Trainer with {' and '.join(TAKEN_OVER)}")
 
     def create_optimizer(self, model: Any = None) -> Any:

@@ -20,9 +20,18 @@ class ClippedTrainer:
 
     Attributes:
         clipping: arguments of :class:`fastclip.ClippedOptimizer`; the bound of 10 is ultralytics' own.
+
+    Raises:
+        TypeError: the class isn't mixed with a trainer, or stands behind it.
     """
 
     clipping: ClassVar[dict[str, Any]] = {"max_norm": 10.0}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        behind = cls.__mro__[cls.__mro__.index(ClippedTrainer) + 1 :]
+        if not any("build_optimizer" in vars(base) for base in behind):  # else the trainer's own would run
+            raise TypeError(f"{cls.__name__}: expected ClippedTrainer before a trainer of ultralytics'")
 
     def build_optimizer(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         """Wraps what the trainer builds."""
