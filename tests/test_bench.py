@@ -755,9 +755,9 @@ def test_the_work_of_other_processes_is_seen(monkeypatch):
 def test_a_child_is_not_another_process():
     machine = bench("machine")
     before = machine.Others()._ticks()[2]
-    program = "import time\nwhile time.process_time() < 0.4: pass"
+    program = "import time\nwhile time.process_time() < 0.5: pass"
     subprocess.run([sys.executable, "-c", program], check=True)
-    assert machine.Others()._ticks()[2] - before >= 0.395  # the difference of two sums of hundredths
+    assert machine.Others()._ticks()[2] - before > 0.4  # the difference of two sums of hundredths, each cut off
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc/self/status")
