@@ -24,7 +24,7 @@ from fastclip.record import Outcome, Record, Reports
 from fastclip.regularisation import Penalty
 from fastclip.sharded import check_not_in_zero
 from fastclip.step_arguments import step_arguments_of
-from fastclip.tensors import Grads, Names, check_groups_disjoint, grads_among, grads_of_groups, ids_named
+from fastclip.tensors import Grads, Names, check_groups_disjoint, grads_among, grads_of_groups, named
 from fastclip.ties import group_named, group_of_caller, process_group, ties_of
 from fastclip.types import IN_A_ROW, SKIPPED, STEPS, TOTAL_NORM, known_to_host
 
@@ -53,7 +53,7 @@ class Guard(Reports):
         policy: the rule for all its gradients, but those of groups with a rule of their own.
         max_norm, nonfinite, skip_limit: as they were given; may be set at any time.
         group: process group whose other ranks step other parameters, which count in the norms; or None.
-        names: id of a parameter -> its name; empty in a copy.
+        names: what parameters are called; nothing in a copy.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Guard(Reports):
         self.optimizer = optimizer
         self.policy = policy
         self.group = process_group(group) or group_of_caller()
-        self.names = ids_named(names)
+        self.names = named(names)
         self.nonfinite = nonfinite
         self._takes = step_arguments_of(optimizer)
         self._record = Record()
@@ -110,8 +110,8 @@ class Guard(Reports):
         self._record.skip_limit = None if value is None else whole("skip_limit", value, least=1)
 
     def __getstate__(self) -> dict[str, Any]:
-        named = None if self.group is None else self.group.group_name
-        return {**self.__dict__, "group": named, "names": {}}  # a copy has other parameters
+        group = None if self.group is None else self.group.group_name
+        return {**self.__dict__, "group": group, "names": {}}  # a copy has other parameters
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

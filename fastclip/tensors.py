@@ -12,12 +12,14 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastclip._native import C
 from fastclip.types import UnsupportedGradientError
 
 TensorOrTensors: TypeAlias = Tensor | Iterable[Tensor]
 Names: TypeAlias = torch.nn.Module | Iterable[tuple[str, Tensor]] | None
+NAMELESS: Mapping[Tensor, str] = MappingProxyType({})
 
 FLOAT8 = tuple(
     dtype
@@ -251,16 +253,19 @@ class GroupNames(Sequence[str]):
 
     Args:
         groups: each with its index among all groups.
-        own: id of a parameter -> its name, as :func:`ids_named` makes it.
+        own: what some of the parameters are called, as :func:`named` makes it.
 
     Attributes:
         parameters: the parameters.
     """
 
-    def __init__(self, groups: list[tuple[int, dict[str, Any]]], own: Mapping[int, str] = MappingProxyType({})) -> None:
+    def __init__(self, groups: list[tuple[int, dict[str, Any]]], own: Mapping[Tensor, str] = NAMELESS) -> None:
         self._groups, self._own = groups, own
         # at every step, for thousands of them: in a third of a comprehension's time
         self.parameters: list[Tensor] = list(chain.from_iterable(group["params"] for _, group in groups))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_own": {}}  # a copy has other parameters
 
     def __len__(self) -> int:
         return len(self.parameters)
@@ -268,7 +273,7 @@ class GroupNames(Sequence[str]):
     def __getitem__(self, position: Any) -> Any:
         for index, group in self._groups:
             if position < len(group["params"]):
-                if (name := self._own.get(id(group["params"][position]))) is not None:
+                if (name := self._own.get(group["params"][position])) is not None:
                     return name
                 names = group.get("param_names")
                 return names[position] if names else f"param_groups[{index}]['params'][{position}]"
@@ -276,19 +281,19 @@ class GroupNames(Sequence[str]):
         raise IndexError("no such parameter")
 
 
-def ids_named(names: Names) -> dict[int, str]:
-    """By the id of each parameter, which has to be kept alive: what a model, or pairs, call it."""
+def named(names: Names) -> Mapping[Tensor, str]:
+    """What a model, or pairs, call each parameter, for as long as it lives."""
     if names is None:
-        return {}
+        return NAMELESS
     given: Any = names.named_parameters() if isinstance(names, torch.nn.Module) else names
     pairs = list(given) if isinstance(given, Iterable) else [given]
     if not all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], Tensor) for pair in pairs):
         raise TypeError("names: expected a module, or (name, parameter) pairs as of module.named_parameters()")
-    return {id(parameter): name for name, parameter in pairs}
+    return WeakTensorKeyDictionary({parameter: name for name, parameter in pairs})
 
 
 def grads_of_groups(
-    groups: list[tuple[int, dict[str, Any]]], own: Mapping[int, str] = MappingProxyType({})
+    groups: list[tuple[int, dict[str, Any]]], own: Mapping[Tensor, str] = NAMELESS
 ) -> tuple[Grads, bool]:
     """The gradients of an optimizer's param groups, each with its index among all groups, and names as of GroupNames.
 

@@ -928,10 +928,13 @@ def test_events_and_errors_call_parameters_by_the_names_that_were_given(form):
     assert stats.last_stats.names == ["mine"]
 
 
-def test_a_copy_has_other_parameters_and_none_of_the_names():
+@copies
+def test_a_copy_has_other_parameters_and_none_of_the_names(copied):
     model = small_model()
     opt = ClippedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), names=model)
-    twin, other = copy.deepcopy((opt, model))
+    backward(model, 0)
+    opt.step()
+    twin, other = copied((opt, model))
     backward(other, 0)
     twin.step()
     assert twin.last_stats.names[0] == "param_groups[0]['params'][0]"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -21,10 +21,10 @@ class Tensors:
 
     Args:
         include: matches the names of those whose own norms are recorded; None for all.
-        given: identity of a parameter -> its name, where the optimizer's own name for it shall not count.
+        given: parameter -> its name, where the optimizer's own name for it shall not count.
     """
 
-    def __init__(self, include: re.Pattern[str] | None, given: dict[int, str]) -> None:
+    def __init__(self, include: re.Pattern[str] | None, given: Mapping[Tensor, str]) -> None:
         self._include, self._given = include, given
         self.names: list[str] = []
         self.sizes: list[int] = []
@@ -40,7 +40,7 @@ class Tensors:
         for parameter, name in zip(parameters, names, strict=True):
             if id(parameter) in self._place:
                 continue
-            own = self._given.get(id(parameter), name)
+            own = self._given.get(parameter, name)
             while own in self._taken:
                 own += "'"
             self._taken.add(own)
