@@ -92,7 +92,10 @@ class GradMonitor:
     ) -> None:
         self._every, self._buffer = whole("every", every, least=1), whole("buffer", buffer, least=1)
         self._census_every = None if census_every is None else whole("census_every", census_every, least=1)
-        self._include = None if include is None else re.compile(include)
+        try:
+            self._include = None if include is None else re.compile(include)
+        except re.error as error:
+            raise ValueError(f"include: {include!r} is no regular expression: {error}") from error
         if on_event is not None and not callable(on_event):
             raise TypeError(f"on_event: expected a function, got {type(on_event).__name__}")
         if flags is not None and not isinstance(flags, FlagRules):

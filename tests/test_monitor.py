@@ -815,6 +815,7 @@ def test_a_new_fold_forgets_the_past():
         ({"census_every": 0}, ValueError),
         ({"on_event": 3}, TypeError),
         ({"flags": {"sigmas": 3}}, TypeError),
+        ({"include": "("}, ValueError),
         ({"names": ["weight"]}, TypeError),
     ],
 )

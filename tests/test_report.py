@@ -382,11 +382,12 @@ def test_places_that_do_not_fit_are_refused(tmp_path, capsys):
     run, taken = tmp_path / "run.jsonl", tmp_path / "taken"
     run.write_bytes(b"".join(recorded.run(10)))
     taken.write_text("")
-    for arguments in (("report", run, "--png", taken), ("watch", tmp_path), ("watch", "--once", tmp_path)):
+    table = tmp_path / "run.csv"
+    for *arguments, wrong in (("report", run, "--png", taken), ("watch", tmp_path), ("watch", table)):
         with pytest.raises(SystemExit) as error:
-            fastclip_command(*arguments)
+            fastclip_command(*arguments, wrong)
         assert error.value.code == 2
-        assert str(taken if "--png" in arguments else tmp_path) in capsys.readouterr().err
+        assert str(wrong) in capsys.readouterr().err
 
 
 def test_report_writes_page_and_figures(tmp_path, capsys):

@@ -168,6 +168,13 @@ def test_scorers_look_into_pipelines_and_say_what_is_missing():
         neg_spike_rate(fitted(net()))
     with pytest.raises(TypeError, match="no fastclip in this SGD"):
         neg_skipped_steps(fitted(net()))
+    for scorer in (neg_spike_rate, neg_skipped_steps):
+        with pytest.raises(TypeError, match="has not been fitted"):
+            scorer(net())
+        with pytest.raises(TypeError, match=r"expected a fitted skorch net.*MinMaxScaler"):
+            scorer(MinMaxScaler())
+    search = fitted(GridSearchCV(net(callbacks=[("clip", Clip(MAX_NORM))]), {"lr": [0.01]}, cv=2))
+    assert (neg_spike_rate(search), neg_skipped_steps(search)) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize("search", [GridSearchCV, RandomizedSearchCV])

@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from skorch import NeuralNet
 from skorch.callbacks import Callback
 
 from fastclip.guard import Guard
@@ -99,9 +100,16 @@ def spike_rate(norms: Sequence[float], factor: float = SPIKE_FACTOR, window: int
 
 
 def _net(estimator: Any) -> Any:
-    """The fitted net, which may be the last step of pipelines."""
-    while hasattr(estimator, "steps"):
-        estimator = estimator.steps[-1][1]
+    """The fitted net, which may be the last step of pipelines, or what a search has found to be best."""
+    while not isinstance(estimator, NeuralNet):
+        if hasattr(estimator, "steps"):
+            estimator = estimator.steps[-1][1]
+        elif hasattr(estimator, "best_estimator_"):
+            estimator = estimator.best_estimator_
+        else:
+            raise TypeError(f"expected a fitted skorch net, or a pipeline or search around one; got {estimator!r}")
+    if not getattr(estimator, "initialized_", False):
+        raise TypeError(f"this {type(estimator).__name__} has not been fitted")
     return estimator
 
 
@@ -109,10 +117,11 @@ def neg_spike_rate(estimator: Any, X: Any = None, y: Any = None) -> float:
     """Scorer for scikit-learn: minus the :func:`spike_rate` of the training that made ``estimator``.
 
     Args:
-        estimator: a fitted skorch net with the callback :class:`Clip`, or a pipeline that ends with one.
+        estimator: a fitted skorch net with the callback :class:`Clip`, a pipeline that ends with one, or a search.
         X, y: not looked at: how a network was trained is no matter of the fold that it is judged on.
 
     Raises:
+        TypeError: there is no fitted net.
         ValueError: nothing has recorded the norms.
     """
     net = _net(estimator)
@@ -126,10 +135,10 @@ def neg_skipped_steps(estimator: Any, X: Any = None, y: Any = None) -> float:
     """Scorer for scikit-learn: minus the number of steps that did not happen while ``estimator`` was trained.
 
     Args:
-        estimator: a fitted skorch net with fastclip in its optimizer, or a pipeline that ends with one.
+        estimator: a fitted skorch net with fastclip in its optimizer, a pipeline that ends with one, or a search.
         X, y: not looked at.
 
     Raises:
-        TypeError: fastclip is not in the optimizer.
+        TypeError: there is no fitted net, or no fastclip in its optimizer.
     """
     return -facts(_net(estimator).optimizer_)["skipped_steps"]

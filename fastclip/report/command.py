@@ -52,8 +52,8 @@ def watch(argv: list[str]) -> int:
     parser.add_argument("run", type=Path, help="a .jsonl file of a monitor; waited for until it is there")
     parser.add_argument("--once", action="store_true", help="show what there is, once")
     arguments = parser.parse_args(argv)
-    if arguments.run.is_dir():
-        parser.error(f"{arguments.run} is a folder; a monitor writes a .jsonl file")
+    if arguments.run.is_dir() or arguments.run.suffix == ".csv":
+        parser.error(f"{arguments.run}: expected the .jsonl file of a monitor")
     try:
         from fastclip.report import terminal
     except ModuleNotFoundError as error:
