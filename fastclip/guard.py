@@ -270,7 +270,7 @@ class Guard(Reports):
         nonfinite = self.nonfinite
         if report is not None or given_inf is not None:
             nonfinite = "skip"  # a GradScaler searches for its scale by trial
-        elif again and nonfinite == "skip":
+        if again and nonfinite == "skip":
             nonfinite = "raise"
         penalties = None
         if self._penalty.is_wanted(groups):

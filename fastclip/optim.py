@@ -346,7 +346,8 @@ class ClipGroup(ClippedOptimizer):
 
     For models whose parameters are spread over optimizers, as torchtitan does it, or the stages of a pipeline on one
     rank. With ``group`` the optimizers of other ranks join in. It is a :class:`ClippedOptimizer` over all their param
-    groups; its ``state_dict`` holds ``{"optimizers": [...]}``, the state dict of each.
+    groups; its ``state_dict`` holds ``{"optimizers": [...]}``, the state dict of each. A rule that learns for each
+    tensor knows them by their places in a row: give a group that joins later to the last optimizer, or make a new one.
 
     Args:
         optimizers: ``torch.optim.Optimizer``, bare ones, with different parameters; a stage without any passes none.
@@ -392,7 +393,7 @@ def clipped(optimizer_class: type[Optimizer], **settings: Any) -> type[ClippedOp
 
     Args:
         optimizer_class: e.g. ``torch.optim.AdamW``.
-        settings: those of :class:`ClippedOptimizer`; each object gets a policy of its own.
+        settings: those of :class:`ClippedOptimizer` but ``names``; each object gets a policy of its own.
 
     Returns:
         A class called with the arguments of ``optimizer_class``; a setting given there goes before the one given here.
@@ -410,9 +411,9 @@ def clipped(optimizer_class: type[Optimizer], **settings: Any) -> type[ClippedOp
     """
     if not isinstance(optimizer_class, type) or not issubclass(optimizer_class, Optimizer):
         raise TypeError(f"optimizer_class: expected a subclass of torch.optim.Optimizer, got {optimizer_class!r}")
-    unknown = sorted(settings.keys() - SETTINGS)
+    unknown = sorted(settings.keys() - SETTINGS_OF_CLASS)
     if unknown:
-        raise TypeError(f"unknown setting {', '.join(unknown)}; known are {', '.join(sorted(SETTINGS))}")
+        raise TypeError(f"unknown setting {', '.join(unknown)}; known are {', '.join(sorted(SETTINGS_OF_CLASS))}")
     made_of: Any = (optimizer_class, tuple(sorted(settings.items())))
     made: type[ClippedOptimizer] = _clipped(*made_of)
     return made
@@ -420,6 +421,7 @@ def clipped(optimizer_class: type[Optimizer], **settings: Any) -> type[ClippedOp
 
 PER_OBJECT = frozenset({"policy", "backoff", "rollback", "loss_watch"})  # they learn: each optimizer has its own
 SETTINGS = frozenset(inspect.signature(ClippedOptimizer.__init__).parameters) - {"self", "optimizer"}
+SETTINGS_OF_CLASS = SETTINGS - {"names"}  # each object has its own parameters
 
 
 @functools.cache

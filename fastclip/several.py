@@ -25,14 +25,23 @@ class _States(MutableMapping[Tensor, Any]):
     def __init__(self, states: list[MutableMapping[Tensor, Any]], owners: dict[Tensor, int]) -> None:
         self._states, self._owners = states, owners
 
+    def _of(self, parameter: Tensor) -> MutableMapping[Tensor, Any]:
+        owner = self._owners.get(parameter)
+        if owner is not None:
+            return self._states[owner]
+        for state in self._states:
+            if parameter in state:  # it has left its group, and its state is still there
+                return state
+        raise KeyError(parameter)
+
     def __getitem__(self, parameter: Tensor) -> Any:
-        return self._states[self._owners[parameter]][parameter]
+        return self._of(parameter)[parameter]
 
     def __setitem__(self, parameter: Tensor, value: Any) -> None:
-        self._states[self._owners[parameter]][parameter] = value
+        self._of(parameter)[parameter] = value
 
     def __delitem__(self, parameter: Tensor) -> None:
-        del self._states[self._owners[parameter]][parameter]
+        del self._of(parameter)[parameter]
 
     def __iter__(self) -> Iterator[Tensor]:
         return (parameter for state in self._states for parameter in state)
@@ -51,23 +60,16 @@ class Several(Optimizer):
     def __init__(self, parts: Iterable[Optimizer]) -> None:
         # Optimizer.__init__ is not called: it would build param_groups and state of its own.
         self.parts = list(parts)
-        self._order: list[tuple[int, int]] = []  # of the groups: part, and place in it
         for name in HOOKS:
             setattr(self, name, OrderedDict())
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """Those of the first, then those of the second, and so on; one that is added later comes last, as anywhere: by
-        their places rules know what they have learned of which."""
-        there = [(i, k) for i, part in enumerate(self.parts) for k in range(len(part.param_groups))]
-        if len(there) != len(self._order):
-            self._order = [at for at in self._order if at in there] + [at for at in there if at not in self._order]
-        return [self.parts[i].param_groups[k] for i, k in self._order]
+        return [group for part in self.parts for group in part.param_groups]
 
     @property
     def state(self) -> Any:  # type: ignore[override]
         owners = {p: i for i, part in enumerate(self.parts) for group in part.param_groups for p in group["params"]}
-        owners |= {p: i for i, part in enumerate(self.parts) for p in part.state}  # one may have left its group
         return _States([part.state for part in self.parts], owners)
 
     @property
@@ -103,11 +105,10 @@ class Several(Optimizer):
         raise TypeError("several optimizers are clipped here as one: call add_param_group of the one it belongs to")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"parts": self.parts, "order": self._order}
+        return {"parts": self.parts}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         Several.__init__(self, state["parts"])
-        self._order = list(state["order"])
 
     def __repr__(self) -> str:
         return f"[{', '.join(type(part).__name__ for part in self.parts)}]"

@@ -287,8 +287,10 @@ def named(names: Names) -> Mapping[Tensor, str]:
         return NAMELESS
     given: Any = names.named_parameters() if isinstance(names, torch.nn.Module) else names
     pairs = list(given) if isinstance(given, Iterable) else [given]
-    if not all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], Tensor) for pair in pairs):
-        raise TypeError("names: expected a module, or (name, parameter) pairs as of module.named_parameters()")
+    for pair in pairs:
+        is_pair = isinstance(pair, (tuple, list)) and len(pair) == 2
+        if not is_pair or not isinstance(pair[0], str) or not isinstance(pair[1], Tensor):
+            raise TypeError("names: expected a module, or (name, parameter) pairs as of module.named_parameters()")
     return WeakTensorKeyDictionary({parameter: name for name, parameter in pairs})
 
 

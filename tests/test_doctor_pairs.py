@@ -148,6 +148,7 @@ def spoilt(model, value):
 
 def masked(model):
     model.register_buffer("mask", torch.full((3, 3), -math.inf))
+    model.register_buffer("scales", torch.ones(3).to(torch.float8_e8m0fnu))
     return model
 
 

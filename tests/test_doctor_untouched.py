@@ -232,7 +232,7 @@ def test_hooks_of_the_user_and_his_wrapped_optimizer_stay():
     model[0].weight.register_post_accumulate_grad_hook(lambda _: pytest.fail("nothing is accumulated"))
     optimizer = fastclip.ClippedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), max_norm=1.0)
     diagnosis = fastclip.check(model, batch, nn.CrossEntropyLoss(), optimizer)
-    assert diagnosis.lr.optimizer == "SGD"
+    assert diagnosis.lr.optimizer == "clipped SGD"
     assert calls
     assert int(optimizer.steps) == 0
     assert not optimizer.state

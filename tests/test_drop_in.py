@@ -988,17 +988,23 @@ def clip_group(policy, **settings):
     return fastclip.ClipGroup(parts, policy=policy, **settings), parts, parameters
 
 
-def test_a_group_that_joins_a_part_takes_no_others_place():
-    opt, parts, (a, b, c) = clip_group(fastclip.policies.PerTensorPercentile(50.0))
-    for _ in range(5):
-        a.grad, b.grad = torch.tensor([1.0]), torch.tensor([1e3])
+def test_a_clip_group_follows_a_parameter_to_another_part():
+    opt, (first, second), (a, b, _) = clip_group(GlobalNorm(1.0), rollback=fastclip.Rollback(1, after=1))
+
+    def step(scale):
+        a.grad, b.grad = torch.full((1,), scale), torch.ones(1)
         opt.step()
-    parts[0].add_param_group({"params": [c]})
-    a.grad, b.grad, c.grad = torch.tensor([1.0]), torch.tensor([2e3]), torch.tensor([1e6])
-    opt.step()
-    assert (float(a.grad), float(b.grad), float(c.grad)) == (1.0, 1e3, 1e6)
-    assert [group["params"] for group in copy.deepcopy(opt).param_groups] == [[1.0], [1.0], [1.0]]
-    assert [group["params"][0] is p for group, p in zip(opt.param_groups, (a, b, c), strict=True)] == [True] * 3
+
+    step(1.0)
+    first.add_param_group(second.param_groups.pop())
+    step(1.0)
+    step(1.0)
+    assert opt.state[b] is first.state[b]
+    before = first.state[b]["momentum_buffer"].clone()
+    second.state[b]["momentum_buffer"].fill_(7.0)  # what it has left behind
+    step(float("nan"))
+    assert [event.kind for event in opt.events] == ["skip", "roll back"]
+    assert identical([first.state[b]["momentum_buffer"]], [before])
 
 
 def test_a_clip_group_refuses_what_needs_a_closure():
@@ -1018,3 +1024,31 @@ def test_a_clip_group_goes_on_with_a_replaced_parameter():
     c.grad = torch.tensor([float("nan")])
     opt.step()
     assert [event.kind for event in opt.events] == ["skip", "roll back"]
+
+
+def test_names_belong_to_an_object_not_to_a_class():
+    model = small_model()
+    with pytest.raises(TypeError, match="unknown setting names"):
+        fastclip.clipped(torch.optim.SGD, names=model)
+    opt = fastclip.clipped(torch.optim.SGD, max_norm=1.0)(model.parameters(), lr=0.1, names=model)
+    backward(model, 0)
+    opt.step()
+    assert opt.last_stats.names[0] == next(iter(model.named_parameters()))[0]
+
+
+@pytest.mark.parametrize("form", GUARDS)
+def test_a_nan_of_a_later_evaluation_raises_also_beside_a_users_found_inf(form):
+    p = torch.nn.Parameter(torch.ones(2))
+    opt, _ = GUARDS[form](torch.optim.LBFGS([p], lr=0.1, max_iter=4))
+    opt.found_inf = torch.tensor(0.0)
+    scales = iter([1.0, float("nan")] + [1.0] * 9)
+
+    def closure():
+        opt.zero_grad()
+        loss = (p.square() * next(scales)).sum()
+        loss.backward()
+        return loss
+
+    with pytest.raises(fastclip.NonFiniteGradientError):
+        opt.step(closure)
+    assert bool(p.isfinite().all())

@@ -150,6 +150,14 @@ def test_a_bad_step_is_skipped(tmp_path):
     assert clip.guards[0].events[0].tensors == tuple(names)
 
 
+def test_names_may_be_given(tmp_path):
+    module = Module(bad_batch=(1, 2))
+    pairs = [(f"mine.{name}", parameter) for name, parameter in module.named_parameters()]
+    clip = Clip(max_norm=MAX_NORM, names=pairs)
+    trained(tmp_path, module, [clip])
+    assert clip.guards[0].events[0].tensors == tuple(name for name, _ in pairs)
+
+
 def test_the_log_has_the_norm_before_clipping(tmp_path):
     module = Module(bad_batch=(2, 4))
     logger = CSVLogger(tmp_path)

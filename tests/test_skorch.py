@@ -33,9 +33,9 @@ class Net(torch.nn.Module):
         return self.layers(x)
 
 
-def net(**own):
+def net(cls=NeuralNetClassifier, **own):
     settings = {"criterion": torch.nn.CrossEntropyLoss, "lr": 0.5, "max_epochs": 3, "batch_size": 8, "verbose": 0}
-    return NeuralNetClassifier(Net, **{**settings, "iterator_train__shuffle": False, **own})
+    return cls(Net, **{**settings, "iterator_train__shuffle": False, **own})
 
 
 def fitted(estimator, inputs=INPUTS):
@@ -147,6 +147,27 @@ def test_a_bad_batch_is_skipped_and_counted():
     assert neg_spike_rate(estimator) == pytest.approx(-3 / 18)
     names = tuple(name for name, _ in estimator.module_.named_parameters())
     assert {event.tensors for event in reports_of(estimator.optimizer_).events} == {names}
+
+
+class Generator(NeuralNetClassifier):
+    """A net whose only module has another name."""
+
+    def initialize_module(self):
+        self.gen_ = self.initialized_instance(self.module, {})
+        return self
+
+    def initialize_optimizer(self, *args, **kwargs):
+        self.optimizer_ = torch.optim.SGD(self.gen_.parameters(), lr=0.1)
+        return self
+
+    def infer(self, x, **kwargs):
+        return self.gen_(x)
+
+
+def test_a_net_without_module_has_names_too():
+    estimator = fitted(net(cls=Generator, callbacks=[("clip", Clip(MAX_NORM))], train_split=None))
+    guard = reports_of(estimator.optimizer_)
+    assert guard.last_stats.names == [f"gen.{name}" for name, _ in estimator.gen_.named_parameters()]
 
 
 def test_the_spike_rate():

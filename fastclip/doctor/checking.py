@@ -27,7 +27,7 @@ from fastclip.doctor import (
     recurrence,
     units,
 )
-from fastclip.doctor.diagnosis import ERROR, SEVERITIES, Diagnosis, DoctorError, Finding, Range, Row, Trial
+from fastclip.doctor.diagnosis import ERROR, SEVERITIES, WARNING, Diagnosis, DoctorError, Finding, Range, Row, Trial
 from fastclip.doctor.layers import Call
 from fastclip.doctor.passes import Seen, observe
 from fastclip.doctor.progress import progress_bar
@@ -164,8 +164,10 @@ def _bad_parameters(subject: Subject) -> tuple[str, ...]:
 
 
 def _bad_buffers(subject: Subject) -> tuple[str, ...]:
-    """Those with NaN, and running means and variances with Inf; other buffers, masks, hold Inf by intent."""
-    named = [(name, b.detach()) for name, b in subject.model.named_buffers() if b.is_floating_point() and b.numel()]
+    """Those with NaN, and running means and variances with Inf; other buffers, masks, hold Inf by intent. What lies in
+    8 bits are scales and weights of their own kinds."""
+    buffers = [(name, b.detach()) for name, b in subject.model.named_buffers() if b.numel()]
+    named = [(name, b) for name, b in buffers if b.is_floating_point() and b.itemsize > 1]
     stats = functional.grad_stats(named, extras=False)
     each = zip(stats.names, stats.nans.tolist(), stats.infs.tolist(), strict=True)
     return tuple(name for name, nans, infs in each if nans or (infs and name.endswith(RUNNING)))
@@ -179,7 +181,7 @@ def _count(names: tuple[str, ...], noun: str) -> str:
 def _nonfinite_buffers(bad: tuple[str, ...]) -> Finding:
     return Finding(
         "nonfinite-buffer",
-        ERROR,
+        WARNING,
         f"{_count(bad, 'buffer')}. A bad batch has got into what the model keeps, and where that is used, as running "
         "means and variances are in evaluation, everything becomes NaN",
         "module.reset_running_stats() for each normalisation among them, then some good batches in training mode; or "

@@ -65,7 +65,7 @@ def _check_picture(parser: argparse.ArgumentParser, picture: Path) -> None:
     """Before a minute is spent on what can't be drawn."""
     if not picture.resolve().parent.is_dir():
         parser.error(f"--picture: there is no folder {picture.resolve().parent}")
-    if picture.suffix not in PICTURES:
+    if picture.suffix.lower() not in PICTURES:
         parser.error(f"--picture: expected a file that ends in {', '.join(PICTURES)}, got {picture}")
     if importlib.util.find_spec("matplotlib") is None:
         parser.error("--picture needs matplotlib: pip install 'torch-fastclip[plots]'")

@@ -74,7 +74,9 @@ class Trainer:
         self._untouched.rewind()
         self._subject.prepare()
         with during(f"making a {self.kind} like the one in use"):
-            optimizer = self._class(copy.deepcopy(self._groups, {id(p): p for p in self._parameters}))
+            optimizer = self._class(
+                [{k: copy.deepcopy(v) if k == "policy" else v for k, v in g.items()} for g in self._groups]
+            )
             if self._guard is not None:
                 self._guard.attach_like_to(optimizer)
         base = [float(group["lr"]) for group in optimizer.param_groups]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from typing import Any
 
 from fastclip.amp import GUARD
@@ -22,6 +24,12 @@ def reports_of(optimizer: Any) -> Reports | None:
             return optimizer if isinstance(optimizer, ClippedOptimizer) else guard
         optimizer = getattr(optimizer, "optimizer", None)
     return None
+
+
+def fresh(settings: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    """Copies of a guard's settings, for one optimizer: what learns is its own. Names are the model's, unless given."""
+    own = copy.deepcopy({name: value for name, value in settings.items() if name != "names"})
+    return {"names": settings.get("names", model), **own}
 
 
 def facts(optimizer: Any) -> dict[str, float]:

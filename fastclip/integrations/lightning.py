@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from fastclip.amp import GUARD
 from fastclip.guard import Guard
-from fastclip.integrations.facts import facts, reports_of
+from fastclip.integrations.facts import facts, fresh, reports_of
 from fastclip.optim import attach
 
 
@@ -40,7 +39,7 @@ class Clip(Callback):  # type: ignore[misc]
                 f"Trainer(gradient_clip_val={trainer.gradient_clip_val}) would clip before fastclip looks: leave it out"
             )
         self.guards = [
-            attach(optimizer, **{"names": pl_module, **copy.deepcopy(self.settings)})
+            attach(optimizer, **fresh(self.settings, pl_module))
             for optimizer in trainer.optimizers
             if reports_of(optimizer) is None
         ]

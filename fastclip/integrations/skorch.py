@@ -54,7 +54,7 @@ class Clip(Callback):  # type: ignore[misc]
         for name in net._optimizers:
             optimizer = getattr(net, f"{name}_")
             if reports_of(optimizer) is None:
-                attach(optimizer, **copy.deepcopy(self.get_params(deep=False)), names=net.module_)
+                attach(optimizer, **copy.deepcopy(self.get_params(deep=False)), names=_named_parameters(net))
             elif isinstance(guard := reports_of(optimizer), Guard):  # further training, maybe after set_params
                 guard.nonfinite, guard.skip_limit = self.nonfinite, self.skip_limit
                 if self.policy is None:
@@ -97,6 +97,12 @@ def spike_rate(norms: Sequence[float], factor: float = SPIKE_FACTOR, window: int
         spikes += bool(before) and norm > factor * statistics.median(before[-window:])
         before.append(norm)
     return spikes / len(norms) if norms else 0.0
+
+
+def _named_parameters(net: Any) -> list[tuple[str, Any]]:
+    """Of all modules of a net; those of ``module_`` without a prefix."""
+    modules = {"" if name == "module" else f"{name}.": getattr(net, f"{name}_") for name in net._modules}
+    return [(f"{prefix}{name}", p) for prefix, module in modules.items() for name, p in module.named_parameters()]
 
 
 def _net(estimator: Any) -> Any:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any, ClassVar
 
 from transformers import Trainer
 
-from fastclip.integrations.facts import facts, reports_of
+from fastclip.integrations.facts import facts, fresh, reports_of
 from fastclip.optim import ClippedOptimizer
 
 # What the training loop calls before it steps; without them there is nothing to take over.
@@ -44,7 +43,7 @@ class ClippedTrainer:
         trainer: Any = self
         optimizer = super().create_optimizer(model)  # type: ignore[misc]
         if reports_of(optimizer) is None:
-            settings = {"names": trainer.model if model is None else model, **copy.deepcopy(self.clipping)}
+            settings = fresh(self.clipping, trainer.model if model is None else model)
             if not settings.keys() & {"max_norm", "policy"}:
                 settings["max_norm"] = trainer.args.max_grad_norm or math.inf
             trainer.optimizer = ClippedOptimizer(optimizer, **settings)

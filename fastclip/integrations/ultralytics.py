@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any, ClassVar
 
-from fastclip.integrations.facts import facts, reports_of
+from fastclip.integrations.facts import facts, fresh, reports_of
 from fastclip.optim import ClippedOptimizer
 
 
@@ -22,15 +21,15 @@ class ClippedTrainer:
         clipping: arguments of :class:`fastclip.ClippedOptimizer`; the bound of 10 is ultralytics' own.
 
     Raises:
-        TypeError: the class isn't mixed with a trainer, or stands behind it.
+        TypeError: the class stands behind a trainer, whose own would run.
     """
 
     clipping: ClassVar[dict[str, Any]] = {"max_norm": 10.0}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        behind = cls.__mro__[cls.__mro__.index(ClippedTrainer) + 1 :]
-        if not any("build_optimizer" in vars(base) for base in behind):  # else the trainer's own would run
+        before = cls.__mro__[: cls.__mro__.index(ClippedTrainer)]
+        if any("build_optimizer" in vars(base) and not issubclass(base, ClippedTrainer) for base in before):
             raise TypeError(f"{cls.__name__}: expected ClippedTrainer before a trainer of ultralytics'")
 
     def build_optimizer(self, model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -38,7 +37,7 @@ class ClippedTrainer:
         optimizer = super().build_optimizer(model, *args, **kwargs)  # type: ignore[misc]
         if reports_of(optimizer) is not None:
             return optimizer
-        return ClippedOptimizer(optimizer, **{"names": model, **copy.deepcopy(self.clipping)})
+        return ClippedOptimizer(optimizer, **fresh(self.clipping, model))
 
     def optimizer_step(self) -> None:
         """As the trainer's own, without its passes over the gradients."""
