@@ -128,11 +128,9 @@ class Plan(NamedTuple):
     def check_writable(self) -> None:
         """Raises ``UnsupportedGradientError`` if a gradient can be read but not written."""
         for part in self.parts:
-            table = part.table
-            if table.readonly:  # by the place in what the table was made of, of which it may have refused some
-                served = {place: i for i, place in enumerate(table.positions)} if table.refused else None
-                reasons = {i if served is None else served[i]: why for i, why in table.readonly.items()}
-                check_writable(self.grads, {part.to_list(i): why for i, why in reasons.items()})
+            for place, why in part.table.readonly.items():
+                column = part.table.positions.index(place) if part.table.refused else place
+                check_writable(self.grads, {part.to_list(column): why})
 
     def read_penalised_(
         self,

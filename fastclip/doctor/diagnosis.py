@@ -93,7 +93,7 @@ class Range:
     """Losses along a learning rate that grows from step to step.
 
     Attributes:
-        optimizer: name of its class.
+        optimizer: name of its class, after "clipped" if fastclip is in it.
         lrs, losses: of each step; the loss is the one before the step.
         used: learning rate in use, of the first group; NaN without an optimizer.
         suggested: a tenth of the one at the lowest loss; NaN where the loss hardly fell.

@@ -46,7 +46,7 @@ class Trainer:
         seconds: how long all may take; the range test leaves some of it for what comes after it.
 
     Attributes:
-        kind: name of the optimizer's class, as a clipped one if it is.
+        kind: name of the optimizer's class, after "clipped" if fastclip is in it.
         used: the learning rate in use; NaN without an optimizer.
         late: whether a step was left out because of the deadline.
     """
