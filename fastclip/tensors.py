@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastclip._native import C
-from fastclip.types import UnsupportedGradientError
 
 TensorOrTensors: TypeAlias = Tensor | Iterable[Tensor]
 Names: TypeAlias = torch.nn.Module | Iterable[tuple[str, Tensor]] | None
@@ -433,14 +432,6 @@ def _shares_memory(grad: Tensor) -> bool:
     for stride, size in dims:
         offsets = (offsets[:, None] + stride * torch.arange(size)).flatten()
     return len(set(offsets.tolist())) < grad.numel()
-
-
-def check_writable(grads: Grads, readonly: dict[int, str]) -> None:
-    """Raises ``UnsupportedGradientError`` for the first gradient that a backend marked as read-only."""
-    for index, reason in readonly.items():
-        raise UnsupportedGradientError(
-            f"the gradient of {grads.describe(index)} can't be written: {reason}; nothing was written"
-        )
 
 
 def first_nonfinite(grad: Tensor) -> tuple[tuple[int, ...], complex]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastclip._native import C, why_missing
 from fastclip.backends import cpu, cuda, reference, triton
-from fastclip.tensors import Grads, TensorOrTensors, check_writable, grads_or_parameters
+from fastclip.tensors import Grads, TensorOrTensors, grads_or_parameters
 from fastclip.types import (
     Backend,
     BackendUnavailableError,
@@ -130,7 +130,10 @@ class Plan(NamedTuple):
         for part in self.parts:
             for place, why in part.table.readonly.items():
                 column = part.table.positions.index(place) if part.table.refused else place
-                check_writable(self.grads, {part.to_list(column): why})
+                raise UnsupportedGradientError(
+                    f"the gradient of {self.grads.describe(part.to_list(column))} can't be written: {why}; "
+                    "nothing was written"
+                )
 
     def read_penalised_(
         self,
