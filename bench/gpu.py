@@ -28,6 +28,7 @@ from torch import Tensor
 
 import fastclip
 from fastclip import riding
+from fastclip.policies import AdaGC, Chain, GlobalNorm, Percentile, PerTensorNorm, Policy, Unitwise, ZScore
 
 from . import compare, machine, report, rows
 from .oracle import WrongResult
@@ -84,6 +85,15 @@ def _clips(workload: Workload, *floors: float | None, clock: str = "device") -> 
     ]
 
 
+@contextmanager
+def served_by(backend: str) -> Iterator[None]:
+    before, fastclip.backends.forced = fastclip.backends.forced, backend
+    try:
+        yield
+    finally:
+        fastclip.backends.forced = before
+
+
 def triton_against_cuda(inputs: Inputs, share: float) -> tuple[Contestant, Contestant]:
     """The same clip by Triton's kernels and by CUDA's; without a GPU by two other backends."""
 
@@ -91,11 +101,8 @@ def triton_against_cuda(inputs: Inputs, share: float) -> tuple[Contestant, Conte
         contestant = rows.clip_norm(inputs, share)[0]
 
         def call() -> Any:
-            before, fastclip.backends.forced = fastclip.backends.forced, name
-            try:
+            with served_by(name):
                 return contestant.call()
-            finally:
-                fastclip.backends.forced = before
 
         return replace(contestant, name=name, call=call)
 
@@ -299,7 +306,20 @@ def _clip(inputs: Inputs, share: float) -> Callable[[], Tensor]:
     return lambda: fastclip.clip_grad_norm_(inputs.params, max_norm)
 
 
+def _rules() -> list[Policy]:
+    return [PerTensorNorm(CLIPPING), Unitwise(), Percentile(), Chain(ZScore(), AdaGC(), GlobalNorm(CLIPPING))]
+
+
 def _waits_for_nothing(inputs: Inputs) -> str:
+    device = inputs.grads[0].device
+    mixed = [torch.nn.Parameter(torch.ones(6, 4, device=device)) for _ in range(3)]
+    for param in mixed:
+        param.grad = torch.ones_like(param)
+    mixed[1].grad = torch.ones(6, 8, device=device)[:, ::2]  # for the reference
+    bound = torch.ones((), device=device)
+    lists = (inputs.params, mixed)
+    clips = [functools.partial(fastclip.clip_grads_, params, rule) for params in lists for rule in _rules()]
+    clips.append(functools.partial(fastclip.clip_grad_norm_, mixed, bound))
     optimizer = fastclip.ClippedOptimizer(torch.optim.AdamW(inputs.params, fused=True), CLIPPING)
 
     def step_launched_twice() -> None:
@@ -309,11 +329,11 @@ def _waits_for_nothing(inputs: Inputs) -> str:
         finally:
             riding.TWICE_FROM_BYTES = before
 
-    for call in (_clip(inputs, CLIPPING), _clip(inputs, NOTHING_TO_CLIP), optimizer.step, step_launched_twice):
+    for call in (_clip(inputs, CLIPPING), _clip(inputs, NOTHING_TO_CLIP), optimizer.step, step_launched_twice, *clips):
         call()
         with no_syncs():
             call()
-    return "clip and step wait for nothing"
+    return f"clip, step and {len(_rules())} rules, also where backends share a list, wait for nothing"
 
 
 def _counted(inputs: Inputs) -> str:
@@ -348,10 +368,27 @@ def _captured(inputs: Inputs) -> str:
     return "captured, and right on replay below and above the bound"
 
 
+def _captured_by_triton(inputs: Inputs) -> str:
+    with served_by("triton"):
+        return _captured(inputs)
+
+
+def _compiled(inputs: Inputs) -> str:
+    """With torch's own graphs around it, whose memory holds nothing that is kept for the next call."""
+    compiled = torch.compile(fastclip.get_total_norm, mode="reduce-overhead", fullgraph=True)
+    want = inputs.total_norm()
+    for _ in range(4):  # the first two warm up, the third records
+        if not math.isclose(got := float(compiled([grad * 1.0 for grad in inputs.grads])), want, rel_tol=1e-6):
+            raise WrongResult(f"compiled, the norm is {got:.9g} instead of {want:.9g}")
+    return 'right under torch.compile(mode="reduce-overhead")'
+
+
 FACTS: dict[str, Callable[[Inputs], str]] = {
     "launches of a clip, clipping": _counted,
     "host syncs": _waits_for_nothing,
     "CUDA graph": _captured,
+    "CUDA graph, triton": _captured_by_triton,
+    "compiled": _compiled,
 }
 
 

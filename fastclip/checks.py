@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastclip.types import NONFINITE
+from fastclip.types import NONFINITE, known_to_host
 
 
 def real(name: str, value: float | Tensor) -> float:
@@ -27,6 +27,13 @@ def number(name: str, value: float | Tensor) -> float:
     if not bound >= 0:
         raise ValueError(f"{name} must be at least 0, got {bound}")
     return bound
+
+
+def bound_of(name: str, value: float | Tensor) -> float | Tensor:
+    """The same; but a tensor that the host would have to wait for stays one, unchecked."""
+    if not isinstance(value, Tensor) or value.numel() != 1 or known_to_host(value.detach()):
+        return number(name, value)
+    return value
 
 
 def positive(name: str, value: float | Tensor) -> float:

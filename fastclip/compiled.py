@@ -20,6 +20,9 @@ from fastclip.stats import GradStats
 from fastclip.tensors import Grads, TensorOrTensors
 from fastclip.types import Request
 
+# Not in the graphs of mode="reduce-overhead": what a backend keeps for the next call would lie in their memory.
+OUTSIDE = (torch.Tag.cudagraph_unsafe,)
+
 
 def clip_grad_norm_(parameters: TensorOrTensors, request: Request, nonfinite: str) -> Tensor:
     grads, positions = _gather(parameters, True)
@@ -102,7 +105,7 @@ def _norm_like(grads: list[Tensor]) -> Tensor:
     return torch.empty((), dtype=torch.float64 if wide else torch.float32, device=grads[0].device)
 
 
-@torch.library.custom_op("fastclip::clip_grad_norm_", mutates_args={"grads"})
+@torch.library.custom_op("fastclip::clip_grad_norm_", mutates_args={"grads"}, tags=OUTSIDE)
 def _clip_grad_norm_(
     grads: list[Tensor], positions: list[int], norm_type: float, max_norm: float, eps: float, nonfinite: str
 ) -> Tensor:
@@ -116,7 +119,7 @@ def _(
     return _norm_like(grads)
 
 
-@torch.library.custom_op("fastclip::clip_grad_value_", mutates_args={"grads"})
+@torch.library.custom_op("fastclip::clip_grad_value_", mutates_args={"grads"}, tags=OUTSIDE)
 def _clip_grad_value_(grads: list[Tensor], positions: list[int], bound: float) -> None:
     clipping.clamp_(Grads(grads, positions), bound)
 
@@ -126,7 +129,7 @@ def _(grads: list[Tensor], positions: list[int], bound: float) -> None:
     pass
 
 
-@torch.library.custom_op("fastclip::get_total_norm", mutates_args=())
+@torch.library.custom_op("fastclip::get_total_norm", mutates_args=(), tags=OUTSIDE)
 def _get_total_norm(grads: list[Tensor], positions: list[int], norm_type: float, error_if_nonfinite: bool) -> Tensor:
     return clipping.total_norm(Grads(grads, positions, noun="tensors"), Request(norm_type), error_if_nonfinite)
 
@@ -136,7 +139,7 @@ def _(grads: list[Tensor], positions: list[int], norm_type: float, error_if_nonf
     return _norm_like(grads)
 
 
-@torch.library.custom_op("fastclip::clip_grads_with_norm_", mutates_args={"grads"})
+@torch.library.custom_op("fastclip::clip_grads_with_norm_", mutates_args={"grads"}, tags=OUTSIDE)
 def _clip_grads_with_norm_(
     grads: list[Tensor], positions: list[int], max_norm: float, eps: float, total_norm: Tensor
 ) -> None:
@@ -148,7 +151,7 @@ def _(grads: list[Tensor], positions: list[int], max_norm: float, eps: float, to
     pass
 
 
-@torch.library.custom_op("fastclip::grad_stats", mutates_args=())
+@torch.library.custom_op("fastclip::grad_stats", mutates_args=(), tags=OUTSIDE)
 def _grad_stats(
     grads: list[Tensor], positions: list[int], norm_type: float, extras: bool, weights: list[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:

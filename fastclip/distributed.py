@@ -127,7 +127,8 @@ def _table_of(reading: Reading, roles: list[Role], kinds: list[float | str], who
         table = _unfilled(kinds, roles, rows)
         of_weights = [] if reading.weight_rows is None else [reading.weight_rows.to(rows)]
         of_penalty = [] if penalties is None else [penalties.unsqueeze(0)]
-        table.values[:, list(grads.columns)] = torch.cat([rows, *of_weights, *of_penalty, codes.unsqueeze(0)])
+        places = on_device(list(grads.columns), torch.int64, rows.device)
+        table.values[:, places] = torch.cat([rows, *of_weights, *of_penalty, codes.unsqueeze(0)])
         return table
     buckets = _buckets(roles, groups)
     table = _unfilled(kinds, list(buckets), rows)
@@ -135,7 +136,9 @@ def _table_of(reading: Reading, roles: list[Role], kinds: list[float | str], who
         chosen = [i for i, place in enumerate(grads.columns) if roles[place] == role]
         if not chosen:
             continue
-        columns = slice(None) if len(chosen) == rows.shape[1] else chosen
+        columns: slice | Tensor = (
+            slice(None) if len(chosen) == rows.shape[1] else on_device(chosen, torch.int64, rows.device)
+        )
         of_bucket = rows[:ALWAYS_FIELDS, columns]
         counts = of_bucket[NORM + 1 :].sum(dim=1)
         of_all = len(buckets) == 1
@@ -268,16 +271,18 @@ def _device_for(group: Any, device: torch.device) -> torch.device:
 
 def _stage(tables: list[_Table], at: int, group: Any, mark: int, flag: Tensor) -> Tensor:
     """Joins, over one group, all columns that have to do with it; returns the gravest flag."""
-    chosen = [[c for c, role in enumerate(table.roles) if role[at] != APART] for table in tables]
     home = tables[0].values
-    own = [table.values[:, columns].reshape(-1).to(home) for table, columns in zip(tables, chosen, strict=True)]
+    chosen = [[c for c, role in enumerate(table.roles) if role[at] != APART] for table in tables]
+    places = [on_device(columns, torch.int64, home.device) for columns in chosen]
+    own = [table.values[:, columns].reshape(-1).to(home) for table, columns in zip(tables, places, strict=True)]
     slots = _exchange(torch.cat([*own, _number(mark, home), flag.reshape(1).to(home)]), group)
     sizes = [len(part) for part in own]
-    for table, columns, part in zip(tables, chosen, torch.split(slots[:, :-2], sizes, dim=1), strict=True):
+    parts = torch.split(slots[:, :-2], sizes, dim=1)
+    for table, columns, place, part in zip(tables, chosen, places, parts, strict=True):
         if columns:
             sharded = on_device([table.roles[c][at] == SHARDED for c in columns], torch.bool, home.device)
             part = part.reshape(len(slots), len(table.kinds), len(columns))
-            table.values[:, columns] = _joined(part, table.kinds, sharded).to(table.values)
+            table.values[:, place] = _joined(part, table.kinds, sharded).to(table.values)
     differs = (slots[:, -2] != mark).any()
     return torch.where(differs, float(DIFFERS), slots[:, -1].amax())
 
@@ -417,7 +422,7 @@ def _at(values: Tensor, index: Tensor) -> Tensor:
 
 def _spread(reading: Reading, table: _Table, top: _Table, whole: bool, ties: Ties) -> Reading:
     """What this rank gets to see: the totals of all ranks, and where it was asked for the rows of whole tensors."""
-    columns = list(reading.plan.grads.columns)
+    columns = on_device(list(reading.plan.grads.columns), torch.int64, table.values.device)
     own = table.values[:, columns] if whole else None
     peers = Peers(
         rank=torch.distributed.get_rank(),

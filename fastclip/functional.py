@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from fastclip import clipping, compiled
-from fastclip.checks import nonfinite_rule, norm_type_number, number, real
+from fastclip.checks import bound_of, nonfinite_rule, norm_type_number, number, real
 from fastclip.policies import GlobalNorm, Policy, Unitwise, policy_of
+from fastclip.reading import check_not_captured
 from fastclip.stats import GradStats
 from fastclip.tensors import TensorOrTensors, grads_among, grads_of, grads_or_parameters
 from fastclip.ties import process_group
@@ -39,7 +40,8 @@ def clip_grad_norm_(
         parameters: a tensor or an iterable of tensors (generators too); those without a ``.grad`` are ignored,
             a gradient listed twice counts and is scaled once. Any shapes, layouts and mix of float, complex
             and 16-bit dtypes, on any mix of devices.
-        max_norm: bound of the norm, >= 0, a number or a one-element tensor; ``inf`` only reads.
+        max_norm: bound of the norm, >= 0, a number or a one-element tensor; ``inf`` only reads. One on an accelerator
+            is not waited for, so its value can't be checked.
         norm_type: p of the p-norm: any number, ``'inf'``, ``-inf``; 0 counts the elements that aren't 0.
         error_if_nonfinite: the same as ``nonfinite="raise"``.
         foreach: accepted for compatibility; every backend works on all tensors at once.
@@ -82,7 +84,7 @@ def clip_grad_norm_(
     if torch.compiler.is_compiling():
         request = Request(norm_type_number(norm_type), number("max_norm", max_norm), number("eps", eps))
         return compiled.clip_grad_norm_(parameters, request, nonfinite)
-    policy = GlobalNorm(number("max_norm", max_norm), norm_type=norm_type, eps=eps)
+    policy = GlobalNorm(bound_of("max_norm", max_norm), norm_type=norm_type, eps=eps)
     return clipping.clip_(grads_of(parameters), policy, nonfinite, group)
 
 
@@ -145,7 +147,7 @@ def clip_grad_value_(parameters: TensorOrTensors, clip_value: float, foreach: bo
 
     Args:
         parameters: as in :func:`clip_grad_norm_`; real dtypes only.
-        clip_value: bound, >= 0, a number or a one-element tensor.
+        clip_value: bound, >= 0, a number or a one-element tensor, for which the host waits.
         foreach: accepted for compatibility.
 
     Writes: each ``p.grad`` that holds an element beyond the bound.
@@ -155,11 +157,10 @@ def clip_grad_value_(parameters: TensorOrTensors, clip_value: float, foreach: bo
         UnsupportedGradientError: a ``TypeError``; a gradient that can't be written; nothing was written.
         ValueError: a negative or NaN ``clip_value``.
     """
-    bound = number("clip_value", clip_value)
     if torch.compiler.is_compiling():
-        compiled.clip_grad_value_(parameters, bound)
+        compiled.clip_grad_value_(parameters, number("clip_value", clip_value))
         return
-    clipping.clamp_(grads_of(parameters), bound)
+    clipping.clamp_(grads_of(parameters), _read_now("clip_value", clip_value))
 
 
 def get_total_norm(
@@ -207,7 +208,7 @@ def clip_grads_with_norm_(
 
     Writes: each ``p.grad``, if ``total_norm`` exceeds ``max_norm``.
     """
-    request = Request(max_norm=number("max_norm", max_norm))
+    request = Request(max_norm=_read_now("max_norm", max_norm))
     if not isinstance(total_norm, Tensor):
         total_norm = real("total_norm", total_norm)
     elif total_norm.numel() != 1:
@@ -257,3 +258,10 @@ def grad_stats(
     if torch.compiler.is_compiling():
         return compiled.grad_stats(params_or_grads, names, request)
     return clipping.grad_stats(grads_or_parameters(params_or_grads, names), request, group)
+
+
+def _read_now(name: str, value: float | Tensor) -> float:
+    """A bound that the host has to know."""
+    if isinstance(bound_of(name, value), Tensor) and not torch.compiler.is_compiling():
+        check_not_captured(f"{name}, a tensor on a device, has to be read by the host", "pass a number")
+    return number(name, value)

@@ -26,7 +26,7 @@ from fastclip.sharded import check_not_in_zero
 from fastclip.step_arguments import step_arguments_of
 from fastclip.tensors import Grads, Names, check_groups_disjoint, grads_among, grads_of_groups, named
 from fastclip.ties import group_named, group_of_caller, process_group, ties_of
-from fastclip.types import IN_A_ROW, SKIPPED, STEPS, TOTAL_NORM, known_to_host
+from fastclip.types import IN_A_ROW, SKIPPED, STEPS, TOTAL_NORM, known_to_host, on_device
 
 ATTACHED = ("step", amp.GUARD, "_step_supports_amp_scaling")  # what an attached guard sets on its optimizer
 OWN_RULES = ("policy", "group_max_norm")  # keys of a param group that take it out of the joint norm
@@ -336,7 +336,7 @@ class Guard(Reports):
             if isinstance(by, Tensor) or by == 1.0:
                 return Clearance(True, by if isinstance(by, Tensor) else None, riding_inf, may_be_one)
             if by is not None:
-                return Clearance(True, torch.tensor(by, dtype=torch.float32), riding_inf)
+                return Clearance(True, on_device(by, torch.float32, only.reading.totals.device), riding_inf)
         for verdict in verdicts:
             verdict.apply(grad_scale, skip)
         return Clearance(True, None, riding_inf)

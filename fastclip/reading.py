@@ -40,6 +40,7 @@ from fastclip.types import (
     is_capturing,
     known_to_host,
     map_magnitudes,
+    moved,
     on_device,
     wide_dtype,
 )
@@ -383,10 +384,11 @@ def _gathered(plan: Plan, own: list[Tensor]) -> Tensor:
     if len(plan.parts) == 1 and plan.parts[0].positions is None:
         return own[0]
     home = next(rows for rows, part in zip(own, plan.parts, strict=True) if part.to_list(0) == 0)
-    joined = home.new_empty((len(home), len(plan.grads.tensors)))
+    pieces: dict[int, Tensor] = {}
     for rows, part in zip(own, plan.parts, strict=True):
-        joined[:, part.positions or []] = rows.to(joined)
-    return joined
+        here = moved(rows, home.device, home.dtype)
+        pieces.update((first, here.narrow(1, at, count)) for first, at, count in part.runs)
+    return torch.cat([pieces[first] for first in sorted(pieces)], dim=1)
 
 
 def _weights_of(plan: Plan) -> list[Tensor]:

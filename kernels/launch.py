@@ -57,8 +57,8 @@ class Where:
                 for w in works
             ]
 
-        key = (self.device, self.stream, facts, None if counts is None else tuple(counts), weights)
-        found: list[Work] = _cache.get(key, make, self.capturing)
+        key = self.device, facts, None if counts is None else tuple(counts), weights
+        found: list[Work] = _cache.get(self.stream, key, make, self.capturing)
         return found
 
     def offsets(self, counts: list[int]) -> Tensor:
@@ -67,7 +67,7 @@ class Where:
         def make() -> Tensor:
             return to_device(np.cumsum([0, *counts], dtype=np.int64), self.device)
 
-        found: Tensor = _cache.get((self.device, self.stream, tuple(counts)), make, self.capturing)
+        found: Tensor = _cache.get(self.stream, (self.device, tuple(counts)), make, self.capturing)
         return found
 
     def workspace(self, kept: dict[tuple[torch.device, int], Tensor], size: int, dtype: torch.dtype) -> Tensor:

@@ -102,8 +102,8 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
 
 
 class DeviceCache:
-    """What was uploaded for a list, by what it was made of. Of one device and stream each: on another one the upload
-    may not be there yet."""
+    """What was uploaded for a list, by the stream that did it and by what it was made of: on another stream it may not
+    be there yet. A graph is captured on a stream of its own and takes what any stream has: it runs later."""
 
     CAPACITY = 64  # lists; an optimizer with clipping by units and a penalty uses four
 
@@ -111,14 +111,17 @@ class DeviceCache:
         self._entries: OrderedDict[Any, Any] = OrderedDict()
         self._of_graphs: list[Any] = []  # a captured graph reads them for as long as it lives
 
-    def get(self, key: Any, make: Callable[[], Any], capturing: bool) -> Any:
-        """The entry of ``key``, made now if there is none.
+    def get(self, stream: int, key: Any, make: Callable[[], Any], capturing: bool) -> Any:
+        """The entry of ``key`` on ``stream``, made now if there is none.
 
         Raises:
             RuntimeError: it would have to be made while a graph is being captured: the graph would copy it anew from
                 host memory at each replay.
         """
-        entry = self._entries.get(key)
+        place = stream, key
+        if capturing and place not in self._entries:
+            place = next((other for other in reversed(self._entries) if other[1] == key), place)
+        entry = self._entries.get(place)
         if entry is None:
             if capturing:
                 raise RuntimeError(
@@ -127,11 +130,11 @@ class DeviceCache:
                     "and use zero_grad(set_to_none=False)); the CUDA backend has no such limit"
                 )
             entry = make()
-            self._entries[key] = entry
+            self._entries[place] = entry
             if len(self._entries) > self.CAPACITY:
                 self._entries.popitem(last=False)
         else:
-            self._entries.move_to_end(key)
+            self._entries.move_to_end(place)
         if capturing:
             self._of_graphs.append(entry)
         return entry

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -34,6 +35,12 @@ def test_every_row_is_checked_and_timed(written: tuple[int, dict, str]) -> None:
         for contestant in row["contestants"]:
             assert min(contestant[f"{clock}_s"] for clock in ("device", "wall", "host")) > 0
     assert {"name", "verdict", "text"} <= results["facts"][0].keys()
+
+
+def test_what_must_not_wait_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it waits a GPU has to say; here that the question itself is sound."""
+    monkeypatch.setattr(gpu, "no_syncs", contextlib.nullcontext)
+    assert "wait for nothing" in gpu.FACTS["host syncs"](gpu.Inputs(gpu.tiny(GPT2)))
 
 
 def test_a_run_that_is_cut_off_leaves_its_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -52,6 +52,14 @@ def test_inductor_compiles_the_main_function():
 
 
 @pytest.mark.parametrize(
+    "operator", ["clip_grad_norm_", "clip_grad_value_", "get_total_norm", "clip_grads_with_norm_", "grad_stats"]
+)
+def test_operators_stay_out_of_the_graphs_of_reduce_overhead(operator):
+    """While those warm up, what a backend keeps for the next call would come from the memory of the graph."""
+    assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.fastclip, operator).default.tags
+
+
+@pytest.mark.parametrize(
     ("operator", "arguments"),
     [
         ("clip_grad_norm_", ([0, 1], 2.0, 0.5, 1e-6, "propagate")),

@@ -7,7 +7,7 @@ import sys
 import gpu
 import pytest
 import torch
-from far import go_far, no_waiting
+from far import OWN, go_far, no_waiting
 from fastclip.bench.model import GUARDS_LAUNCHES, SCALED_LAUNCHES, SCALERS_LAUNCHES, TWICE_LAUNCHES
 from small import (
     EXTREMES,
@@ -62,6 +62,16 @@ def test_the_guard_against_waiting_works():
         with no_waiting(), pytest.raises(AssertionError, match="waits"):
             wait(x)
     assert float(x) == 1.0
+
+
+@pytest.mark.parametrize("how", ["rows[:, [0]]", "rows[[0]] = 1.0", "rows.new_tensor(1.0)", "torch.tensor(0).to(rows)"])
+def test_numbers_are_not_brought_to_the_device_either(how):
+    """As torch's own indexing with a list does, which waits for the copy and with it for all that came before."""
+    own = {"rows": torch.zeros(2, 2), "torch": torch}
+    with no_waiting():
+        exec(compile(how, "elsewhere.py", "exec"), own)
+        with pytest.raises(AssertionError, match="brings the host's numbers"):
+            exec(compile(how, f"{OWN}/here.py", "exec"), own)
 
 
 @pytest.mark.parametrize("with_closure", [False, True])
@@ -484,6 +494,58 @@ def test_far_bounds(name, max_norm, far):
     torch.testing.assert_close(flat(model), flat(twin), **tolerance(name))
 
 
+@pytest.mark.parametrize("clip", [fastclip.clip_grad_norm_, lambda p, at: fastclip.clip_grads_(p, GlobalNorm(at))])
+def test_a_bound_on_the_device_is_not_waited_for_by_the_functions(clip, far) -> None:
+    p, bound = torch.nn.Parameter(torch.zeros(2)), torch.tensor([0.5])
+    p.grad = torch.tensor([3.0, 4.0])
+    with no_waiting():
+        norm = clip([p], bound)
+    assert float(norm) == 5.0
+    torch.testing.assert_close(p.grad, torch.tensor([0.3, 0.4]))
+    with pytest.raises(TypeError, match="max_norm: expected a number or a tensor with one element"):
+        clip([p], torch.ones(2))
+
+
+SHARED = {
+    "clip": lambda p: fastclip.clip_grad_norm_(p, 0.5),
+    "each": lambda p: fastclip.clip_grads_(p, PerTensorNorm(0.1)),
+    "units": lambda p: fastclip.clip_grads_(p, Unitwise(0.01)),
+    "stats": lambda p: fastclip.grad_stats(p, weights=True),
+    "penalty": lambda p: ClippedOptimizer(torch.optim.SGD(p, 0.1, fused=True), 0.5, l2=0.1).step(),
+}
+
+
+@pytest.mark.parametrize("call", SHARED.values(), ids=SHARED)
+def test_backends_share_a_list_without_waiting(call, monkeypatch) -> None:
+    """As a list with some gradients that kernels can't take as they lie; here each backend takes every other one."""
+
+    table_of = fastclip.backends.reference.table_of
+
+    def every_other(given, native=None):
+        table = table_of(given[::2])
+        table.positions = [2 * i for i in table.positions]
+        table.refused = dict.fromkeys(range(1, len(given), 2), "not mine")
+        return table
+
+    results = []
+    for shared in (False, True):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(rows, 3)) for rows in range(1, 8)]
+        for param in params:
+            param.grad = torch.randn_like(param)
+        with monkeypatch.context() as patches, no_waiting():
+            go_far(patches, "reference")
+            if shared:
+                patches.setattr(fastclip.backends.reference, "table_of", every_other)
+                assert len(fastclip.clipping.plan(fastclip.tensors.grads_of(params)).parts) > 2
+            told = call(params)
+        results.append((told, params))
+    (apart, bare), (told, params) = results
+    if told is not None:
+        assert str(told) == str(apart)
+    assert identical([(p, p.grad) for p in params], [(p, p.grad) for p in bare])
+
+
 @pytest.mark.parametrize("case", EXTREMES)
 def test_far_extremes_stay_finite(case, far):
     """Past what float32 can divide by, the gradient shrinks as far as float32 goes, and is neither NaN nor lost."""
@@ -510,6 +572,13 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> torch.nn.Parameter:
     return p
 
 
+class FarOff(torch.Tensor):
+    """One whose value the host would have to wait for: not plain memory of the CPU."""
+
+    def detach(self):
+        return self
+
+
 LEARNING = [ZScore(), Percentile(), AdaGC(), GlobalNorm(lambda step: 1.0), Chain(GlobalNorm(1.0), ZScore())]
 
 
@@ -517,6 +586,8 @@ LEARNING = [ZScore(), Percentile(), AdaGC(), GlobalNorm(lambda step: 1.0), Chain
     ("clip", "why_not"),
     [
         (lambda p: fastclip.clip_grad_norm_([p], 1.0, error_if_nonfinite=True), '"raise" has to wait'),
+        (lambda p: fastclip.clip_grad_value_([p], FarOff([1.0])), "clip_value, a tensor on a device"),
+        (lambda p: fastclip.clip_grads_with_norm_([p], FarOff([1.0]), 7.0), "max_norm, a tensor on a device"),
         *((lambda p, rule=rule: fastclip.clip_grads_([p], rule), "learns from step to step") for rule in LEARNING),
         (lambda p: ClippedOptimizer(torch.optim.SGD([p], 0.1, fused=True), 1.0).step(), "step of a guarded optimizer"),
         (lambda p: ClippedOptimizer(torch.optim.SGD([p], 0.1), math.inf).step(), "step of a guarded optimizer"),

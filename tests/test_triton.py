@@ -127,27 +127,39 @@ def test_a_list_is_uploaded_once_and_again_when_an_address_changes() -> None:
         return lambda: made.append(name) or name
 
     cache = DeviceCache()
-    assert cache.get("a", make("a"), False) == "a"
-    assert cache.get("a", make("a"), True) == "a"
-    assert cache.get("b", make("b"), False) == "b"
+    assert cache.get(0, "a", make("a"), False) == "a"
+    assert cache.get(0, "a", make("a"), True) == "a"
+    assert cache.get(0, "b", make("b"), False) == "b"
     assert made == ["a", "b"]
+
+
+def test_another_stream_uploads_its_own_but_a_capture_takes_what_there_is() -> None:
+    """torch.cuda.graph captures on a stream of its own; the warm-up was on another one."""
+    cache = DeviceCache()
+    for stream in (0, 1):
+        assert cache.get(stream, "a", lambda at=stream: f"of {at}", False) == f"of {stream}"
+    assert cache.get(7, "a", lambda: pytest.fail("nothing may be uploaded"), True) == "of 1"
+    assert cache.get(0, "a", lambda: pytest.fail("nothing may be uploaded"), True) == "of 0"
+    assert cache._of_graphs == ["of 1", "of 0"]
+    with pytest.raises(RuntimeError, match="new to fastclip's Triton kernels"):
+        cache.get(7, "b", lambda: pytest.fail("nothing may be uploaded"), True)
 
 
 def test_a_list_that_is_new_inside_a_capture_raises_and_keeps_nothing() -> None:
     cache = DeviceCache()
     with pytest.raises(RuntimeError, match="run the same call once before the capture"):
-        cache.get("new", lambda: pytest.fail("nothing may be uploaded"), True)
-    assert cache.get("new", lambda: "made", False) == "made"
+        cache.get(0, "new", lambda: pytest.fail("nothing may be uploaded"), True)
+    assert cache.get(0, "new", lambda: "made", False) == "made"
 
 
 def test_the_oldest_list_goes_but_not_one_that_a_graph_reads() -> None:
     cache, entry = DeviceCache(), object()
-    cache.get(0, lambda: entry, False)
-    cache.get(0, lambda: None, True)
+    cache.get(0, 0, lambda: entry, False)
+    cache.get(0, 0, lambda: None, True)
     for key in range(1, cache.CAPACITY + 1):
-        cache.get(key, object, False)
+        cache.get(0, key, object, False)
     assert len(cache._entries) == cache.CAPACITY
-    assert 0 not in cache._entries
+    assert entry not in cache._entries.values()
     assert entry in cache._of_graphs
 
 

@@ -22,8 +22,6 @@
 namespace fastclip::cpu {
 namespace FASTCLIP_ISA {
 
-// A chunk is read as 8 streams side by side. One stream alone stalls wherever the prefetcher has to
-// start anew, at each 4 KiB page; the measured gain is in bench/NOTES.md.
 constexpr int kStreams = 8;
 constexpr int kLanes = 8;                          // doubles per stream
 constexpr int kVectors = kLanes / kWide;           // vectors per stream
@@ -34,6 +32,23 @@ constexpr int kMaxFloatAdditions = 8;              // then float32 lanes are wid
 constexpr int kStep = 2 * kWide;                   // floats per vector
 constexpr std::int64_t kBlock = 1024;              // elements decoded or looked at at a time, in registers and L1
 static_assert(kLanes % kWide == 0 && kBlock % kLanes == 0);
+
+// A chunk is read as kCount streams side by side, kPiece elements of each at a time: piece r of stream s begins at
+// element r * step + s * apart. One stream alone stalls wherever the prefetcher has to start anew, at each 4 KiB page.
+// Streams of less than a page are worse than none, as the prefetcher can follow none of them: a chunk that short is read
+// in order, and so is what lies behind it, as units and often small tensors do. The gains are in bench/NOTES.md.
+template <int kCount, int kPiece>
+struct Streams {
+  static constexpr std::int64_t kPage = 4096;
+  std::int64_t rows, step, apart;
+
+  Streams(std::int64_t size, std::size_t element_bytes) : rows(size / (kCount * kPiece)) {
+    const bool in_order = size * static_cast<std::int64_t>(element_bytes) <= kStreams * kPage;
+    step = in_order ? kCount * kPiece : kPiece;
+    apart = in_order ? kPiece : rows * kPiece;
+  }
+  std::int64_t size() const { return rows * kCount * kPiece; }  // of all streams; fewer than kCount * kPiece are left over
+};
 
 struct F64 { using Storage = double; using Real = double; };
 struct F32 { using Storage = float; using Real = float; };

@@ -97,9 +97,10 @@ static WeightSums penalise_vectors(Format format, typename Format::Storage* grad
     });
   };
 
-  const std::int64_t stream = size / (kWriteStreams * kRow) * kRow;
-  for (std::int64_t i = 0; i < stream; i += kRow) add_rows(grads + i, weights + i, stream);
-  if (const std::int64_t done = stream * kWriteStreams; done < size) {
+  const Streams<kWriteStreams, kRow> streams(size, sizeof *grads);
+  for (std::int64_t row = 0; row < streams.rows; ++row)
+    add_rows(grads + row * streams.step, weights + row * streams.step, streams.apart);
+  if (const std::int64_t done = streams.size(); done < size) {
     const std::size_t bytes = (size - done) * sizeof(Storage);
     Storage tail[kWriteStreams * kRow] = {}, tail_weights[kWriteStreams * kRow] = {};
     __builtin_memcpy(tail, grads + done, bytes);

@@ -46,16 +46,16 @@ FASTCLIP_INLINE static inline double sum_of_streams(const vd (&streams)[kStreams
 // with zeros.
 template <class Real, class Add>
 static inline double sum_wide(const Real* x, std::int64_t size, Add add) {
-  const std::int64_t stream = size / (kStreams * kLanes) * kLanes;
+  const Streams<kStreams, kLanes> streams(size, sizeof *x);
   vd lanes[kStreams][kVectors];
   clear(lanes);
-  for (std::int64_t i = 0; i < stream; i += kLanes)
+  for (std::int64_t row = 0; row < streams.rows; ++row)
     unrolled<kStreams>([&](auto s) FASTCLIP_INLINE {
-      const Real* at = x + s * stream + i;
+      const Real* at = x + row * streams.step + s * streams.apart;
       __builtin_prefetch(reinterpret_cast<const char*>(at) + kPrefetchBytes);
       add_wide(at, lanes[s], add);
     });
-  if (const std::int64_t done = stream * kStreams; done < size) {
+  if (const std::int64_t done = streams.size(); done < size) {
     Real tail[kStreams * kLanes] = {};
     __builtin_memcpy(tail, x + done, (size - done) * sizeof *x);
     unrolled<kStreams>([&](auto s) FASTCLIP_INLINE { add_wide(tail + s * kLanes, lanes[s], add); });
@@ -103,21 +103,24 @@ FASTCLIP_INLINE static inline void add_halves(Format format, const std::uint16_t
 // As sum_wide, add(sum, x) being of float32 vectors.
 template <class Format, class Add>
 static inline double sum_halves(Format format, const std::uint16_t* x, std::int64_t size, Add add) {
-  constexpr std::int64_t kRun = kMaxFloatAdditions * kHalfLanes;
-  const std::int64_t stream = size / (kStreams * kHalfLanes) * kHalfLanes, ahead = half_prefetch_bytes;
+  constexpr int kRun = kMaxFloatAdditions * kHalfLanes;
+  const Streams<kStreams, kRun> streams(size, sizeof *x);
+  const std::int64_t ahead = half_prefetch_bytes;
   vd lanes[kStreams][kVectors];
   clear(lanes);
-  std::int64_t i = 0;
-  for (; i + kRun <= stream; i += kRun)
+  for (std::int64_t row = 0; row < streams.rows; ++row)
     unrolled<kStreams>([&](auto s) FASTCLIP_INLINE {
-      const std::uint16_t* at = x + s * stream + i;
+      const std::uint16_t* at = x + row * streams.step + s * streams.apart;
       for (int line = 0; line < 4; ++line)
         __builtin_prefetch(reinterpret_cast<const char*>(at) + ahead + 64 * line);
       add_halves(format, at, kMaxFloatAdditions, lanes[s], add);
     });
-  if (const int steps = static_cast<int>((stream - i) / kHalfLanes); steps > 0)
-    unrolled<kStreams>([&](auto s) FASTCLIP_INLINE { add_halves(format, x + s * stream + i, steps, lanes[s], add); });
-  if (const std::int64_t done = stream * kStreams; done < size) {
+  std::int64_t done = streams.size();
+  if (const int steps = static_cast<int>((size - done) / (kStreams * kHalfLanes)); steps > 0) {
+    unrolled<kStreams>([&](auto s) FASTCLIP_INLINE { add_halves(format, x + done + s * steps * kHalfLanes, steps, lanes[s], add); });
+    done += steps * kStreams * kHalfLanes;
+  }
+  if (done < size) {
     std::uint16_t tail[kStreams * kHalfLanes] = {};
     __builtin_memcpy(tail, x + done, (size - done) * sizeof *x);
     unrolled<kStreams>([&](auto s) FASTCLIP_INLINE { add_halves(format, tail + s * kHalfLanes, 1, lanes[s], add); });

@@ -3,21 +3,22 @@
 namespace fastclip::cpu {
 namespace FASTCLIP_ISA {
 
-// Stores map(load(at)) at every vector's place: side by side in a few streams, for the same reason as
-// in the sums. The streams lie a multiple of 4 KiB apart, where a load waits for an earlier store to the
-// same offset: so all load before any stores. The last vector works on a padded copy.
+// Stores map(load(at)) at every vector's place, in a few streams. Those of a whole chunk lie a multiple of 4 KiB apart,
+// where a load waits for an earlier store to the same offset: so all load before any stores. The last vector works on a
+// padded copy.
 constexpr int kWriteStreams = 4;
 
 template <class Vector, class Storage, class Load, class Map, class Store>
 FASTCLIP_INLINE static inline void map_vectors(Storage* x, std::int64_t size, Load load, Map map, Store store) {
   constexpr int kCount = sizeof(Storage) == 8 ? kWide : 2 * kWide;
-  const std::int64_t stream = size / (kWriteStreams * kCount) * kCount;
-  for (std::int64_t i = 0; i < stream; i += kCount) {
+  const Streams<kWriteStreams, kCount> streams(size, sizeof *x);
+  for (std::int64_t row = 0; row < streams.rows; ++row) {
+    Storage* const at = x + row * streams.step;
     Vector values[kWriteStreams];
-    unrolled<kWriteStreams>([&](auto s) FASTCLIP_INLINE { values[s] = map(load(x + s * stream + i)); });
-    unrolled<kWriteStreams>([&](auto s) FASTCLIP_INLINE { store(x + s * stream + i, values[s]); });
+    unrolled<kWriteStreams>([&](auto s) FASTCLIP_INLINE { values[s] = map(load(at + s * streams.apart)); });
+    unrolled<kWriteStreams>([&](auto s) FASTCLIP_INLINE { store(at + s * streams.apart, values[s]); });
   }
-  std::int64_t done = kWriteStreams * stream;
+  std::int64_t done = streams.size();
   for (; done + kCount <= size; done += kCount) store(x + done, map(load(x + done)));
   if (done < size) {
     Storage tail[kCount] = {};

@@ -9,6 +9,7 @@ import functools
 import os
 import warnings
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -58,6 +59,20 @@ class Part(NamedTuple):
     def to_list(self, index: int) -> int:
         """Position in the whole list of the table's tensor ``index``."""
         return index if self.positions is None else self.positions[index]
+
+    @property
+    def runs(self) -> list[tuple[int, int, int]]:
+        """Where tensors stand side by side in the whole list, too: (first there, first in the table, how many)."""
+        if self.positions is None:
+            return [(0, 0, len(self.table))]
+        ends = [i for i, at in enumerate(self.positions) if i == 0 or at != self.positions[i - 1] + 1]
+        return [(self.positions[a], a, b - a) for a, b in pairwise([*ends, len(self.positions)])]
+
+    def own(self, of_list: Tensor) -> Tensor:
+        """Of the whole list's columns those of its tensors; by slices, as a list of places would be waited for."""
+        if self.positions is None:
+            return of_list
+        return torch.cat([of_list.narrow(-1, first, count) for first, _, count in self.runs], dim=-1)
 
     def factors(self, given: Tensor) -> Tensor:
         """``[k]`` of any dtype, as its backend takes them."""
@@ -145,10 +160,8 @@ class Plan(NamedTuple):
     ) -> None:
         """Adds the penalty to every gradient in place and reads what that gives; ``rows`` part by part."""
         for part, own_rows, own_weight_rows in zip(self.parts, rows, weight_rows, strict=True):
-            own, columns = weights, strengths
-            if part.positions is not None:
-                own, columns = [weights[i] for i in part.positions], strengths[:, part.positions]
-            columns = moved(columns, own_rows.device, own_rows.dtype).contiguous()
+            own = weights if part.positions is None else [weights[i] for i in part.positions]
+            columns = moved(part.own(strengths), own_rows.device, own_rows.dtype).contiguous()
             part.backend.read_penalised_(part.table, own, columns, request, own_rows, own_weight_rows)
 
     def scale_(self, factor: float | Tensor, skip: Tensor | None = None) -> None:
@@ -157,7 +170,7 @@ class Plan(NamedTuple):
         for part in self.parts:
             own = factor
             if isinstance(factor, Tensor) and factor.dim() == 1:
-                own = part.factors(factor if part.positions is None else factor[part.positions])
+                own = part.factors(part.own(factor))
             part.backend.scale_(part.table, own, part.flag(skip))
 
     def scale_units_(

@@ -48,9 +48,7 @@ class AdaGC(Policy):
         self.averages = self.averages[: reading.parameters]  # there may be fewer than there were
         own = self.averages if columns is None else self.averages[columns]
         warm = self.step >= self.warmup
-        coefs = torch.where(
-            warm, coef_for(norms, self.lam * own, 0.0), coef_for(total, norms.new_tensor(self.lam_abs), 1e-6)
-        )
+        coefs = torch.where(warm, coef_for(norms, self.lam * own, 0.0), coef_for(total, self.lam_abs, 1e-6))
         after = torch.where(torch.isinf(own), norms, self.beta * own + (1.0 - self.beta) * coefs * norms)
         learnt = torch.where(warm, after, torch.minimum(own, norms)).clamp(min=self.floor)
         valid = torch.isfinite(norms) & (norms > 0)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastclip.reading import Reading
-from fastclip.types import TOTAL_NORM, Request, wide_dtype
+from fastclip.types import TOTAL_NORM, Request, moved, wide_dtype
 
 Bound: TypeAlias = float | Tensor | Callable[[int], float | Tensor]
 
@@ -97,7 +97,8 @@ class Policy:
         for name in self.learned:
             value: Tensor = getattr(self, name)
             if value.device != device:
-                setattr(self, name, value.to(device, wide_dtype(device) if value.is_floating_point() else value.dtype))
+                dtype = wide_dtype(device) if value.is_floating_point() else value.dtype
+                setattr(self, name, moved(value, device, dtype))
 
     def __repr__(self) -> str:
         settings = {k: v for k, v in vars(self).items() if not k.startswith("_") and k not in self.learned}
@@ -105,7 +106,7 @@ class Policy:
         return f"{type(self).__name__}({', '.join(shown)})"
 
 
-def coef_for(norm: Tensor, bound: Tensor, eps: float) -> Tensor:
+def coef_for(norm: Tensor, bound: Tensor | float, eps: float) -> Tensor:
     """``bound / (norm + eps)`` where the norm exceeds the bound, else exactly 1; elementwise."""
     return torch.where(norm <= bound, 1.0, bound / (norm + eps))
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastclip.checks import norm_type_number, number
+from fastclip.checks import bound_of, norm_type_number, number
 from fastclip.policies.base import Bound, Decision, Policy, coef_for, total_norm
 from fastclip.reading import Reading
 from fastclip.types import Request, known_to_host
@@ -48,8 +48,8 @@ class GlobalNorm(Policy):
         self._fixed = False
         if not isinstance(value, Tensor) and not callable(value):
             bound, self._fixed = number("max_norm", value), True
-        elif isinstance(value, Tensor) and known_to_host(value):
-            number("max_norm", value)
+        elif isinstance(value, Tensor):
+            bound_of("max_norm", value)
         self.writes = not self._fixed or bound != math.inf
         self._max_norm, self._bound = value, bound
 
