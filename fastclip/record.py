@@ -204,8 +204,9 @@ class Record:
             names = f"{', '.join(bad[:3])}{', ...' if len(bad) > 3 else ''}"
             which = f"; in the latest one {names} held NaN or Inf" if bad else ""
             raise SkipLimitError(
-                f"{in_a_row} steps in a row were skipped{which}. No step was made since. Look at the loss and the "
-                "learning rate (print(optimizer.last_stats) shows each gradient); skip_limit=None would go on skipping"
+                f"{in_a_row} steps in a row were skipped{which}. No step was made since. fastclip.check(model, batch, "
+                "loss_fn, optimizer) looks for the reason, print(optimizer.last_stats) shows each gradient; "
+                "skip_limit=None would go on skipping"
             )
 
     @property

@@ -113,6 +113,36 @@ def numbers(shape=(64, 1), factor=1.0):
     return x, factor * torch.randn(shape)
 
 
+def with_gap(make=numbers):
+    x, y = make()
+    y[3] = math.nan
+    return x, y
+
+
+def shares(total=1.0):
+    x, y = classes()
+    return x, total * F.one_hot(y, 3).float()
+
+
+def in_list(container):
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.hidden, self.head = container([nn.Linear(32, 32), nn.Linear(32, 32)]), nn.Linear(32, 3)
+
+        def forward(self, x):
+            for layer in self.hidden:
+                x = layer(x).relu()
+            return self.head(x)
+
+    return Listed()
+
+
+def halves():
+    x, y = classes()
+    return x.half(), y
+
+
 def dead(model):
     with torch.no_grad():
         model[2].bias.fill_(-100.0)
@@ -381,6 +411,78 @@ PAIRS = {
         classes,
         CE,
     ),
+    ("nonfinite-target", "MLP"): (lambda: ending(width=1), with_gap, lambda: ending(width=1), numbers, MSE),
+    ("nonfinite-target", "MLP, masked in the loss"): (
+        lambda: ending(width=1),
+        with_gap,
+        lambda: ending(width=1),
+        with_gap,
+        (
+            lambda out, y: (out - y).square()[y.isfinite()].mean(),
+            lambda out, y: (out[y.isfinite()] - y[y.isfinite()]).square().mean(),
+        ),
+    ),
+    ("nonfinite-target", "RNN, Inf"): (
+        lstm,
+        lambda: (series()[0], torch.zeros(16, 1).log()),
+        lstm,
+        lambda: (series()[0], torch.ones(16, 1).log()),
+        nn.L1Loss(),
+    ),
+    ("target-range", "MLP"): (
+        lambda: ending(width=1),
+        lambda: (binary()[0], 255 * binary()[1]),
+        lambda: ending(width=1),
+        binary,
+        BCE,
+    ),
+    ("target-shares", "MLP"): (ending, lambda: shares(255.0), ending, shares, CE),
+    ("kl-without-log", "MLP"): (
+        ending,
+        shares,
+        ending,
+        shares,
+        (
+            lambda out, y: F.kl_div(out.softmax(1), y, reduction="batchmean"),
+            lambda out, y: F.kl_div(out.log_softmax(1), y, reduction="batchmean"),
+        ),
+    ),
+    ("unregistered-parameter", "MLP"): (
+        lambda: in_list(list),
+        classes,
+        lambda: in_list(nn.ModuleList),
+        classes,
+        CE,
+    ),
+    ("eps-underflow", "MLP"): (lambda: net().half(), halves, net, classes, CE),
+    ("gradient-scale", "MLP"): (
+        lambda: ending(width=1),
+        numbers,
+        lambda: ending(width=1),
+        numbers,
+        (lambda out, y: ((out - y) / (0 * y + 1e-8)).abs().mean(), lambda out, y: (out - y).abs().mean()),
+    ),
+    ("softmax-twice", "MLP, before a LogSoftmax"): (
+        lambda: ending(nn.Softmax(dim=1), nn.LogSoftmax(dim=1)),
+        classes,
+        lambda: ending(nn.LogSoftmax(dim=1)),
+        classes,
+        nn.NLLLoss(),
+    ),
+    ("sigmoid-twice", "MLP, of probabilities"): (
+        lambda: ending(nn.Sigmoid(), nn.Sigmoid(), width=1),
+        binary,
+        lambda: ending(nn.Sigmoid(), width=1),
+        binary,
+        nn.BCELoss(),
+    ),
+    ("one-class", "MLP, softmax of one output"): (
+        lambda: ending(nn.Softmax(dim=1), width=1),
+        binary,
+        lambda: ending(nn.Sigmoid(), width=1),
+        binary,
+        nn.BCELoss(),
+    ),
     ("nonfinite-loss", "MLP"): (
         lambda: Wrapped(net(), lambda x: torch.log(x)),
         classes,
@@ -442,12 +544,20 @@ def codes_in_the_source():
                 given = (
                     [node.args[0].body, node.args[0].orelse] if isinstance(node.args[0], ast.IfExp) else [node.args[0]]
                 )
-                codes.update(one.value for one in given)
+                codes.update(one.value for one in given if isinstance(one, ast.Constant))
     return codes
 
 
 def test_every_code_has_a_pair():
-    elsewhere = {"exploding-depth", "vanishing-depth", "exploding-time", "vanishing-time", "lr-too-high", "lr-too-low"}
+    elsewhere = {
+        "optimizer-parameters",
+        "exploding-depth",
+        "vanishing-depth",
+        "exploding-time",
+        "vanishing-time",
+        "lr-too-high",
+        "lr-too-low",
+    }
     assert {code for code, _ in PAIRS} | elsewhere == codes_in_the_source()
 
 

@@ -13,6 +13,8 @@ from fastclip.stats import GradStats
 # larger than the median.
 TIMES = 2.0
 USUAL = 1.0  # where the norms say nothing
+# With parameters and a loss around 1 no gradient is so long: inputs, targets or the loss are out of scale.
+HUGE = 1e6
 # A norm of so many times the median of those before it is a spike: a rule that learns what is usual tells it apart.
 SPIKE = 10.0
 # The gradient of one tensor, in units of its weight, against the median of all: then one bound for all is about this
@@ -30,7 +32,7 @@ def bound_of(norms: tuple[float, ...], stats: GradStats | None, codes: set[str],
         at: under what the norms were seen.
     """
     finite = [norm for norm in norms if 0 < norm < math.inf]
-    exploding = any(code.startswith("exploding") for code in codes)
+    exploding = explodes(codes)
     median, largest = (statistics.median(finite), max(finite)) if finite else (math.nan, math.nan)
     if exploding or not finite or len(finite) < len(norms):
         why = (
@@ -44,6 +46,9 @@ def bound_of(norms: tuple[float, ...], stats: GradStats | None, codes: set[str],
     if len(finite) > 1:
         seen = f"over {len(finite)} steps{at} the norm began at {norms[0]:.3g} and was {largest:.3g} at most"
     bound = rounded(TIMES * max(median, norms[0]))
+    if bound > HUGE:
+        why = f"{seen}: that is a symptom, and no measure for a bound; look at the scale of the loss, and check again"
+        return Bound(USUAL, f"GlobalNorm({USUAL})", why, norms, median, largest)
     if any(norm > SPIKE * statistics.median(norms[:i]) for i, norm in enumerate(norms) if i):
         policy = f"Chain(ZScore(), GlobalNorm({bound:g}))"
         why = f"{seen}, in a spike. ZScore learns what is usual and clips what isn't, GlobalNorm is the cap"
@@ -54,6 +59,11 @@ def bound_of(norms: tuple[float, ...], stats: GradStats | None, codes: set[str],
         policy = f"GlobalNorm({bound:g})"
         why = f"{seen}; twice what is usual lets it pass and stops a spike"
     return Bound(bound, policy, why, norms, median, largest)
+
+
+def explodes(codes: set[str]) -> bool:
+    """Whether one of these says so."""
+    return any(code.startswith("exploding") for code in codes)
 
 
 def dominant(stats: GradStats | None) -> str | None:

@@ -95,8 +95,13 @@ def check(
         buffers = _bad_buffers(subject)
         subject.prepare()
         seen = observe(subject)
-        found = [*_of_the_pass(seen)]
+        found = [*_of_the_pass(subject, seen)]
         notes = [*inputs.notes(seen.given), *units.notes(seen.activations)]
+        if not seen.calls:
+            notes.append(
+                "layers: none was seen that is one of torch.nn's or has weights of its own; depth, initialisation and "
+                "units of what is built otherwise can't be told"
+            )
         if seen.hidden:
             notes.append("layers inside of torch.func's vmap or grad: their tensors have no values of their own")
         tried, trial, steady = None, None, None
@@ -109,6 +114,9 @@ def check(
             subject.prepare()
             found += _of_what_is_not_finite(subject, seen, bad)
             notes.append("learning rates: the loss or the gradients aren't finite")
+        elif halved := precision.without_eps(subject):
+            found.append(halved)
+            notes.append("learning rates: the optimizer's eps is 0")
         elif seen.grads is not None:
             tried, trial, steady, why_not = _tried(subject, untouched, seconds)
             notes += [f"learning rates: {why_not}"] * bool(why_not)
@@ -116,6 +124,8 @@ def check(
                 found += learning_rate.findings(tried, trial)
     codes = {finding.code for finding in found}
     total_norm = math.nan if seen.grads is None else float(seen.grads.total_norm)
+    if math.isfinite(seen.loss) and bounds.HUGE < total_norm < math.inf and not bounds.explodes(codes):
+        found.append(_out_of_scale(seen.loss, total_norm))
     norms: tuple[float, ...] = ()
     at = ""
     if trial is None and math.isfinite(seen.loss):
@@ -135,19 +145,76 @@ def check(
     )
 
 
+def _of_the_optimizer(subject: Subject) -> Iterator[Finding]:
+    missing, total = subject.strangers, len(subject.parameters)
+    if not missing:
+        return
+    what = f"{len(missing)} of {total} parameters that are to be trained aren't among the optimizer's"
+    if len(missing) == total:
+        yield Finding(
+            "optimizer-parameters",
+            ERROR,
+            f"{what}: it trains something else, perhaps an older copy of the model",
+            "make it of this model's, torch.optim.AdamW(model.parameters()), after whatever replaces them: another "
+            "model, a new head, a conversion",
+            (),
+            {"missing": float(total), "parameters": float(total)},
+        )
+    else:
+        yield Finding(
+            "optimizer-parameters",
+            WARNING,
+            f"{what}: {units.listed(missing)}",
+            "add them, optimizer.add_param_group({'params': ...}), or freeze them with requires_grad_(False)",
+            missing[: units.LISTED],
+            {"missing": float(len(missing)), "parameters": float(total)},
+        )
+
+
+def _unregistered(shapes: tuple[tuple[int, ...], ...]) -> Finding:
+    listed = ", ".join(map(str, shapes[: units.LISTED])) + (", ..." if len(shapes) > units.LISTED else "")
+    return Finding(
+        "unregistered-parameter",
+        WARNING,
+        f"the loss depends on {len(shapes)} parameter{'s' if len(shapes) > 1 else ''} that model.parameters() doesn't "
+        f"list, of shape {listed}: no optimizer made of it trains them",
+        "keep layers in torch.nn.ModuleList or ModuleDict, not in a list or dict, and parameters in ParameterList",
+        (),
+        {"parameters": float(len(shapes))},
+    )
+
+
+def _out_of_scale(loss: float, norm: float) -> Finding:
+    return Finding(
+        "gradient-scale",
+        WARNING,
+        f"the norm of all gradients is {norm:.3g}, at a loss of {loss:.4g}; with numbers around 1 it is around 1",
+        "bring the loss to around 1: scale the targets, take a mean instead of a sum, keep divisors away from 0. A "
+        "bound alone would hide it",
+        (),
+        {"norm": norm, "loss": loss},
+    )
+
+
 def _uncompiled() -> AbstractContextManager[object]:
     """Compiled code runs as it was written: hooks on modules don't fire in what was compiled."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
-def _of_the_pass(seen: Seen) -> Iterator[Finding]:
+def _of_the_pass(subject: Subject, seen: Seen) -> Iterator[Finding]:
     if not seen.calls and not seen.given and not seen.hidden:
         raise DoctorError("the step never called the model: it has to run the one it is given, loss = step(model)")
     has_zero_weights = any(weight.std == 0.0 for weight in seen.weights)
     yield from inputs.findings(seen.given)
     yield from losses.findings(seen.losses)
     trained = len(seen.without) + (0 if seen.grads is None else len(seen.grads.names))
-    yield from units.without_gradient(seen.without, seen.zero, trained, has_zero_weights)
+    zero = seen.zero if math.isfinite(seen.loss) else ()  # else they say nothing
+    dims = {name: parameter.dim() for name, parameter in subject.parameters.items()}
+    only_biases = all(dims[name] < 2 for name in zero)
+    yield from units.without_gradient(seen.without, zero, trained, has_zero_weights, only_biases)
+    yield from _of_the_optimizer(subject)
+    if seen.unregistered and subject.targets is not None:  # a step may hold other models by intent
+        yield _unregistered(seen.unregistered)
     yield from initialisation.findings(seen.calls, seen.weights, seen.follows)
     yield from depth.findings(seen.calls, seen.weight_grads)
     yield from recurrence.findings(seen.curves)
@@ -210,7 +277,7 @@ def _of_what_is_not_finite(subject: Subject, seen: Seen, bad: tuple[str, ...]) -
         yield from origin.forward_findings(seen.loss, operations)
     elif seen.bad and seen.grads is not None:
         counts = int(seen.grads.nans.sum()), int(seen.grads.infs.sum())
-        yield from origin.backward_findings(seen.bad, *counts, nodes)
+        yield from origin.backward_findings(seen.bad, *counts, operations, nodes)
 
 
 def _tried(

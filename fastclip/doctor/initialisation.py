@@ -73,7 +73,7 @@ def findings(calls: list[Call], weights: list[Weight], follows: dict[int, str]) 
     copies = [weight for weight in weights if weight.alike]
     if copies:
         first = copies[0]
-        more = f"; {len(copies) - 1} more weights are like it" if len(copies) > 1 else ""
+        more = _more(len(copies) - 1, "weight")
         yield Finding(
             "constant-weights",
             ERROR,
@@ -85,17 +85,21 @@ def findings(calls: list[Call], weights: list[Weight], follows: dict[int, str]) 
         )
     alike = {weight.layer for weight in weights if weight.std == 0.0}
     stds = {weight.layer: weight.std for weight in weights}
+    embedded = {
+        id(p) for call in calls if isinstance(call.layer.module, nn.Embedding) for p in call.layer.module.parameters()
+    }
     outside: dict[bool, list[tuple[int, Call]]] = {True: [], False: []}
     for place, call in enumerate(calls):
         large, small = call.gain > LARGE, call.gain < SMALL and place < len(calls) - 1
-        if call.number == 0 and call.layer.name not in alike and (large or small):
+        tied = any(id(p) in embedded for p in call.layer.module.parameters(recurse=False))  # sized for looking up
+        if call.number == 0 and call.layer.name not in alike and (large or small) and not tied:
             outside[large].append((place, call))
     for large, found in outside.items():
         if not found:
             continue
         place, call = (max if large else min)(found, key=lambda one: one[1].gain)
         what = "what goes in" if isinstance(call.layer.module, AFFINE) else "its own last state"
-        more = f"; {len(found) - 1} more layers are like it" if len(found) > 1 else ""
+        more = _more(len(found) - 1, "layer")
         yield Finding(
             "init-too-large" if large else "init-too-small",
             WARNING,
@@ -109,6 +113,10 @@ def findings(calls: list[Call], weights: list[Weight], follows: dict[int, str]) 
                 "layers": float(len(found)),
             },
         )
+
+
+def _more(count: int, noun: str) -> str:
+    return f"; {count} more {noun}{' is' if count == 1 else 's are'} like it" if count else ""
 
 
 def _main(call: Call) -> str:

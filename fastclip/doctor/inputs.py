@@ -23,6 +23,7 @@ OFF_CENTRE = 5.0
 # The widest of the features against the narrowest: at one learning rate the loss then curves 10^4 times as much
 # along the one as along the other.
 UNEVEN = 100.0
+SPARSE = 0.5  # share of zeros
 MIN_SAMPLES = 8  # of fewer, a constant feature or a spread says nothing
 NAMED = 8  # features that are listed
 
@@ -43,6 +44,8 @@ class Given:
         dims: how many dimensions it has.
         judged: whether a layer with weights gets it at about this size, and no normalisation comes first.
         means, stds: of each feature; empty where there are too few samples.
+        sparse: whether these are numbers up to 1 most of which are 0, one-hot codes or weights of words: how large they
+            are is a matter of how many features there are, and how often each comes.
     """
 
     name: str
@@ -52,6 +55,7 @@ class Given:
     judged: bool
     means: tuple[float, ...]
     stds: tuple[float, ...]
+    sparse: bool = False
 
 
 class Inputs(Listener):
@@ -108,7 +112,17 @@ def _facts(name: str, tensor: Tensor, convolved: bool) -> Given:
             spread, mean = torch.var_mean(rows.to(wide_dtype(rows.device)) / largest, dim=0, correction=0)
             means = tuple((mean * largest).tolist())
             stds = tuple((spread.sqrt() * largest).tolist())
-    return Given(name, moments, tensor.dtype, tensor.dim(), False, means, stds)
+    shares = moments is not None and moments.finite and moments.low >= 0.0 and SMALL < moments.high <= 1.0
+    sparse = shares and float((tensor == 0).double().mean()) > SPARSE
+    return Given(name, moments, tensor.dtype, tensor.dim(), False, means, stds, sparse)
+
+
+def scaled(name: str, m: Moments) -> str:
+    """A line of Python that brings them to around 0 and 1; a mean that is hardly one stays."""
+    if m.std == 0.0:
+        return f"{name} = {name} {'-' if m.mean >= 0 else '+'} {abs(m.mean):.3g}"
+    centred = name if abs(m.mean) <= 1e-3 * m.std else f"({name} {'-' if m.mean >= 0 else '+'} {abs(m.mean):.3g})"
+    return f"{name} = {centred} / {m.std:.3g}"
 
 
 def notes(given: list[Given]) -> Iterator[str]:
@@ -144,8 +158,8 @@ def findings(given: list[Given]) -> Iterator[Finding]:
             continue
         numbers = {"mean": m.mean, "std": m.std, "rms": m.rms, "low": m.low, "high": m.high}
         about = f"{one.name}: mean {m.mean:.3g}, standard deviation {m.std:.3g}, from {m.low:.3g} to {m.high:.3g}"
-        if not SMALL <= m.rms <= LARGE:
-            by_hand = f"inputs = (inputs - {m.mean:.3g}) / {m.std or 1.0:.3g}"
+        if not SMALL <= m.rms <= LARGE and not one.sparse:
+            by_hand = scaled("inputs", m)
             if one.dims == 2 and one.stds:
                 by_hand = "inputs = (inputs - inputs.mean(0)) / inputs.std(0).clamp_min(1e-8)"
             way = "MinMaxScaler" if m.low >= 0 and m.std > 0 and abs(m.mean) < 3 * m.std else "StandardScaler"
@@ -162,7 +176,7 @@ def findings(given: list[Given]) -> Iterator[Finding]:
                 "input-offset",
                 WARNING,
                 f"{about}. The mean is {abs(m.mean) / m.std:.3g} deviations away from 0",
-                f"centre it: sklearn.preprocessing.StandardScaler(), or inputs = inputs - {m.mean:.3g}",
+                f"centre it: sklearn.preprocessing.StandardScaler(), or {scaled('inputs', replace(m, std=0.0))}",
                 (one.name,),
                 numbers,
             )
@@ -185,7 +199,7 @@ def _features(one: Given) -> Iterator[Finding]:
     if len(spread) > 1:
         wide, narrow = max(spread, key=spread.__getitem__), min(spread, key=spread.__getitem__)
         ratio = spread[wide] / spread[narrow]
-        if ratio > UNEVEN:
+        if ratio > UNEVEN and not one.sparse:
             yield Finding(
                 "input-spread",
                 WARNING,

@@ -14,10 +14,9 @@ import fastclip.functional as functional
 from fastclip.amp import GUARD
 from fastclip.doctor.diagnosis import ERROR, WARNING, Finding, Range, Trial
 from fastclip.doctor.passes import gradients
-from fastclip.doctor.subject import Subject, during
+from fastclip.doctor.subject import Subject, during, inner
 from fastclip.doctor.untouched import Untouched
 from fastclip.guard import Guard
-from fastclip.optim import ClippedOptimizer
 
 LOWEST, HIGHEST, POINTS = 1e-7, 10.0, 49  # six points for each factor of ten: 1.47 from one to the next
 RANGE_SHARE = 0.6  # of the time, for 49 of 69 steps
@@ -55,7 +54,7 @@ class Trainer:
         self._subject, self._untouched = subject, untouched
         self._begin, self._seconds = time.monotonic(), seconds
         self._parameters = list(subject.parameters.values())
-        optimizer = _inner(subject.optimizer)
+        optimizer = inner(subject.optimizer)
         self._class: Any = torch.optim.AdamW if optimizer is None else type(optimizer)
         self._groups = _groups(optimizer, self._parameters)
         self._guard: Guard | None = None if subject.optimizer is None else vars(subject.optimizer).get(GUARD)
@@ -102,10 +101,6 @@ class Trainer:
         return losses, norms
 
 
-def _inner(optimizer: torch.optim.Optimizer | None) -> torch.optim.Optimizer | None:
-    return optimizer.inner if isinstance(optimizer, ClippedOptimizer) else optimizer
-
-
 def _groups(optimizer: torch.optim.Optimizer | None, parameters: list[Any]) -> list[dict[str, Any]]:
     """The settings of the user's groups, each with those of the parameters that are in it."""
     if optimizer is None:
@@ -122,7 +117,7 @@ def _groups(optimizer: torch.optim.Optimizer | None, parameters: list[Any]) -> l
 
 def can_try(subject: Subject) -> str:
     """Why learning rates can't be tried; "" if they can."""
-    optimizer = _inner(subject.optimizer)
+    optimizer = inner(subject.optimizer)
     if optimizer is None:
         return ""
     if isinstance(optimizer, torch.optim.LBFGS):

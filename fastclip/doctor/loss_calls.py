@@ -12,13 +12,17 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fastclip.doctor.moments import Moments, moments_of
+from fastclip.doctor.operations import MASKED
 from fastclip.doctor.watching import Watch, is_transformed
 
 CLASSES, LOG_CLASSES, BINARY, REGRESSION = "cross_entropy", "nll_loss", "binary", "regression"
+PROBABILITY, DIVERGENCE = "probability", "divergence"
 KINDS: dict[Any, str] = {
     F.cross_entropy: CLASSES,
     F.nll_loss: LOG_CLASSES,
     F.binary_cross_entropy_with_logits: BINARY,
+    F.binary_cross_entropy: PROBABILITY,
+    F.kl_div: DIVERGENCE,
     F.mse_loss: REGRESSION,
     F.l1_loss: REGRESSION,
     F.smooth_l1_loss: REGRESSION,
@@ -52,15 +56,17 @@ class LossCall:
     """One call of a loss function, or a difference of two tensors outside of the model.
 
     Attributes:
-        kind: what it is for, one of CLASSES, LOG_CLASSES, BINARY, REGRESSION.
+        kind: what it is for: CLASSES, LOG_CLASSES, BINARY (of logits), PROBABILITY, DIVERGENCE or REGRESSION.
         name: of the function.
         value: its mean over the samples; NaN where it gave a sum or no number.
         classes: how many there are; 0 where it isn't about classes.
         given, target: of the model's output and of what it shall be.
         shapes: of both.
         made_by: what made the output: "sigmoid", "softmax", "log_softmax" or "".
+        made_of: what made that which went into it.
         sums_to_one: whether the outputs of each sample are probabilities of the classes.
         logs_sum_to_one: whether they are logarithms of such.
+        shares: where the targets are a share of each class, their sum in the sample where it is farthest from 1.
     """
 
     kind: str
@@ -71,8 +77,10 @@ class LossCall:
     target: Moments | None
     shapes: tuple[tuple[int, ...], tuple[int, ...]]
     made_by: str
+    made_of: str
     sums_to_one: bool
     logs_sum_to_one: bool
+    shares: float | None = None
 
 
 class LossCalls(TorchFunctionMode):
@@ -96,6 +104,8 @@ class LossCalls(TorchFunctionMode):
             if kind is None and func in DIFFERENCES and not self._watch.within:
                 kind, pair = REGRESSION, _output_first(pair)
             if kind is not None and len(pair) == 2 and all(isinstance(one, Tensor) for one in pair):
+                if func in DIFFERENCES and _is_mask(pair[1]):
+                    return out
                 mean = out if named.get("reduction", "mean") != "sum" else None
                 with torch.no_grad():
                     self.calls.append(_call(kind, func.__name__, *pair, mean))
@@ -108,16 +118,31 @@ def _output_first(pair: tuple[Any, ...]) -> tuple[Any, ...]:
     return () if sum(learned) != 1 else pair if learned[0] else pair[::-1]
 
 
+def _is_mask(tensor: Tensor) -> bool:
+    """Whether it takes some numbers out of what it is subtracted from, and leaves the others as they are."""
+    if tensor.numel() == 0:
+        return False
+    sizes = tensor.detach().abs()
+    kept, taken = sizes == 0, sizes == sizes.max()
+    return bool(sizes.max() >= MASKED) and bool(kept.any()) and bool((kept | taken).all())
+
+
 def _call(kind: str, name: str, given: Tensor, target: Tensor, out: Any) -> LossCall:
     classes = 0
     sums = logs = False
-    if kind in (CLASSES, LOG_CLASSES) and given.is_floating_point() and given.dim() > 0:
+    shares = None
+    if kind in (CLASSES, LOG_CLASSES, DIVERGENCE) and given.is_floating_point() and given.dim() > 0:
         dim = 0 if given.dim() == 1 else 1
         classes = given.shape[dim]
         values = given.double() if given.device.type != "mps" else given.float()
         if classes > 1 and given.numel():
             sums = bool((values >= 0).all() and ((values.sum(dim) - 1).abs() < ROUNDING).all())
             logs = bool((values <= 0).all() and (values.logsumexp(dim).abs() < ROUNDING).all())
+            if kind == CLASSES and target.is_floating_point() and target.shape == given.shape:
+                sums_of = target.float().sum(dim).flatten()
+                sums_of = sums_of[sums_of != 0]  # a sample that is left out
+                shares = float(sums_of[(sums_of - 1).abs().argmax()]) if len(sums_of) else None
+    made_by, made_of = _made_by(given)
     mean = isinstance(out, Tensor) and out.is_floating_point() and out.numel() > 0
     return LossCall(
         kind=kind,
@@ -127,20 +152,26 @@ def _call(kind: str, name: str, given: Tensor, target: Tensor, out: Any) -> Loss
         given=moments_of(given),
         target=moments_of(target),
         shapes=(tuple(given.shape), tuple(target.shape)),
-        made_by=_made_by(given),
+        made_by=made_by,
+        made_of=made_of,
         sums_to_one=sums,
         logs_sum_to_one=logs,
+        shares=shares,
     )
 
 
-def _made_by(tensor: Tensor) -> str:
-    """The activation whose output this is, however it was reshaped since."""
-    node: Any = tensor.grad_fn
+def _made_by(tensor: Tensor) -> tuple[str, str]:
+    """The activation whose output this is, however it was reshaped since, and the one that made what it got."""
+    last, node = _maker(tensor.grad_fn)
+    return last, _maker(node.next_functions[0][0])[0] if last else ""
+
+
+def _maker(node: Any) -> tuple[str, Any]:
     while node is not None:
         name = node.name().partition("Backward")[0]
         if name in MAKERS:
-            return MAKERS[name]
+            return MAKERS[name], node
         if name not in MOVES or not node.next_functions:
-            return ""
+            break
         node = node.next_functions[0][0]
-    return ""
+    return "", None

@@ -6,8 +6,17 @@ import math
 from collections.abc import Iterator
 
 from fastclip.doctor.diagnosis import ERROR, INFO, WARNING, Finding
-from fastclip.doctor.inputs import LARGE, SMALL
-from fastclip.doctor.loss_calls import BINARY, CLASSES, LOG_CLASSES, REGRESSION, LossCall
+from fastclip.doctor.inputs import LARGE, SMALL, scaled
+from fastclip.doctor.loss_calls import (
+    BINARY,
+    CLASSES,
+    DIVERGENCE,
+    LOG_CLASSES,
+    PROBABILITY,
+    REGRESSION,
+    ROUNDING,
+    LossCall,
+)
 
 # A fresh model knows nothing: its cross-entropy is log(C), that of guessing. Twice that, and at least 1 above, is a
 # model that is sure of itself and wrong.
@@ -29,24 +38,17 @@ def _of(call: LossCall) -> Iterator[Finding]:
         yield from _classes(call)
     elif call.kind == LOG_CLASSES:
         yield from _log_classes(call)
-    elif call.kind == BINARY:
+    elif call.kind in (BINARY, PROBABILITY):
         yield from _binary(call)
+    elif call.kind == DIVERGENCE:
+        yield from _divergence(call)
     elif call.kind == REGRESSION:
         yield from _regression(call)
 
 
 def _classes(call: LossCall) -> Iterator[Finding]:
     if call.classes == 1:
-        yield Finding(
-            "one-class",
-            ERROR,
-            f"{call.name} gets one output for each sample, so one class, whose probability is 1 whatever it is: the "
-            f"loss is {call.value:.3g}, and no gradient comes from it",
-            "for two classes use torch.nn.BCEWithLogitsLoss with targets of 0.0 and 1.0 in the outputs' shape, or make "
-            "two outputs",
-            (call.name,),
-            {"classes": 1.0, "value": call.value},
-        )
+        yield _one_class(call)
     at_best = math.log(1 + (call.classes - 1) / math.e) if call.classes else math.nan
     if call.sums_to_one:
         yield Finding(
@@ -68,8 +70,19 @@ def _classes(call: LossCall) -> Iterator[Finding]:
             (call.name,),
             {"classes": float(call.classes), "value": call.value},
         )
+    if call.shares is not None and abs(call.shares - 1.0) > ROUNDING:
+        yield Finding(
+            "target-shares",
+            ERROR,
+            f"{call.name} gets a share of each class as its targets, and those of one sample sum to {call.shares:.3g}; "
+            "they are probabilities, whose sum is 1",
+            "targets = targets / targets.sum(1, keepdim=True), or the numbers of the classes, torch.int64",
+            (call.name,),
+            {"sum": call.shares, "classes": float(call.classes)},
+        )
+        return
     chance = math.log(call.classes) if call.classes > 1 else math.nan
-    if call.value > max(ABOVE_CHANCE * chance, chance + ABOVE_CHANCE_BY):
+    if math.isfinite(call.value) and call.value > max(ABOVE_CHANCE * chance, chance + ABOVE_CHANCE_BY):
         spread = math.nan if call.given is None else call.given.std
         yield Finding(
             "loss-above-chance",
@@ -83,7 +96,44 @@ def _classes(call: LossCall) -> Iterator[Finding]:
         )
 
 
+def _one_class(call: LossCall) -> Finding:
+    return Finding(
+        "one-class",
+        ERROR,
+        f"{call.name} gets one output for each sample, so one class, whose probability is 1 whatever it is: the "
+        f"loss is {call.value:.3g}, and no gradient comes from it",
+        "for two classes use torch.nn.BCEWithLogitsLoss with targets of 0.0 and 1.0 in the outputs' shape, or make "
+        "two outputs",
+        (call.name,),
+        {"classes": 1.0, "value": call.value},
+    )
+
+
+def _divergence(call: LossCall) -> Iterator[Finding]:
+    if call.given is not None and call.given.finite and call.given.high > ROUNDING:
+        yield Finding(
+            "kl-without-log",
+            ERROR,
+            f"{call.name} gets {'probabilities' if call.sums_to_one else 'numbers'} from {call.given.low:.3g} to "
+            f"{call.given.high:.3g}, where it needs logarithms of probabilities, none above 0. Its value, "
+            f"{call.value:.3g}, means nothing",
+            "give it torch.nn.functional.log_softmax(outputs, dim=1), and reduction='batchmean'",
+            (call.name,),
+            {"low": call.given.low, "high": call.given.high, "value": call.value},
+        )
+
+
 def _log_classes(call: LossCall) -> Iterator[Finding]:
+    if call.made_of == "softmax":
+        yield Finding(
+            "softmax-twice",
+            ERROR,
+            f"{call.name} gets the {call.made_by} of what a softmax over {call.classes} classes gave: that sees "
+            "differences of 1 at most, and the gradients are small",
+            "take the Softmax out of the model and leave the LogSoftmax, or torch.nn.CrossEntropyLoss without both",
+            (call.name,),
+            {"classes": float(call.classes), "value": call.value},
+        )
     if call.given is not None and call.classes > 1 and not call.logs_sum_to_one:
         what = "probabilities" if call.sums_to_one else "numbers that are no logarithms of probabilities"
         yield Finding(
@@ -98,16 +148,38 @@ def _log_classes(call: LossCall) -> Iterator[Finding]:
 
 
 def _binary(call: LossCall) -> Iterator[Finding]:
-    if call.given is not None and call.made_by == "sigmoid":
+    m = call.target
+    if m is not None and m.finite and (m.low < 0.0 or m.high > 1.0):
         yield Finding(
-            "sigmoid-twice",
+            "target-range",
             ERROR,
-            f"{call.name} gets what a sigmoid gave, from {call.given.low:.3g} to {call.given.high:.3g}, and takes a "
-            "sigmoid itself: its probabilities stay between 0.5 and 0.73",
-            "take the Sigmoid out of the model and give the loss the outputs before it (logits)",
+            f"the targets of {call.name} go from {m.low:.3g} to {m.high:.3g}; they are probabilities, from 0 to 1. "
+            "Outside of that the loss has no lower bound",
+            f"divide them by {m.high:.3g}" if m.low >= 0.0 else "make 0.0 and 1.0 of the two classes",
             (call.name,),
-            {"low": call.given.low, "high": call.given.high, "value": call.value},
+            {"low": m.low, "high": m.high, "value": call.value},
         )
+    if call.kind == PROBABILITY:
+        if call.made_by == call.made_of == "sigmoid" and call.given is not None:
+            yield _sigmoids(call, "the sigmoid of what a sigmoid gave")
+        if call.made_by == "softmax" and call.given is not None and call.given.low == call.given.high == 1.0:
+            yield _one_class(call)
+        return
+    if call.given is not None and call.made_by == "sigmoid":
+        yield _sigmoids(call, "what a sigmoid gave, and takes a sigmoid itself")
+
+
+def _sigmoids(call: LossCall, what: str) -> Finding:
+    assert call.given is not None
+    return Finding(
+        "sigmoid-twice",
+        ERROR,
+        f"{call.name} gets {what}, from {call.given.low:.3g} to {call.given.high:.3g}: its probabilities stay between "
+        "0.5 and 0.73",
+        "leave one sigmoid: no Sigmoid in the model, and torch.nn.BCEWithLogitsLoss on the outputs before it (logits)",
+        (call.name,),
+        {"low": call.given.low, "high": call.given.high, "value": call.value},
+    )
 
 
 def _regression(call: LossCall) -> Iterator[Finding]:
@@ -133,7 +205,7 @@ def _regression(call: LossCall) -> Iterator[Finding]:
             f"the targets of {call.name} have mean {m.mean:.3g} and standard deviation {m.std:.3g}, from "
             f"{m.low:.3g} to "
             f"{m.high:.3g}; a fresh model's outputs are around 1",
-            f"scale them, targets = (targets - {m.mean:.3g}) / {m.std or 1.0:.3g}, and the forecasts back, or "
+            f"scale them, {scaled('targets', m)}, and the forecasts back, or "
             "sklearn.compose.TransformedTargetRegressor",
             (call.name,),
             {"mean": m.mean, "std": m.std, "rms": m.rms, "low": m.low, "high": m.high},

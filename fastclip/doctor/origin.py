@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastclip.doctor.cures import Fed, cure_of
 from fastclip.doctor.diagnosis import ERROR, Finding
 from fastclip.doctor.layers import Layers
 from fastclip.doctor.passes import steps_back
-from fastclip.doctor.subject import Subject, tensors_in
+from fastclip.doctor.subject import TARGETS, Subject, tensors_in
 from fastclip.doctor.watching import Watch
 
 # These put an Inf where someone asked for it (masks), or show memory that nobody has written yet.
@@ -22,27 +24,6 @@ BY_INTENT: tuple[str, ...] = (
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize"),
 )
 THE_LOSS = "the loss"
-CURES = {
-    "log": "keep what it gets above 0, torch.log(x.clamp_min(1e-8)), or use log_softmax and logsigmoid",
-    "sqrt": "its slope at 0 is infinite: torch.sqrt(x + 1e-8)",
-    "rsqrt": "torch.rsqrt(x + 1e-8)",
-    "div": "keep the divisor away from 0: x / (y + 1e-8)",
-    "reciprocal": "keep it away from 0: 1 / (y + 1e-8)",
-    "exp": "keep what it gets below 80, torch.exp(x.clamp_max(80)), or use softmax, logsumexp or softplus",
-    "pow": "keep the base above 0: x.clamp_min(1e-8) ** p",
-    "acos": "keep what it gets inside of -1 to 1: x.clamp(-1 + 1e-6, 1 - 1e-6)",
-    "linalg_vector_norm": "its slope at 0 is NaN: (x.square().sum() + 1e-12).sqrt()",
-    "norm": "its slope at 0 is NaN: (x.square().sum() + 1e-12).sqrt()",
-    "_softmax": "a row whose scores are all -inf has no softmax: leave one key visible in each row of the mask",
-    "_safe_softmax": "a row whose scores are all -inf has no softmax: leave one key visible in each row of the mask",
-}
-CURES["asin"] = CURES["acos"]
-
-
-def _cure(operation: str, otherwise: str) -> str:
-    """``operation`` as the forward or the backward pass calls it: linalg_vector_norm or LinalgVectorNormBackward0."""
-    plain = operation.partition("Backward")[0].replace("_", "").lower()
-    return next((cure for name, cure in CURES.items() if name.replace("_", "") == plain), otherwise)
 
 
 @dataclass(frozen=True)
@@ -52,51 +33,99 @@ class Origin:
     Attributes:
         operation: its name in torch.
         where: name of the module, or of the layer whose gradient had come back last.
-        what: "NaN" or "Inf".
-        low, high: range of the finite numbers that it got; NaN if there are none.
+        fed: what it got; of a step back nothing is known of what the step forward had got.
     """
 
     operation: str
     where: str
-    what: str
-    low: float
-    high: float
+    fed: Fed
+
+    @property
+    def made(self) -> str:
+        """What it made, and of what."""
+        fed = self.fed
+        of = "nothing" if math.isnan(fed.low) else f"numbers from {fed.low:.3g} to {fed.high:.3g}"
+        return f"{fed.what} is made by {self.operation} in {self.where}, of {of}{' and Inf' if fed.infinite else ''}"
+
+
+@dataclass(frozen=True)
+class Brought:
+    """A tensor with NaN or Inf that no operation of the pass has made: it came in from outside.
+
+    Attributes:
+        name: what it is.
+        operation, where: which gets it first.
+        size: of it.
+        nans, infs: how many of its elements are.
+    """
+
+    name: str
+    operation: str
+    where: str
+    size: int
+    nans: int
+    infs: int
 
 
 class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Looks at what each operation of a forward pass makes.
 
+    Args:
+        names: of tensors that may be brought in, by the address of their memory.
+
     Attributes:
         first: the first one that made NaN or Inf of finite numbers, but for masks.
         first_nan: the first one that made NaN of anything without NaN.
+        brought_nan, brought_inf: the first tensors from outside that had some, where it went on from there. An Inf may
+            be a mask.
     """
 
-    def __init__(self, watch: Watch) -> None:
+    def __init__(self, watch: Watch, names: dict[int, str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._watch = watch
+        self._watch, self._names = watch, names
+        self._own: set[int] = set()  # memory that came with this pass
         self.first: Origin | None = None
         self.first_nan: Origin | None = None
+        self.brought_nan: Brought | None = None
+        self.brought_inf: Brought | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self._watch.listening or self.first_nan is not None:
+        if self._watch.listening or self.first_nan is not None or self.brought_nan is not None:
             return func(*args, **(kwargs or {}))
         name = func._schema.name.removeprefix("aten::").rstrip("_")
         given = [t.detach() for t in tensors_in((args, kwargs)) if t.is_floating_point() and t.numel()]
-        nan_before = any(bool(t.isnan().any()) for t in given)
-        finite_before = not nan_before and all(bool(t.isfinite().all()) for t in given)
+        bad = [t for t in given if not bool(t.isfinite().all())]
+        nan_before = any(bool(t.isnan().any()) for t in bad)
         fed = [t[torch.isfinite(t)] for t in given]
-        low = min((float(t.min()) for t in fed if t.numel()), default=float("nan"))
-        high = max((float(t.max()) for t in fed if t.numel()), default=float("nan"))
+        low = min((float(t.min()) for t in fed if t.numel()), default=math.nan)
+        high = max((float(t.max()) for t in fed if t.numel()), default=math.nan)
         out = func(*args, **(kwargs or {}))
-        if name in BY_INTENT or nan_before:
-            return out
         made = [t for t in tensors_in(out) if t.is_floating_point()]
-        nan = any(bool(t.isnan().any()) for t in made)
-        if nan or (finite_before and any(bool(t.isinf().any()) for t in made)):
-            origin = Origin(name, self._watch.where, "NaN" if nan else "Inf", low, high)
-            self.first = self.first or (origin if finite_before else None)
+        self._own |= {_memory(t) for t in made} - {_memory(t) for t in given}
+        nan, inf = any(bool(t.isnan().any()) for t in made), any(bool(t.isinf().any()) for t in made)
+        if not nan and (not inf or name in BY_INTENT):
+            return out
+        for tensor in bad:
+            if _memory(tensor) not in self._own:
+                self._bring(tensor, name, nan)
+        if not nan_before and name not in BY_INTENT and (nan or not bad):
+            origin = Origin(name, self._watch.where, Fed("NaN" if nan else "Inf", low, high, bool(bad)))
+            self.first = self.first or (None if bad else origin)
             self.first_nan = self.first_nan or (origin if nan else None)
         return out
+
+    def _bring(self, tensor: Tensor, operation: str, went_on: bool) -> None:
+        nans, infs = int(tensor.isnan().sum()), int(tensor.isinf().sum())
+        name = self._names.get(_memory(tensor), f"a tensor of shape {tuple(tensor.shape)} from outside of the model")
+        brought = Brought(name, operation, self._watch.where, tensor.numel(), nans, infs)
+        if nans:
+            self.brought_nan = self.brought_nan or (brought if went_on else None)
+        else:
+            self.brought_inf = self.brought_inf or brought
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else id(tensor)
 
 
 class Nodes:
@@ -117,9 +146,7 @@ class Nodes:
             if self.first is None and not _finite(made) and _finite(given):
                 where = self._layers.arrived[-1].layer.name if self._layers.arrived else THE_LOSS
                 nan = any(t is not None and bool(t.isnan().any()) for t in made)
-                fed = [t for t in given if t is not None and t.numel()]
-                low, high = min(float(t.min()) for t in fed), max(float(t.max()) for t in fed)
-                self.first = Origin(name, where, "NaN" if nan else "Inf", low, high)
+                self.first = Origin(name, where, Fed("NaN" if nan else "Inf", math.nan, math.nan, False))
 
         return hook
 
@@ -132,7 +159,7 @@ def traced(subject: Subject) -> tuple[Operations, Nodes | None]:
     """Runs one more pass and looks at each operation, forward and, if the loss is finite, backward."""
     layers = Layers(subject.model)
     watch = Watch(subject.model, [layers])
-    operations = Operations(watch)
+    operations = Operations(watch, {_memory(tensor): name for name, tensor in subject.around()})
     with watch, operations:
         loss = subject.loss()
     if not loss.requires_grad or not bool(loss.isfinite()):
@@ -144,37 +171,86 @@ def traced(subject: Subject) -> tuple[Operations, Nodes | None]:
 
 
 def forward_findings(loss: float, operations: Operations | None) -> Iterator[Finding]:
-    """Of a loss that isn't finite."""
-    told = operations and (operations.first or operations.first_nan)
-    if not told:
-        cause = "inputs or parameters aren't finite themselves" if operations is None else "no operation shows where"
+    """Of a loss that isn't finite; ``operations`` None where something that the model was given isn't, either."""
+    numbers = {"loss": loss}
+    if operations is None:
         yield Finding(
             "nonfinite-loss",
             ERROR,
-            f"the loss is {loss}: {cause}",
-            "begin with the first of them: torch.isfinite(tensor).all() tells"
-            if operations is None
-            else "look at code of your own that isn't made of torch's operations",
+            f"the loss is {loss}: inputs or parameters aren't finite themselves",
+            "begin with the first of them: torch.isfinite(tensor).all() tells",
             (),
-            {"loss": loss},
+            numbers,
         )
         return
-    yield Finding(
-        "nonfinite-loss",
-        ERROR,
-        f"the loss is {loss}: the first {told.what} is made by {told.operation} in {told.where}, of "
-        f"numbers from {told.low:.3g} to {told.high:.3g}",
-        _cure(told.operation, "look at what goes in there; smaller inputs, weights or a wider dtype may help"),
-        (told.where,),
-        {"loss": loss, "low": told.low, "high": told.high},
-    )
+    told = operations.first or operations.first_nan
+    inf = operations.brought_inf
+    at_once = inf is not None and (told is None or (told.operation, told.where) == (inf.operation, inf.where))
+    brought = operations.brought_nan or (inf if at_once else None)
+    if brought is not None:
+        yield _of_what_was_brought("nonfinite-loss", f"the loss is {loss}", brought, numbers)
+    elif told is not None:
+        yield Finding(
+            "nonfinite-loss",
+            ERROR,
+            f"the loss is {loss}: the first {told.made}",
+            cure_of(
+                told.operation,
+                told.fed,
+                "look at what goes in there; smaller inputs, weights or a wider dtype may help",
+            ),
+            (told.where,),
+            {**numbers, "low": told.fed.low, "high": told.fed.high},
+        )
+    else:
+        yield Finding(
+            "nonfinite-loss",
+            ERROR,
+            f"the loss is {loss}: no operation shows where",
+            "look at code of your own that isn't made of torch's operations",
+            (),
+            numbers,
+        )
 
 
-def backward_findings(bad: tuple[str, ...], nans: int, infs: int, nodes: Nodes | None) -> Iterator[Finding]:
+def backward_findings(
+    bad: tuple[str, ...], nans: int, infs: int, operations: Operations | None, nodes: Nodes | None
+) -> Iterator[Finding]:
     """Of gradients that aren't finite where the loss is; ``bad`` are the names of their parameters."""
     numbers = {"nans": float(nans), "infs": float(infs), "parameters": float(len(bad))}
-    count = f"{len(bad)} parameters have NaN or Inf in their gradient though the loss is finite, {bad[0]} first"
-    if nodes is None or nodes.first is None:
+    have = "1 parameter has" if len(bad) == 1 else f"{len(bad)} parameters have"
+    count = f"{have} NaN or Inf in {'its' if len(bad) == 1 else 'their'} gradient though the loss is finite, "
+    count += f"{bad[0]}{'' if len(bad) == 1 else ' first'}"
+    forward = None if operations is None else operations.first or operations.first_nan
+    if operations is not None and operations.brought_nan is not None:
+        yield _of_what_was_brought("nonfinite-gradient", count, operations.brought_nan, numbers)
+    elif forward is not None:
+        yield Finding(
+            "nonfinite-gradient",
+            ERROR,
+            f"{count}. On the way forward {forward.made}. Masked later, it is gone from the loss, but not from the "
+            "gradients: 0 times NaN or Inf is NaN",
+            f"{cure_of(forward.operation, forward.fed, 'look at what goes in there')}. And mask what goes into it, "
+            "not what comes out",
+            (forward.where,),
+            {**numbers, "low": forward.fed.low, "high": forward.fed.high},
+        )
+    elif nodes is not None and nodes.first is not None:
+        first = nodes.first
+        yield Finding(
+            "nonfinite-gradient",
+            ERROR,
+            f"{count}. The first {first.fed.what} on the way back is made by {first.operation}, when the gradient has "
+            f"come back as far as {first.where if first.where == THE_LOSS else f'layer {first.where}'}",
+            cure_of(
+                first.operation,
+                first.fed,
+                "look at what this operation gets in the forward pass: at 0, or far out, its slope is infinite",
+            ),
+            (first.where,),
+            numbers,
+        )
+    else:
         yield Finding(
             "nonfinite-gradient",
             ERROR,
@@ -183,17 +259,33 @@ def backward_findings(bad: tuple[str, ...], nans: int, infs: int, nodes: Nodes |
             bad,
             numbers,
         )
-        return
-    first = nodes.first
-    yield Finding(
-        "nonfinite-gradient",
+
+
+def _of_what_was_brought(code: str, what: str, brought: Brought, numbers: dict[str, float]) -> Finding:
+    counts = {"given_nans": float(brought.nans), "given_infs": float(brought.infs), "given_size": float(brought.size)}
+    where = f"{brought.operation} in {brought.where} gets {brought.name}, of which {_share(brought)}"
+    if brought.name == TARGETS:
+        return Finding(
+            "nonfinite-target",
+            ERROR,
+            f"{what}: {where}",
+            "leave those samples out before the loss is computed, loss_fn(outputs[known], targets[known]) with known = "
+            "torch.isfinite(targets), or fill them; masked in the loss they still spoil the gradients",
+            (TARGETS,),
+            {**numbers, **counts},
+        )
+    return Finding(
+        code,
         ERROR,
-        f"{count}. The first {first.what} on the way back is made by {first.operation}, when the gradient has come "
-        f"back as far as {first.where if first.where == THE_LOSS else f'layer {first.where}'}",
-        _cure(
-            first.operation,
-            "look at what this operation gets in the forward pass: at 0, or far out, its slope is infinite",
-        ),
-        (first.where,),
-        {**numbers, "low": first.low, "high": first.high},
+        f"{what}: {where}",
+        "look at how it is made (a logarithm of 0, 1 / a count of 0, a gap in the data): torch.isfinite(tensor).all() "
+        "tells. Choose before the loss is computed, not with a mask on it",
+        (brought.name,),
+        {**numbers, **counts},
     )
+
+
+def _share(brought: Brought) -> str:
+    counts = {"NaN": brought.nans, "Inf": brought.infs}
+    kinds = [f"{count} {'is' if count == 1 else 'are'} {kind}" for kind, count in counts.items() if count]
+    return f"{' and '.join(kinds)}, among {brought.size}"

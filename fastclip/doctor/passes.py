@@ -40,6 +40,7 @@ class Seen:
         without: names of the parameters that got none.
         weight_grads: name of a layer -> norm of the gradient of its own parameters.
         hidden: whether some layers ran where they couldn't be watched.
+        unregistered: shapes of the parameters that the loss depends on and neither the model nor the loss lists.
     """
 
     loss: float
@@ -55,6 +56,7 @@ class Seen:
     without: tuple[str, ...]
     weight_grads: dict[str, float]
     hidden: bool
+    unregistered: tuple[tuple[int, ...], ...] = ()
 
     @property
     def zero(self) -> tuple[str, ...]:
@@ -109,6 +111,11 @@ def observe(subject: Subject) -> Seen:
             "a checkpoint with use_reentrant=True starts a backward pass of its own, which can't be watched: use "
             "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
         )
+    known = {id(p) for module in (subject.model, *subject.others) for p in module.parameters()}
+    leaves = [node.variable for node in steps_back(loss) if node.name() == "torch::autograd::AccumulateGrad"]
+    unregistered = tuple(
+        tuple(leaf.shape) for leaf in leaves if isinstance(leaf, torch.nn.Parameter) and id(leaf) not in known
+    )
     parameters = list(subject.parameters.values())
     layers.backward = True
     found = gradients(loss, [*parameters, *sequences.inputs])
@@ -133,4 +140,5 @@ def observe(subject: Subject) -> Seen:
             for layer in {call.layer.name: call.layer for call in layers.calls}.values()
         },
         hidden=watch.hidden,
+        unregistered=unregistered,
     )

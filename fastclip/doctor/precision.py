@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
-from fastclip.doctor.diagnosis import INFO, WARNING, Finding
+from fastclip.doctor.diagnosis import ERROR, INFO, WARNING, Finding
 from fastclip.doctor.layers import Call
+from fastclip.doctor.moments import FLOAT16_ZERO
+from fastclip.doctor.subject import Subject, inner
 from fastclip.monitoring.flags import FlagRules
 
 SUBNORMAL = FlagRules.subnormal  # share of a gradient's elements that have lost bits, the monitor's own measure
@@ -16,6 +19,7 @@ SUBNORMAL = FlagRules.subnormal  # share of a gradient's elements that have lost
 LOST = 0.05
 # Within four binary places of the largest number: a sum of 16 such numbers overflows, or one step at a usual rate does.
 NEAR = 1.0 / 16.0
+USUAL_EPS = 1e-8  # of Adam and its kin
 WIDE = (torch.float32, torch.float64)
 
 
@@ -24,6 +28,29 @@ def findings(calls: list[Call]) -> Iterator[Finding]:
     yield from _underflow(calls)
     yield from _overflow(calls)
     yield from _float16(calls)
+
+
+def without_eps(subject: Subject) -> Finding | None:
+    """Of float16 parameters whose optimizer divides by a root and an eps that float16 rounds to 0. Fused steps, and
+    optimizers that aren't torch's, may compute in float32."""
+    half = [name for name, parameter in subject.parameters.items() if parameter.dtype == torch.float16]
+    groups: list[dict[str, Any]] = [{"eps": USUAL_EPS}]
+    if (optimizer := inner(subject.optimizer)) is not None:
+        torchs = type(optimizer).__module__.startswith("torch.optim")
+        groups = [group for group in optimizer.param_groups if torchs and not group.get("fused")]
+    eps = min((group["eps"] for group in groups if isinstance(group.get("eps"), float)), default=1.0)
+    if not half or eps >= FLOAT16_ZERO:
+        return None
+    return Finding(
+        "eps-underflow",
+        ERROR,
+        f"{len(half)} parameter{'s are' if len(half) > 1 else ' is'} float16, where an eps of {eps:g} is 0: the first "
+        "step divides 0 by 0",
+        "keep the parameters in float32, and run the model under torch.autocast with fastclip.GradScaler(); or train "
+        "in torch.bfloat16",
+        tuple(half[:5]),
+        {"eps": eps, "parameters": float(len(half))},
+    )
 
 
 def _underflow(calls: list[Call]) -> Iterator[Finding]:

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fastclip.doctor.diagnosis import DoctorError
+from fastclip.optim import ClippedOptimizer
+
+TARGETS = "the targets"
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class Subject:
         others: modules besides the model that a pass may change: the loss, where it is one.
         parameters: name -> parameter, of those that are trained.
         optimizer: the user's, or None.
+        targets: what the loss compares with; None where only the user's step knows.
     """
 
     model: nn.Module
@@ -30,6 +34,22 @@ class Subject:
     others: tuple[nn.Module, ...]
     parameters: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer | None
+    targets: Any = None
+
+    @property
+    def strangers(self) -> tuple[str, ...]:
+        """Names of the trained parameters that the optimizer doesn't have."""
+        if self.optimizer is None:
+            return ()
+        known = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
+        return tuple(name for name, parameter in self.parameters.items() if id(parameter) not in known)
+
+    def around(self) -> Iterator[tuple[str, Tensor]]:
+        """Tensors that a pass uses and doesn't make, by what they are called."""
+        yield from ((f"the buffer {name}", buffer) for name, buffer in self.model.named_buffers())
+        for module in self.others:
+            yield from ((f"{name} of {type(module).__name__}", buffer) for name, buffer in module.named_buffers())
+        yield from ((TARGETS, tensor) for tensor in tensors_in(self.targets))
 
     def prepare(self) -> None:
         """A model that is in evaluation mode as a whole goes into training mode; else each module keeps its own."""
@@ -86,6 +106,7 @@ def subject_of(
     if step is not None:
         if batch is not None or loss_fn is not None:
             raise TypeError("pass either batch and loss_fn, or step; not both")
+        known = None
         if not callable(step):
             raise TypeError(f"step: expected a function loss = step(model), got {type(step).__name__}")
 
@@ -106,6 +127,7 @@ def subject_of(
         if not callable(loss_fn):
             raise TypeError(f"loss_fn: expected a function of (outputs, targets), got {type(loss_fn).__name__}")
         inputs, targets = batch
+        known = targets
 
         def run() -> Any:
             return loss_fn(model(inputs), targets)
@@ -116,6 +138,7 @@ def subject_of(
         others=(loss_fn,) if isinstance(loss_fn, nn.Module) else (),
         parameters=_trained(model),
         optimizer=optimizer,
+        targets=known,
     )
 
 
@@ -144,6 +167,11 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
     if not trained:
         raise DoctorError("no parameter of the model requires a gradient, so there is nothing to train")
     return trained
+
+
+def inner(optimizer: torch.optim.Optimizer | None) -> torch.optim.Optimizer | None:
+    """The one that makes the steps."""
+    return optimizer.inner if isinstance(optimizer, ClippedOptimizer) else optimizer
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

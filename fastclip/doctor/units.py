@@ -57,7 +57,8 @@ def findings(activations: list[Activation], calls: list[Call]) -> Iterator[Findi
 
 
 def _and_more(where: tuple[str, ...]) -> str:
-    return f", and many behind {len(where) - 1} more layers" if len(where) > 1 else ""
+    more = len(where) - 1
+    return f", and many behind {more} more layer{'s' if more > 1 else ''}" if more else ""
 
 
 def notes(activations: list[Activation]) -> Iterator[str]:
@@ -68,7 +69,7 @@ def notes(activations: list[Activation]) -> Iterator[str]:
 
 
 def without_gradient(
-    without: tuple[str, ...], zero: tuple[str, ...], total: int, has_zero_weights: bool
+    without: tuple[str, ...], zero: tuple[str, ...], total: int, has_zero_weights: bool, only_biases: bool
 ) -> Iterator[Finding]:
     """Of parameters that the loss doesn't depend on, or whose gradient is 0 everywhere.
 
@@ -78,6 +79,8 @@ def without_gradient(
         total: how many parameters are trained.
         has_zero_weights: a layer starts at 0 by intent, and holds back the gradient of what comes before it in the
             first step.
+        only_biases: of one dimension or none each are those whose gradient is 0. What is added to all outputs is gone
+            where the loss takes their differences.
     """
     if len(without) == total:
         yield Finding(
@@ -93,24 +96,33 @@ def without_gradient(
         yield Finding(
             "no-gradient",
             WARNING,
-            f"{len(without)} of {total} parameters get no gradient, the loss doesn't depend on them: "
-            f"{_listed(without)}",
+            f"{len(without)} of {total} parameters get no gradient, the loss doesn't depend on them: {listed(without)}",
             "use them in forward(), or freeze them with requires_grad_(False); look for .detach() on the way",
             without[:LISTED],
             {"without": float(len(without)), "parameters": float(total)},
         )
     if zero:
+        nothing = len(zero) + len(without) == total
+        advice = "look for dead units or a multiplication by 0 behind them"
+        if nothing:
+            advice = (
+                "the loss is flat here: look for a softmax over one output, a comparison, rounding, a clamp, or a "
+                "multiplication by 0"
+            )
+        elif has_zero_weights:
+            advice = "a layer behind them starts at 0, so this should end after the first step; check again after it"
+        elif only_biases:
+            advice = "fine where a loss takes differences of outputs, and a bias cancels; else look for dead units"
         yield Finding(
             "zero-gradient",
-            INFO if has_zero_weights else WARNING,
-            f"{len(zero)} of {total} parameters get a gradient that is 0 everywhere: {_listed(zero)}",
-            "a layer behind them starts at 0, so this should end after the first step; check again after it"
-            if has_zero_weights
-            else "look for dead units or a multiplication by 0 behind them",
+            ERROR if nothing else INFO if has_zero_weights or only_biases else WARNING,
+            f"{len(zero)} of {total} parameters get a gradient that is 0 everywhere: {listed(zero)}",
+            advice,
             zero[:LISTED],
             {"zero": float(len(zero)), "parameters": float(total)},
         )
 
 
-def _listed(names: tuple[str, ...]) -> str:
+def listed(names: tuple[str, ...]) -> str:
+    """Some of them."""
     return ", ".join(names[:LISTED]) + (", ..." if len(names) > LISTED else "")

@@ -1,0 +1,183 @@
+"""What people ask about: their losses and models, the cause that is told, and what only looks like one."""
+
+import math
+
+import pytest
+import torch
+from patients import classes, mlp, tokens
+from torch import nn
+from torch.nn import functional as F
+
+import fastclip
+
+CE = nn.CrossEntropyLoss()
+
+
+def check(*args, **kwargs):
+    return fastclip.check(*args, max_seconds=0, **kwargs)
+
+
+def test_what_is_masked_after_it_was_nan_is_found_on_the_way_forward():
+    """Its gradient is 0 times NaN; the step back that shows it is innocent."""
+
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(32, 3) for _ in range(3))
+
+        def forward(self, x):
+            scores = self.q(x) @ self.k(x).T
+            scores[5] = -math.inf  # no key is visible
+            out = torch.softmax(scores, dim=-1) @ self.v(x)
+            keep = torch.arange(len(x)) != 5
+            return torch.where(keep[:, None], out, 0.0)
+
+    (finding, *_) = check(Masked(), classes(), CE).findings
+    assert finding.code == "nonfinite-gradient"
+    assert "On the way forward NaN is made by _softmax in the model" in finding.message
+    assert "leave one key visible" in finding.advice
+    assert finding.numbers["parameters"] == 2.0  # those of the values
+
+
+def test_a_gap_in_the_targets_that_is_filled_in_time_is_no_finding():
+    x, y = torch.randn(64, 32), torch.randn(64, 3)
+    y[3] = math.nan
+    for loss in (
+        lambda out, y: F.mse_loss(out, torch.where(y.isnan(), out.detach(), y)),
+        lambda out, y: torch.where(y.isnan(), 0.0, out - y).square().mean(),
+        lambda out, y: (out - y.nan_to_num()).square().mean(),
+    ):
+        assert check(mlp(nn.ReLU, 2), (x, y), loss).healthy
+
+
+def test_weights_that_are_not_finite_are_named():
+    x, y = classes()
+    (finding, *rest) = check(
+        mlp(nn.ReLU, 2), (x, y), nn.CrossEntropyLoss(weight=torch.tensor([1.0, math.inf, 1.0]))
+    ).findings
+    assert finding.code == "nonfinite-loss"
+    assert finding.where == ("weight of CrossEntropyLoss",)
+    assert "1 is Inf, among 3" in finding.message
+    assert not rest
+    late = torch.tensor([1.0, math.nan, 1.0])
+    (finding, *_) = check(mlp(nn.ReLU, 2), step=lambda model: (model(x).log_softmax(1) * late).mean()).findings
+    assert "mul in the loss gets a tensor of shape (3,) from outside of the model, of which 1 is NaN" in finding.message
+
+
+CURED = {
+    "a negative root": (lambda out, y: (out - out.mean()).sqrt().mean(), "clamp_min"),
+    "a root at 0": (lambda out, y: (out - out.detach()).sqrt().mean(), "torch.sqrt(x + 1e-8)"),
+    "a negative logarithm": (lambda out, y: out.log().mean(), "softplus"),
+    "the logarithm of 0": (lambda out, y: (out * 0).log().mean(), "clamp_min"),
+    "an overflow": (lambda out, y: (1e30 * out).pow(4).mean(), "scale what goes in"),
+    "a negative base": (lambda out, y: (out - 1e3).pow(0.5).mean(), "clamp_min"),
+    "0 times Inf": (lambda out, y: (0 * (out * 0 + 1e-30).reciprocal().pow(2)).mean(), "scale what goes in"),
+    "nothing left": (lambda out, y: out[y > 9].mean(), "nothing is selected"),
+    "one number": (lambda out, y: out[:1].std(0).mean(), "two samples at least"),
+    "no target": (lambda out, y: F.cross_entropy(out, torch.full_like(y, -100)), "no target counts"),
+    "too short": (
+        lambda out, y: F.ctc_loss(out.log_softmax(1)[:2, None], torch.tensor([[1, 1, 2]]), (2,), (3,)),
+        "zero_infinity=True",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:std")
+@pytest.mark.parametrize("case", CURED)
+def test_advice_fits_what_the_operation_got(case):
+    loss, cure = CURED[case]
+    (finding, *_) = check(mlp(nn.ReLU, 2), classes(), loss).findings
+    assert finding.code in ("nonfinite-loss", "nonfinite-gradient", "overflow")
+    assert cure in finding.advice
+    assert "nan" not in finding.message.partition("of ")[2]
+
+
+def test_an_optimizer_of_other_parameters():
+    model, batch = mlp(nn.ReLU, 2), classes()
+    others = fastclip.ClippedOptimizer(torch.optim.Adam(mlp(nn.ReLU, 2).parameters()), max_norm=1.0)
+    (finding, *_) = check(model, batch, CE, others).findings
+    assert (finding.code, finding.severity) == ("optimizer-parameters", "error")
+    (finding,) = check(model, batch, CE, torch.optim.Adam(model[:-1].parameters())).findings
+    assert (finding.severity, finding.where) == ("warning", ("4.weight", "4.bias"))
+    model[-1].requires_grad_(False)
+    assert check(model, batch, CE, torch.optim.Adam(model[:-1].parameters())).healthy
+
+
+def test_other_models_in_a_step_are_no_lost_layers():
+    critic, model, (x, _) = mlp(nn.ReLU, 1, width=3), mlp(nn.ReLU, 2), classes()
+    assert check(model, step=lambda model: critic(model(x)).mean()).healthy
+
+
+def test_a_loss_that_no_parameter_changes():
+    (finding, *_) = check(mlp(nn.ReLU, 2), classes(), lambda out, y: (out * 0).sum() + 1.0).findings
+    assert (finding.code, finding.severity) == ("zero-gradient", "error")
+    assert "the loss is flat" in finding.advice
+
+
+def test_a_bias_that_cancels_is_no_dead_unit():
+    x, _ = classes()
+    diagnosis = check(mlp(nn.ReLU, 2), step=lambda model: -F.logsigmoid(model(x)[:, 0] - model(x.flip(0))[:, 0]).mean())
+    assert diagnosis.healthy
+
+
+def test_numbers_that_are_mostly_0_have_a_size_of_their_own():
+    _, y = classes()
+    codes = F.one_hot(torch.randint(200, (64,)), 200).float()
+    model = nn.Sequential(nn.Linear(200, 32), nn.ReLU(), nn.Linear(32, 3))
+    assert check(model, (codes, y), CE).healthy
+    words = F.normalize(torch.rand(64, 200) * (torch.rand(64, 200) < torch.logspace(-2, 0, 200) * 0.3))
+    assert check(model, (words, y), CE).healthy
+
+
+def test_a_mask_that_is_subtracted_is_no_target():
+    x, _ = classes()
+
+    def contrast(model):
+        z = F.normalize(model(x), dim=1)
+        return F.cross_entropy(z @ z.T - 1e4 * torch.eye(len(x)), torch.arange(len(x)) ^ 1)
+
+    assert check(mlp(nn.ReLU, 2), step=contrast).healthy
+
+
+def test_a_head_that_shares_its_weight_with_the_embedding_is_sized_for_looking_up():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.body, self.head = nn.Embedding(50, 64), nn.Linear(64, 64), nn.Linear(64, 50, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, tokens):
+            return self.head(self.body(self.embed(tokens)) / 8)
+
+    tied, (tokens_, targets) = Tied(), tokens()
+    assert "init-too-large" not in check(tied, (tokens_, targets), lambda out, y: out.square().mean()).codes
+
+
+def test_layers_of_another_kind_are_said_not_to_be_seen():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(32))
+
+        def forward(self, x):
+            return (x * self.scale)[:, :3]
+
+    assert any(note.startswith("layers: none was seen") for note in check(Own(), classes(), CE).notes)
+
+
+def test_a_norm_beyond_all_measure_is_no_bound():
+    x, y = classes()
+    diagnosis = check(mlp(nn.ReLU, 2), (x, y), lambda out, y: 1e8 * CE(out, y))
+    assert diagnosis.bound.max_norm == 1.0
+    assert "symptom" in diagnosis.bound.why
+    assert "gradient-scale" in diagnosis.codes
+
+
+def test_float16_parameters_with_an_eps_that_float16_has():
+    x, y = classes()
+    for settings, sick in (({}, True), ({"eps": 1e-4}, False), ({"fused": True}, False)):
+        model = mlp(nn.ReLU, 2).half()
+        codes = check(model, (x.half(), y), CE, torch.optim.Adam(model.parameters(), 1e-3, **settings)).codes
+        assert ("eps-underflow" in codes) == sick
+    model = mlp(nn.ReLU, 2).half()
+    assert "eps-underflow" not in check(model, (x.half(), y), CE, torch.optim.SGD(model.parameters(), 0.1)).codes
