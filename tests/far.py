@@ -52,7 +52,11 @@ BRINGING = ("new_tensor", "__getitem__", "__setitem__", "to")
 
 
 class no_waiting:
-    """What would wait for a device raises, but for the host's own copy of the count of skipped steps."""
+    """What would wait for a device raises, but for the host's own copy of the count of skipped steps, and in functions
+    that are ``allowed`` to look: at what lies on the host anyway."""
+
+    def __init__(self, *allowed):
+        self.allowed = [function.__code__ for function in (fastclip.record.Echo.latest, *allowed)]
 
     def __enter__(self):
         self.patch = pytest.MonkeyPatch()
@@ -65,7 +69,7 @@ class no_waiting:
     def _refusing(self, name, original):
         def refuse(tensor, *args, **kwargs):
             code = sys._getframe(1).f_code
-            if code is fastclip.record.Echo.latest.__code__:
+            if code in self.allowed:
                 return original(tensor, *args, **kwargs)
             raise AssertionError(f"{code.co_qualname if hasattr(code, 'co_qualname') else code.co_name} waits: {name}")
 

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
+from far import go_far, no_waiting
 from ranks import ranks
 from shards import counted, mesh_of, network, placed, sharded, whole, with_grad
 from torch.distributed.tensor import Replicate, Shard
@@ -90,6 +91,37 @@ def test_twenty_steps_end_where_one_process_ends(world, kind, optimizer, groups)
     check_training(results, optimizer)
     for *_, joined in results:
         assert len(joined) == len(set(joined)) == groups
+
+
+RULES = {
+    "total": lambda: policies.GlobalNorm(1.0),
+    "tensors": lambda: policies.Chain(policies.PerTensorNorm(0.3), policies.GlobalNorm(1.0)),
+    "units": lambda: policies.Unitwise(0.05),
+    "averages": lambda: policies.AdaGC(warmup=2),
+}
+
+
+def train_far_from_the_host(kind, rule):
+    model = sharded(kind)
+    opt = fastclip.ClippedOptimizer(OPTIMIZERS["fused"](model.parameters()), policy=RULES[rule]())
+    train(model, opt, 2)  # the ranks make themselves known to each other, and wait for that
+    with pytest.MonkeyPatch.context() as patches:
+        go_far(patches, "reference")
+        for step in range(2, 5):
+            opt.zero_grad()
+            batch = torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
+            ((model(batch) ** 2).mean() * 100.0).backward()
+            with no_waiting(ties.ties_of):  # a mesh is a tensor on the host
+                opt.step()
+    return whole(model.parameters())
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("world", "kind"), [(2, "fsdp"), (4, "hsdp")])
+def test_on_accelerators_no_step_waits(world, kind, rule):
+    results = ranks(world).run(train_far_from_the_host, kind, rule)
+    for got in results[1:]:
+        assert all(map(torch.equal, got, results[0]))
 
 
 def train_replicated(views):
