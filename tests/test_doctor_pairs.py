@@ -278,6 +278,13 @@ PAIRS = {
         numbers,
         (lambda out, y: (out - y).pow(2).mean()),
     ),
+    ("broadcast-loss", "MLP, a product"): (
+        lambda: ending(nn.Sigmoid(), width=1),
+        lambda: (binary()[0], binary()[1][:, 0]),
+        lambda: ending(nn.Sigmoid(), width=1),
+        binary,
+        (lambda out, y: -(y * torch.log(out) + (1 - y) * torch.log(1 - out)).mean()),
+    ),
     ("target-scale", "MLP"): (
         lambda: ending(width=1),
         lambda: numbers(factor=300.0),

@@ -139,6 +139,17 @@ def test_a_mask_that_is_subtracted_is_no_target():
     assert check(mlp(nn.ReLU, 2), step=contrast).healthy
 
 
+def test_each_against_each_is_no_mistake_where_it_is_meant():
+    x, _ = classes()
+    known = torch.randn(64)
+
+    def ranked(model):
+        scores = model(x)[:, :1]
+        return ((scores - known[None]).square() * 0.1 + (scores * known[None])).mean()
+
+    assert "broadcast-loss" not in check(mlp(nn.ReLU, 2), step=ranked).codes
+
+
 def test_a_head_that_shares_its_weight_with_the_embedding_is_sized_for_looking_up():
     class Tied(nn.Module):
         def __init__(self):

@@ -16,7 +16,7 @@ from fastclip.doctor.operations import MASKED
 from fastclip.doctor.watching import Watch, is_transformed
 
 CLASSES, LOG_CLASSES, BINARY, REGRESSION = "cross_entropy", "nll_loss", "binary", "regression"
-PROBABILITY, DIVERGENCE = "probability", "divergence"
+PROBABILITY, DIVERGENCE, PRODUCT = "probability", "divergence", "product"
 KINDS: dict[Any, str] = {
     F.cross_entropy: CLASSES,
     F.nll_loss: LOG_CLASSES,
@@ -29,6 +29,7 @@ KINDS: dict[Any, str] = {
     F.huber_loss: REGRESSION,
 }
 DIFFERENCES = (torch.sub, torch.subtract, torch.rsub, Tensor.sub, Tensor.subtract, Tensor.__sub__, Tensor.__rsub__)
+PRODUCTS = (torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__)
 # Operations that only move numbers: behind them the one that made them is looked for.
 MOVES: tuple[str, ...] = (
     "View",
@@ -53,10 +54,11 @@ ROUNDING = 1e-2  # how far a sum of probabilities may be from 1: what 16 bits le
 
 @dataclass(frozen=True)
 class LossCall:
-    """One call of a loss function, or a difference of two tensors outside of the model.
+    """One call of a loss function, or a difference or product of two tensors outside of the model.
 
     Attributes:
-        kind: what it is for: CLASSES, LOG_CLASSES, BINARY (of logits), PROBABILITY, DIVERGENCE or REGRESSION.
+        kind: what it is for: CLASSES, LOG_CLASSES, BINARY (of logits), PROBABILITY, DIVERGENCE, REGRESSION or
+            PRODUCT (of an output and something else, in a loss of the user's own).
         name: of the function.
         value: its mean over the samples; NaN where it gave a sum or no number.
         classes: how many there are; 0 where it isn't about classes.
@@ -101,8 +103,8 @@ class LossCalls(TorchFunctionMode):
             kind = KINDS.get(func)
             named = kwargs or {}
             pair = (*args, *(named[key] for key in ("input", "target", "other") if key in named))[:2]
-            if kind is None and func in DIFFERENCES and not self._watch.within:
-                kind, pair = REGRESSION, _output_first(pair)
+            if kind is None and func in (*DIFFERENCES, *PRODUCTS) and not self._watch.within:
+                kind, pair = PRODUCT if func in PRODUCTS else REGRESSION, _output_first(pair)
             if kind is not None and len(pair) == 2 and all(isinstance(one, Tensor) for one in pair):
                 if func in DIFFERENCES and _is_mask(pair[1]):
                     return out

@@ -13,6 +13,7 @@ from fastclip.doctor.loss_calls import (
     DIVERGENCE,
     LOG_CLASSES,
     PROBABILITY,
+    PRODUCT,
     REGRESSION,
     ROUNDING,
     LossCall,
@@ -42,8 +43,10 @@ def _of(call: LossCall) -> Iterator[Finding]:
         yield from _binary(call)
     elif call.kind == DIVERGENCE:
         yield from _divergence(call)
-    elif call.kind == REGRESSION:
-        yield from _regression(call)
+    elif call.kind in (REGRESSION, PRODUCT):
+        yield from _pairs(call)
+    if call.kind == REGRESSION:
+        yield from _scale(call)
 
 
 def _classes(call: LossCall) -> Iterator[Finding]:
@@ -182,19 +185,22 @@ def _sigmoids(call: LossCall, what: str) -> Finding:
     )
 
 
-def _regression(call: LossCall) -> Iterator[Finding]:
+def _pairs(call: LossCall) -> Iterator[Finding]:
     ours, theirs = call.shapes
     if _broadcast_by_mistake(ours, theirs):
         pairs = math.prod(_broadcast(ours, theirs))
         yield Finding(
             "broadcast-loss",
             ERROR,
-            f"{call.name} compares shape {ours} with shape {theirs}: broadcast, these are {pairs} pairs instead of "
+            f"{call.name} takes shape {ours} with shape {theirs}: broadcast, these are {pairs} pairs instead of "
             f"{math.prod(ours)}, each output against each target, and the model learns the mean",
             f"give both the same shape: outputs.squeeze(-1) or targets.reshape({ours})",
             (call.name,),
             {"pairs": float(pairs), "outputs": float(math.prod(ours))},
         )
+
+
+def _scale(call: LossCall) -> Iterator[Finding]:
     m = call.target
     if m is None or not m.finite or m.max_abs == 0.0:
         return
@@ -219,6 +225,11 @@ def _broadcast(ours: tuple[int, ...], theirs: tuple[int, ...]) -> tuple[int, ...
 
 
 def _broadcast_by_mistake(ours: tuple[int, ...], theirs: tuple[int, ...]) -> bool:
-    """Both hold the same numbers in the same order, but for dimensions of 1, and together they give more."""
+    """Both hold the same numbers in the same order, but for dimensions of 1, and together they give more. With as many
+    dimensions, each against each is meant."""
     squeezed = [tuple(size for size in shape if size != 1) for shape in (ours, theirs)]
-    return squeezed[0] == squeezed[1] and math.prod(_broadcast(ours, theirs)) > math.prod(ours)
+    return (
+        len(ours) != len(theirs)
+        and squeezed[0] == squeezed[1]
+        and math.prod(_broadcast(ours, theirs)) > math.prod(ours)
+    )
