@@ -98,7 +98,7 @@ def test_an_optimizer_of_other_parameters():
     (finding, *_) = check(model, batch, CE, others).findings
     assert (finding.code, finding.severity) == ("optimizer-parameters", "error")
     (finding,) = check(model, batch, CE, torch.optim.Adam(model[:-1].parameters())).findings
-    assert (finding.severity, finding.where) == ("warning", ("4.weight", "4.bias"))
+    assert (finding.severity, finding.where) == ("info", ("4.weight", "4.bias"))
     model[-1].requires_grad_(False)
     assert check(model, batch, CE, torch.optim.Adam(model[:-1].parameters())).healthy
 
@@ -192,3 +192,109 @@ def test_float16_parameters_with_an_eps_that_float16_has():
         assert ("eps-underflow" in codes) == sick
     model = mlp(nn.ReLU, 2).half()
     assert "eps-underflow" not in check(model, (x.half(), y), CE, torch.optim.SGD(model.parameters(), 0.1)).codes
+
+
+def test_a_difference_that_is_only_a_part_of_something_has_no_target():
+    """The ratio of two policies, the margin of preferences."""
+    x, _ = classes()
+    before = torch.randn(64) - 30.0
+    for taken in (torch.exp, F.logsigmoid):
+        found = check(mlp(nn.ReLU, 2), step=lambda m, f=taken: f(m(x)[:, 0] - 30.0 - before).mean())
+        assert "target-scale" not in found.codes
+    assert "target-scale" in check(mlp(nn.ReLU, 2), step=lambda m: (m(x)[:, 0] - before).square().mean()).codes
+
+
+def test_a_mask_among_the_inputs_is_one():
+    """-Inf where nobody shall look, as torch.nn.Transformer.generate_square_subsequent_mask makes it."""
+
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.head = nn.MultiheadAttention(32, 2), nn.Linear(32, 3)
+
+        def forward(self, x, mask):
+            return self.head(self.attention(x, x, x, attn_mask=mask)[0])
+
+    x, y = classes()
+    mask = nn.Transformer.generate_square_subsequent_mask(64)
+    assert check(Masked(), step=lambda model: CE(model(x, mask), y)).healthy
+    features = torch.rand(64, 32)
+    features[3, 2] = 0.0
+    (finding, *_) = check(mlp(nn.ReLU, 2), (features.log(), y), CE).findings
+    assert finding.code == "nonfinite-loss"
+    assert "gets the inputs, of which 1 is Inf" in finding.message
+
+
+def test_gaps_in_the_inputs_that_the_model_fills_are_no_error():
+    class Filling(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = mlp(nn.ReLU, 2)
+
+        def forward(self, x):
+            return self.model(x.nan_to_num())
+
+    x, y = classes()
+    x[3, 2] = math.nan
+    diagnosis = check(Filling(), (x, y), CE)
+    assert diagnosis.healthy
+    assert diagnosis.codes == ("nonfinite-input",)
+    findings = check(Filling(), (x, y), lambda out, y: (out - 9.0).log().mean()).findings
+    assert any("made by log in the loss" in finding.message for finding in findings)
+
+
+def test_targets_that_are_left_out_or_counted():
+    x, _ = classes()
+    known = (torch.arange(64) % 3 > 0)[:, None]
+    labels = torch.where(known, (x[:, :1] > 0).float(), -1.0)
+    model = mlp(nn.ReLU, 2)
+
+    def masked(model):
+        loss = F.binary_cross_entropy_with_logits(model(x)[:, :1], labels, reduction="none")
+        return loss[known].mean()
+
+    assert check(model, step=masked).healthy
+    assert check(
+        model, step=lambda m: F.binary_cross_entropy_with_logits(m(x)[:, :1], labels, weight=known.float())
+    ).healthy
+    edges = (x[:, :1] > 0).float() * (1 + 1e-6)
+    assert check(model, (x, edges), lambda out, y: F.binary_cross_entropy_with_logits(out[:, :1], y)).healthy
+    clicks = torch.poisson(torch.full((64, 3), 5.0))
+    assert check(model, (x, clicks), CE).healthy
+
+
+def test_models_of_others_in_the_loss_are_no_lost_layers():
+    critic, (x, y) = nn.Linear(3, 1), classes()
+    assert check(mlp(nn.ReLU, 2), (x, y), lambda out, y: critic(out).mean()).healthy
+
+
+def test_copies_in_float32_are_the_optimizers_own():
+    model, (x, y) = mlp(nn.ReLU, 2).half(), classes()
+    optimizer = torch.optim.Adam([p.detach().float().requires_grad_() for p in model.parameters()])
+    assert not {"optimizer-parameters", "eps-underflow"} & set(check(model, (x.half(), y), CE, optimizer).codes)
+
+
+KINDS_OF_TENSORS = {
+    "sparse": lambda x: torch.sparse.mm(torch.eye(len(x)).to_sparse(), x),
+    "compressed": lambda x: torch.eye(len(x)).to_sparse_csr() @ x,
+    "quantised": lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8).dequantize(),
+    "float8": lambda x: x.to(torch.float8_e4m3fn).to(torch.float32),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", KINDS_OF_TENSORS)
+def test_tensors_of_all_kinds_may_stand_before_a_nan(kind):
+    x, y = classes()
+    (finding, *_) = check(mlp(nn.ReLU, 2), step=lambda m: CE(m(KINDS_OF_TENSORS[kind](x)).log(), y)).findings
+    assert finding.code == "nonfinite-loss"
+    assert "made by log" in finding.message
+
+
+def test_advice_for_float16_holds_in_float16():
+    x, y = classes()
+    model = mlp(nn.ReLU, 2).half()
+    (finding, *_) = check(model, step=lambda m: (m(x.half()) * 0).log().mean()).findings
+    assert "clamp_min(1e-4)" in finding.advice
+    (finding, *_) = check(mlp(nn.ReLU, 2), (x, y), lambda out, y: (out * 1e30).norm()).findings
+    assert "more than the dtype can hold" in finding.advice or finding.code != "nonfinite-loss"

@@ -27,7 +27,18 @@ from fastclip.doctor import (
     recurrence,
     units,
 )
-from fastclip.doctor.diagnosis import ERROR, SEVERITIES, WARNING, Diagnosis, DoctorError, Finding, Range, Row, Trial
+from fastclip.doctor.diagnosis import (
+    ERROR,
+    INFO,
+    SEVERITIES,
+    WARNING,
+    Diagnosis,
+    DoctorError,
+    Finding,
+    Range,
+    Row,
+    Trial,
+)
 from fastclip.doctor.layers import Call
 from fastclip.doctor.passes import Seen, observe
 from fastclip.doctor.progress import progress_bar
@@ -147,7 +158,7 @@ def check(
 
 def _of_the_optimizer(subject: Subject) -> Iterator[Finding]:
     missing, total = subject.strangers, len(subject.parameters)
-    if not missing:
+    if not missing or subject.has_copies:
         return
     what = f"{len(missing)} of {total} parameters that are to be trained aren't among the optimizer's"
     if len(missing) == total:
@@ -163,24 +174,24 @@ def _of_the_optimizer(subject: Subject) -> Iterator[Finding]:
     else:
         yield Finding(
             "optimizer-parameters",
-            WARNING,
+            INFO,
             f"{what}: {units.listed(missing)}",
-            "add them, optimizer.add_param_group({'params': ...}), or freeze them with requires_grad_(False)",
+            "fine if another optimizer has them; else add them, optimizer.add_param_group({'params': ...}), or freeze "
+            "them with requires_grad_(False)",
             missing[: units.LISTED],
             {"missing": float(len(missing)), "parameters": float(total)},
         )
 
 
-def _unregistered(shapes: tuple[tuple[int, ...], ...]) -> Finding:
-    listed = ", ".join(map(str, shapes[: units.LISTED])) + (", ..." if len(shapes) > units.LISTED else "")
+def _unregistered(names: tuple[str, ...]) -> Finding:
     return Finding(
         "unregistered-parameter",
         WARNING,
-        f"the loss depends on {len(shapes)} parameter{'s' if len(shapes) > 1 else ''} that model.parameters() doesn't "
-        f"list, of shape {listed}: no optimizer made of it trains them",
-        "keep layers in torch.nn.ModuleList or ModuleDict, not in a list or dict, and parameters in ParameterList",
-        (),
-        {"parameters": float(len(shapes))},
+        f"{len(names)} parameter{'s are' if len(names) > 1 else ' is'} used from a plain list or dict, which "
+        f"model.parameters() doesn't look into: {units.listed(names)}",
+        "keep layers in torch.nn.ModuleList or ModuleDict, and parameters in ParameterList or ParameterDict",
+        names[: units.LISTED],
+        {"parameters": float(len(names))},
     )
 
 
@@ -205,7 +216,7 @@ def _of_the_pass(subject: Subject, seen: Seen) -> Iterator[Finding]:
     if not seen.calls and not seen.given and not seen.hidden:
         raise DoctorError("the step never called the model: it has to run the one it is given, loss = step(model)")
     has_zero_weights = any(weight.std == 0.0 for weight in seen.weights)
-    yield from inputs.findings(seen.given)
+    yield from inputs.findings(seen.given, math.isfinite(seen.loss) and not seen.bad)
     yield from losses.findings(seen.losses)
     trained = len(seen.without) + (0 if seen.grads is None else len(seen.grads.names))
     zero = seen.zero if math.isfinite(seen.loss) else ()  # else they say nothing
@@ -213,7 +224,7 @@ def _of_the_pass(subject: Subject, seen: Seen) -> Iterator[Finding]:
     only_biases = all(dims[name] < 2 for name in zero)
     yield from units.without_gradient(seen.without, zero, trained, has_zero_weights, only_biases)
     yield from _of_the_optimizer(subject)
-    if seen.unregistered and subject.targets is not None:  # a step may hold other models by intent
+    if seen.unregistered:
         yield _unregistered(seen.unregistered)
     yield from initialisation.findings(seen.calls, seen.weights, seen.follows)
     yield from depth.findings(seen.calls, seen.weight_grads)
@@ -271,8 +282,7 @@ def _nonfinite_parameters(bad: tuple[str, ...]) -> Finding:
 
 
 def _of_what_is_not_finite(subject: Subject, seen: Seen, bad: tuple[str, ...]) -> Iterator[Finding]:
-    caused = bool(bad) or any(one.moments is not None and not one.moments.finite for one in seen.given)
-    operations, nodes = (None, None) if caused else origin.traced(subject)
+    operations, nodes = (None, None) if bad else origin.traced(subject)
     if not math.isfinite(seen.loss):
         yield from origin.forward_findings(seen.loss, operations)
     elif seen.bad and seen.grads is not None:

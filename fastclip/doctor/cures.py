@@ -14,20 +14,28 @@ class Fed(NamedTuple):
         what: "NaN" or "Inf", which it made.
         low, high: range of the finite numbers among it; NaN where there are none, or where nobody knows.
         infinite: whether Inf was among it.
+        half: whether it was float16, which has neither 1e-8 nor exp(80).
     """
 
     what: str
     low: float
     high: float
-    infinite: bool
+    infinite: bool = False
+    half: bool = False
+
+    @property
+    def overflows(self) -> bool:
+        """Whether it made Inf of numbers that were large already."""
+        return self.what == "Inf" and max(-self.low, self.high) > 1.0
 
 
+TOO_LARGE = "the result is more than the dtype can hold: scale what goes in, or compute this in float32"
 SLOPE = "its slope at 0 is NaN: (x.square().sum() + 1e-12).sqrt()"
 BOUNDED = "keep what it gets inside of -1 to 1: x.clamp(-1 + 1e-6, 1 - 1e-6)"
 NO_KEY = "a row whose scores are all -inf has no softmax: leave one key visible in each row of the mask"
 NO_TARGET = "no target counts, each is ignore_index or weighs 0: leave out such a batch"
 EMPTY = "leave out a batch of which nothing is selected: a mean of no number is NaN"
-ONE = "one number has no deviation: take two samples at least, or correction=0"
+ONE = "one number has no deviation: take two samples at least"
 
 
 def _root(fed: Fed, plain: str, plus: str) -> str:
@@ -49,15 +57,15 @@ def _log(fed: Fed) -> str:
 
 
 def _power(fed: Fed) -> str:
-    if fed.what == "Inf" and max(-fed.low, fed.high) > 1.0:
-        return "such numbers to this power are more than the dtype can hold: scale what goes in"
+    if fed.overflows:
+        return f"{TOO_LARGE}; if the power is negative, keep the base away from 0"
     return "keep the base above 0: x.clamp_min(1e-8) ** p"
 
 
 def _product(fed: Fed) -> str:
     if fed.infinite:
         return "0 times Inf is NaN: choose with torch.where or masked_fill instead of multiplying by a mask"
-    return "the product is more than the dtype can hold: scale what goes in"
+    return TOO_LARGE
 
 
 CURES: dict[str, str | Callable[[Fed], str]] = {
@@ -88,10 +96,32 @@ CURES: dict[str, str | Callable[[Fed], str]] = {
 }
 
 
+SUMS = (
+    "linalg_vector_norm",
+    "norm",
+    "mean",
+    "sum",
+    "std",
+    "var",
+    "std_mean",
+    "var_mean",
+    "mm",
+    "addmm",
+    "bmm",
+    "add",
+    "sub",
+)
+
+
 def cure_of(operation: str, fed: Fed, otherwise: str) -> str:
     """``operation`` as the forward or the backward pass calls it: linalg_vector_norm or LinalgVectorNormBackward0."""
     plain = operation.partition("Backward")[0].replace("_", "").lower()
-    found = next((cure for name, cure in CURES.items() if name.replace("_", "") == plain), otherwise)
+    names = {name.replace("_", ""): name for name in (*CURES, *SUMS)}
+    name = names.get(plain, "")
+    if name in SUMS and fed.overflows:
+        return TOO_LARGE
+    found = CURES.get(name, otherwise)
     if found == EMPTY and not math.isnan(fed.low):
         return otherwise  # what it got isn't nothing
-    return found if isinstance(found, str) else found(fed)
+    said = found if isinstance(found, str) else found(fed)
+    return said.replace("1e-8", "1e-4").replace("80", "10") if fed.half else said

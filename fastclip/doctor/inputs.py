@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -46,6 +47,7 @@ class Given:
         means, stds: of each feature; empty where there are too few samples.
         sparse: whether these are numbers up to 1 most of which are 0, one-hot codes or weights of words: how large they
             are is a matter of how many features there are, and how often each comes.
+        mask: whether all that isn't finite is -Inf.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Given:
     means: tuple[float, ...]
     stds: tuple[float, ...]
     sparse: bool = False
+    mask: bool = False
 
 
 class Inputs(Listener):
@@ -114,7 +117,8 @@ def _facts(name: str, tensor: Tensor, convolved: bool) -> Given:
             stds = tuple((spread.sqrt() * largest).tolist())
     shares = moments is not None and moments.finite and moments.low >= 0.0 and SMALL < moments.high <= 1.0
     sparse = shares and float((tensor == 0).double().mean()) > SPARSE
-    return Given(name, moments, tensor.dtype, tensor.dim(), False, means, stds, sparse)
+    mask = moments is not None and moments.infs > 0 and moments.nans == 0 and not bool((tensor == math.inf).any())
+    return Given(name, moments, tensor.dtype, tensor.dim(), False, means, stds, sparse, mask)
 
 
 def scaled(name: str, m: Moments) -> str:
@@ -136,16 +140,18 @@ def notes(given: list[Given]) -> Iterator[str]:
         yield "the inputs: the model was called without a tensor, or not by itself"
 
 
-def findings(given: list[Given]) -> Iterator[Finding]:
-    """Of each input that holds real numbers."""
+def findings(given: list[Given], trains: bool) -> Iterator[Finding]:
+    """Of each input that holds real numbers; ``trains``: whether the loss and the gradients are finite."""
     for one in given:
         m = one.moments
         if m is None:
             continue
+        if one.mask:
+            continue  # if it is none, the loss tells
         if not m.finite:
             yield Finding(
                 "nonfinite-input",
-                ERROR,
+                INFO if trains else ERROR,
                 f"{one.name} holds {m.nans} NaN and {m.infs} Inf among {m.size} numbers",
                 f"find them with torch.isfinite({one.name}).all(dim=0), and fill or drop them before training: "
                 + ("make NaN of Inf, then " if m.infs else "")

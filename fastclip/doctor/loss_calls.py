@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -68,7 +68,10 @@ class LossCall:
         made_of: what made that which went into it.
         sums_to_one: whether the outputs of each sample are probabilities of the classes.
         logs_sum_to_one: whether they are logarithms of such.
-        shares: where the targets are a share of each class, their sum in the sample where it is farthest from 1.
+        shares: where the targets are a share of each class, their mean sum in a sample.
+        counts: whether these sums differ from sample to sample.
+        step: of the graph, where it is a difference that a loss of the user's own takes.
+        whole: whether it is a mean over everything that was given, nothing left out or weighted.
     """
 
     kind: str
@@ -83,6 +86,9 @@ class LossCall:
     sums_to_one: bool
     logs_sum_to_one: bool
     shares: float | None = None
+    counts: bool = False
+    whole: bool = True
+    step: Any = None
 
 
 class LossCalls(TorchFunctionMode):
@@ -110,7 +116,9 @@ class LossCalls(TorchFunctionMode):
                     return out
                 mean = out if named.get("reduction", "mean") != "sum" else None
                 with torch.no_grad():
-                    self.calls.append(_call(kind, func.__name__, *pair, mean))
+                    whole = named.get("reduction", "mean") != "none" and named.get("weight") is None
+                    call = _call(kind, func.__name__, *pair, mean, whole)
+                    self.calls.append(replace(call, step=out.grad_fn) if func in DIFFERENCES else call)
         return out
 
 
@@ -129,21 +137,22 @@ def _is_mask(tensor: Tensor) -> bool:
     return bool(sizes.max() >= MASKED) and bool(kept.any()) and bool((kept | taken).all())
 
 
-def _call(kind: str, name: str, given: Tensor, target: Tensor, out: Any) -> LossCall:
+def _call(kind: str, name: str, given: Tensor, target: Tensor, out: Any, whole: bool) -> LossCall:
     classes = 0
     sums = logs = False
-    shares = None
+    shares, counts = None, False
     if kind in (CLASSES, LOG_CLASSES, DIVERGENCE) and given.is_floating_point() and given.dim() > 0:
         dim = 0 if given.dim() == 1 else 1
         classes = given.shape[dim]
         values = given.double() if given.device.type != "mps" else given.float()
         if classes > 1 and given.numel():
             sums = bool((values >= 0).all() and ((values.sum(dim) - 1).abs() < ROUNDING).all())
-            logs = bool((values <= 0).all() and (values.logsumexp(dim).abs() < ROUNDING).all())
+            logs = bool((values <= ROUNDING).all() and (values.logsumexp(dim).abs() < ROUNDING).all())
             if kind == CLASSES and target.is_floating_point() and target.shape == given.shape:
                 sums_of = target.float().sum(dim).flatten()
                 sums_of = sums_of[sums_of != 0]  # a sample that is left out
-                shares = float(sums_of[(sums_of - 1).abs().argmax()]) if len(sums_of) else None
+                shares = float(sums_of.mean()) if len(sums_of) else None
+                counts = len(sums_of) > 0 and bool(sums_of.max() - sums_of.min() > ROUNDING * sums_of.max())
     made_by, made_of = _made_by(given)
     mean = isinstance(out, Tensor) and out.is_floating_point() and out.numel() > 0
     return LossCall(
@@ -159,6 +168,8 @@ def _call(kind: str, name: str, given: Tensor, target: Tensor, out: Any) -> Loss
         sums_to_one=sums,
         logs_sum_to_one=logs,
         shares=shares,
+        counts=counts,
+        whole=whole,
     )
 
 

@@ -73,11 +73,13 @@ def _classes(call: LossCall) -> Iterator[Finding]:
             (call.name,),
             {"classes": float(call.classes), "value": call.value},
         )
-    if call.shares is not None and abs(call.shares - 1.0) > ROUNDING:
+    if call.shares is not None and (call.counts or abs(call.shares - 1.0) > ROUNDING):
+        if call.counts:
+            return  # how often each class comes, as a likelihood has it
         yield Finding(
             "target-shares",
             ERROR,
-            f"{call.name} gets a share of each class as its targets, and those of one sample sum to {call.shares:.3g}; "
+            f"{call.name} gets a share of each class as its targets, and in each sample they sum to {call.shares:.3g}; "
             "they are probabilities, whose sum is 1",
             "targets = targets / targets.sum(1, keepdim=True), or the numbers of the classes, torch.int64",
             (call.name,),
@@ -152,7 +154,7 @@ def _log_classes(call: LossCall) -> Iterator[Finding]:
 
 def _binary(call: LossCall) -> Iterator[Finding]:
     m = call.target
-    if m is not None and m.finite and (m.low < 0.0 or m.high > 1.0):
+    if m is not None and m.finite and call.whole and (m.low < -ROUNDING or m.high > 1.0 + ROUNDING):
         yield Finding(
             "target-range",
             ERROR,

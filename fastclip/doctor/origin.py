@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastclip.doctor.cures import Fed, cure_of
+from fastclip.doctor.cures import CURES, Fed, cure_of
 from fastclip.doctor.diagnosis import ERROR, Finding
 from fastclip.doctor.layers import Layers
 from fastclip.doctor.passes import steps_back
@@ -93,14 +93,14 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._watch.listening or self.first_nan is not None or self.brought_nan is not None:
             return func(*args, **(kwargs or {}))
         name = func._schema.name.removeprefix("aten::").rstrip("_")
-        given = [t.detach() for t in tensors_in((args, kwargs)) if t.is_floating_point() and t.numel()]
+        given = [t.detach() for t in tensors_in((args, kwargs)) if _is_plain(t) and t.numel()]
         bad = [t for t in given if not bool(t.isfinite().all())]
         nan_before = any(bool(t.isnan().any()) for t in bad)
         fed = [t[torch.isfinite(t)] for t in given]
         low = min((float(t.min()) for t in fed if t.numel()), default=math.nan)
         high = max((float(t.max()) for t in fed if t.numel()), default=math.nan)
         out = func(*args, **(kwargs or {}))
-        made = [t for t in tensors_in(out) if t.is_floating_point()]
+        made = [t for t in tensors_in(out) if _is_plain(t)]
         self._own |= {_memory(t) for t in made} - {_memory(t) for t in given}
         nan, inf = any(bool(t.isnan().any()) for t in made), any(bool(t.isinf().any()) for t in made)
         if not nan and (not inf or name in BY_INTENT):
@@ -109,7 +109,8 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if _memory(tensor) not in self._own:
                 self._bring(tensor, name, nan)
         if not nan_before and name not in BY_INTENT and (nan or not bad):
-            origin = Origin(name, self._watch.where, Fed("NaN" if nan else "Inf", low, high, bool(bad)))
+            half = any(t.dtype == torch.float16 for t in given)
+            origin = Origin(name, self._watch.where, Fed("NaN" if nan else "Inf", low, high, bool(bad), half))
             self.first = self.first or (None if bad else origin)
             self.first_nan = self.first_nan or (origin if nan else None)
         return out
@@ -124,8 +125,14 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.brought_inf = self.brought_inf or brought
 
 
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether torch can say of its elements what is finite."""
+    dense = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_nested
+    return dense and tensor.is_floating_point() and tensor.itemsize > 1
+
+
 def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else id(tensor)
+    return tensor.untyped_storage().data_ptr()
 
 
 class Nodes:
@@ -146,7 +153,7 @@ class Nodes:
             if self.first is None and not _finite(made) and _finite(given):
                 where = self._layers.arrived[-1].layer.name if self._layers.arrived else THE_LOSS
                 nan = any(t is not None and bool(t.isnan().any()) for t in made)
-                self.first = Origin(name, where, Fed("NaN" if nan else "Inf", math.nan, math.nan, False))
+                self.first = Origin(name, where, Fed("NaN" if nan else "Inf", math.nan, math.nan))
 
         return hook
 
@@ -159,7 +166,8 @@ def traced(subject: Subject) -> tuple[Operations, Nodes | None]:
     """Runs one more pass and looks at each operation, forward and, if the loss is finite, backward."""
     layers = Layers(subject.model)
     watch = Watch(subject.model, [layers])
-    operations = Operations(watch, {_memory(tensor): name for name, tensor in subject.around()})
+    around = {_memory(tensor): name for name, tensor in subject.around() if _is_plain(tensor)}
+    operations = Operations(watch, around)
     with watch, operations:
         loss = subject.loss()
     if not loss.requires_grad or not bool(loss.isfinite()):
@@ -185,8 +193,13 @@ def forward_findings(loss: float, operations: Operations | None) -> Iterator[Fin
         return
     told = operations.first or operations.first_nan
     inf = operations.brought_inf
-    at_once = inf is not None and (told is None or (told.operation, told.where) == (inf.operation, inf.where))
-    brought = operations.brought_nan or (inf if at_once else None)
+    # an Inf from outside may be a mask, and another operation to blame: one that knows a cure of its own
+    blamed = inf is not None and (
+        told is None
+        or (told.operation, told.where) == (inf.operation, inf.where)
+        or (told.fed.infinite and told.operation not in CURES)
+    )
+    brought = operations.brought_nan or (inf if blamed else None)
     if brought is not None:
         yield _of_what_was_brought("nonfinite-loss", f"the loss is {loss}", brought, numbers)
     elif told is not None:

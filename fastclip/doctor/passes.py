@@ -22,6 +22,8 @@ from fastclip.doctor.subject import Subject, during
 from fastclip.doctor.watching import Watch
 from fastclip.stats import GradStats
 
+BENT = {f"{name}Backward0" for name in ("Exp", "LogSigmoid", "LogSigmoidForward", "Sigmoid", "Softplus", "Sub")}
+
 
 @dataclass(frozen=True)
 class Seen:
@@ -40,7 +42,7 @@ class Seen:
         without: names of the parameters that got none.
         weight_grads: name of a layer -> norm of the gradient of its own parameters.
         hidden: whether some layers ran where they couldn't be watched.
-        unregistered: shapes of the parameters that the loss depends on and neither the model nor the loss lists.
+        unregistered: names of the parameters that the loss depends on and the model keeps where it doesn't list them.
     """
 
     loss: float
@@ -56,7 +58,7 @@ class Seen:
     without: tuple[str, ...]
     weight_grads: dict[str, float]
     hidden: bool
-    unregistered: tuple[tuple[int, ...], ...] = ()
+    unregistered: tuple[str, ...] = ()
 
     @property
     def zero(self) -> tuple[str, ...]:
@@ -87,6 +89,12 @@ def steps_back(loss: Tensor) -> Iterator[Any]:
             waiting += [following for following, _ in node.next_functions]
 
 
+def _is_bent(call: LossCall, takers: dict[Any, set[str]]) -> bool:
+    """Whether a difference isn't measured but only a part of something: a ratio of probabilities, a margin."""
+    taken = takers.get(call.step, set())
+    return bool(taken) and taken <= BENT
+
+
 def gradients(loss: Tensor, tensors: Sequence[Tensor]) -> list[Tensor | None]:
     """Of the loss with respect to each tensor; None where it doesn't depend on it.
 
@@ -111,11 +119,13 @@ def observe(subject: Subject) -> Seen:
             "a checkpoint with use_reentrant=True starts a backward pass of its own, which can't be watched: use "
             "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
         )
-    known = {id(p) for module in (subject.model, *subject.others) for p in module.parameters()}
+    takers: dict[Any, set[str]] = {}
+    for node in steps_back(loss):
+        for following, _ in node.next_functions:
+            takers.setdefault(following, set()).add(node.name())
+    kept = subject.unregistered
     leaves = [node.variable for node in steps_back(loss) if node.name() == "torch::autograd::AccumulateGrad"]
-    unregistered = tuple(
-        tuple(leaf.shape) for leaf in leaves if isinstance(leaf, torch.nn.Parameter) and id(leaf) not in known
-    )
+    unregistered = tuple(sorted(kept[id(leaf)] for leaf in leaves if id(leaf) in kept))
     parameters = list(subject.parameters.values())
     layers.backward = True
     found = gradients(loss, [*parameters, *sequences.inputs])
@@ -130,7 +140,7 @@ def observe(subject: Subject) -> Seen:
         activations=operations.activations,
         attentions=operations.attentions,
         follows=operations.follows,
-        losses=losses.calls,
+        losses=[call for call in losses.calls if not _is_bent(call, takers)],
         curves=sequences.curves(found[len(parameters) :]) + curves_of_loops(layers.calls),
         weights=weights_of(layers.calls, grads),
         grads=functional.grad_stats(own, weights=True) if grads else None,

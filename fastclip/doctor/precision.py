@@ -33,7 +33,9 @@ def findings(calls: list[Call]) -> Iterator[Finding]:
 def without_eps(subject: Subject) -> Finding | None:
     """Of float16 parameters whose optimizer divides by a root and an eps that float16 rounds to 0. Fused steps, and
     optimizers that aren't torch's, may compute in float32."""
-    half = [name for name, parameter in subject.parameters.items() if parameter.dtype == torch.float16]
+    half = [
+        name for name, p in subject.parameters.items() if p.dtype == torch.float16 and name not in subject.strangers
+    ]
     groups: list[dict[str, Any]] = [{"eps": USUAL_EPS}]
     if (optimizer := inner(subject.optimizer)) is not None:
         torchs = type(optimizer).__module__.startswith("torch.optim")

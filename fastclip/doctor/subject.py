@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from fastclip.doctor.diagnosis import DoctorError
 from fastclip.optim import ClippedOptimizer
 
-TARGETS = "the targets"
+INPUTS, TARGETS = "the inputs", "the targets"
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Subject:
         others: modules besides the model that a pass may change: the loss, where it is one.
         parameters: name -> parameter, of those that are trained.
         optimizer: the user's, or None.
-        targets: what the loss compares with; None where only the user's step knows.
+        batch: inputs and targets; None where only the user's step knows.
     """
 
     model: nn.Module
@@ -34,7 +34,7 @@ class Subject:
     others: tuple[nn.Module, ...]
     parameters: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer | None
-    targets: Any = None
+    batch: Any = None
 
     @property
     def strangers(self) -> tuple[str, ...]:
@@ -44,12 +44,34 @@ class Subject:
         known = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
         return tuple(name for name, parameter in self.parameters.items() if id(parameter) not in known)
 
+    @property
+    def has_copies(self) -> bool:
+        """Whether the optimizer has others of the same shapes, and the model's are of 16 bits: copies in float32."""
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        theirs = [parameter.shape for group in groups for parameter in group["params"]]
+        own = self.parameters.values()
+        return all(parameter.itemsize < 4 for parameter in own) and theirs == [parameter.shape for parameter in own]
+
+    @property
+    def unregistered(self) -> dict[int, str]:
+        """The id of each parameter that a module keeps in a plain list, tuple or dict -> where."""
+        known = {id(parameter) for parameter in self.model.parameters()}
+        found = {}
+        for name, module in self.model.named_modules():
+            for attribute, value in vars(module).items():
+                if isinstance(value, (list, tuple, dict)) and not attribute.startswith("_"):
+                    for place, parameter in _kept_in(value):
+                        if id(parameter) not in known:
+                            found[id(parameter)] = f"{name}{'.' if name else ''}{attribute}{place}"
+        return found
+
     def around(self) -> Iterator[tuple[str, Tensor]]:
         """Tensors that a pass uses and doesn't make, by what they are called."""
         yield from ((f"the buffer {name}", buffer) for name, buffer in self.model.named_buffers())
         for module in self.others:
             yield from ((f"{name} of {type(module).__name__}", buffer) for name, buffer in module.named_buffers())
-        yield from ((TARGETS, tensor) for tensor in tensors_in(self.targets))
+        for what, part in zip((INPUTS, TARGETS), self.batch or (), strict=False):
+            yield from ((what, tensor) for tensor in tensors_in(part))
 
     def prepare(self) -> None:
         """A model that is in evaluation mode as a whole goes into training mode; else each module keeps its own."""
@@ -106,7 +128,6 @@ def subject_of(
     if step is not None:
         if batch is not None or loss_fn is not None:
             raise TypeError("pass either batch and loss_fn, or step; not both")
-        known = None
         if not callable(step):
             raise TypeError(f"step: expected a function loss = step(model), got {type(step).__name__}")
 
@@ -127,7 +148,6 @@ def subject_of(
         if not callable(loss_fn):
             raise TypeError(f"loss_fn: expected a function of (outputs, targets), got {type(loss_fn).__name__}")
         inputs, targets = batch
-        known = targets
 
         def run() -> Any:
             return loss_fn(model(inputs), targets)
@@ -138,7 +158,7 @@ def subject_of(
         others=(loss_fn,) if isinstance(loss_fn, nn.Module) else (),
         parameters=_trained(model),
         optimizer=optimizer,
-        targets=known,
+        batch=batch,
     )
 
 
@@ -167,6 +187,14 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
     if not trained:
         raise DoctorError("no parameter of the model requires a gradient, so there is nothing to train")
     return trained
+
+
+def _kept_in(container: Any) -> Iterator[tuple[str, nn.Parameter]]:
+    for key, item in container.items() if isinstance(container, dict) else enumerate(container):
+        if isinstance(item, nn.Parameter):
+            yield f"[{key!r}]", item
+        elif isinstance(item, nn.Module):
+            yield from ((f"[{key!r}].{name}", parameter) for name, parameter in item.named_parameters())
 
 
 def inner(optimizer: torch.optim.Optimizer | None) -> torch.optim.Optimizer | None:
