@@ -122,7 +122,7 @@ def can_try(subject: Subject) -> str:
         return ""
     if isinstance(optimizer, torch.optim.LBFGS):
         return "LBFGS finds its steps by itself"
-    if not all("lr" in group for group in optimizer.param_groups):
+    if any(group.get("lr") is None for group in optimizer.param_groups):
         return f"{type(optimizer).__name__} has no lr in its groups"
     if not _groups(optimizer, list(subject.parameters.values())):
         return "the optimizer has none of the model's parameters"

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fastclip.doctor.moments import Moments, moments_of
+from fastclip.doctor.moments import Moments, is_plain, moments_of
 from fastclip.doctor.operations import MASKED
 from fastclip.doctor.watching import Watch, is_transformed
 
@@ -130,7 +130,7 @@ def _output_first(pair: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _is_mask(tensor: Tensor) -> bool:
     """Whether it takes some numbers out of what it is subtracted from, and leaves the others as they are."""
-    if tensor.numel() == 0:
+    if not is_plain(tensor) or tensor.numel() == 0:
         return False
     sizes = tensor.detach().abs()
     kept, taken = sizes == 0, sizes == sizes.max()

@@ -12,6 +12,12 @@ import fastclip.functional as functional
 from fastclip.types import wide_dtype
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether torch knows comparisons of its elements, and what of them is finite."""
+    dense = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_nested
+    return dense and tensor.is_floating_point() and tensor.itemsize > 1
+
+
 @dataclass(frozen=True)
 class Moments:
     """Facts about one tensor.

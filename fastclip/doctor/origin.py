@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastclip.doctor.cures import CURES, Fed, cure_of
 from fastclip.doctor.diagnosis import ERROR, Finding
 from fastclip.doctor.layers import Layers
+from fastclip.doctor.moments import is_plain
 from fastclip.doctor.passes import steps_back
 from fastclip.doctor.subject import TARGETS, Subject, tensors_in
 from fastclip.doctor.watching import Watch
@@ -93,14 +94,14 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._watch.listening or self.first_nan is not None or self.brought_nan is not None:
             return func(*args, **(kwargs or {}))
         name = func._schema.name.removeprefix("aten::").rstrip("_")
-        given = [t.detach() for t in tensors_in((args, kwargs)) if _is_plain(t) and t.numel()]
+        given = [t.detach() for t in tensors_in((args, kwargs)) if is_plain(t) and t.numel()]
         bad = [t for t in given if not bool(t.isfinite().all())]
         nan_before = any(bool(t.isnan().any()) for t in bad)
         fed = [t[torch.isfinite(t)] for t in given]
         low = min((float(t.min()) for t in fed if t.numel()), default=math.nan)
         high = max((float(t.max()) for t in fed if t.numel()), default=math.nan)
         out = func(*args, **(kwargs or {}))
-        made = [t for t in tensors_in(out) if _is_plain(t)]
+        made = [t for t in tensors_in(out) if is_plain(t)]
         self._own |= {_memory(t) for t in made} - {_memory(t) for t in given}
         nan, inf = any(bool(t.isnan().any()) for t in made), any(bool(t.isinf().any()) for t in made)
         if not nan and (not inf or name in BY_INTENT):
@@ -123,12 +124,6 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.brought_nan = self.brought_nan or (brought if went_on else None)
         else:
             self.brought_inf = self.brought_inf or brought
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether torch can say of its elements what is finite."""
-    dense = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_nested
-    return dense and tensor.is_floating_point() and tensor.itemsize > 1
 
 
 def _memory(tensor: Tensor) -> int:
@@ -166,7 +161,7 @@ def traced(subject: Subject) -> tuple[Operations, Nodes | None]:
     """Runs one more pass and looks at each operation, forward and, if the loss is finite, backward."""
     layers = Layers(subject.model)
     watch = Watch(subject.model, [layers])
-    around = {_memory(tensor): name for name, tensor in subject.around() if _is_plain(tensor)}
+    around = {_memory(tensor): name for name, tensor in subject.around() if is_plain(tensor)}
     operations = Operations(watch, around)
     with watch, operations:
         loss = subject.loss()
