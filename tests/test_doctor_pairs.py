@@ -138,11 +138,6 @@ def in_list(container):
     return Listed()
 
 
-def halves():
-    x, y = classes()
-    return x.half(), y
-
-
 def dead(model):
     with torch.no_grad():
         model[2].bias.fill_(-100.0)
@@ -461,7 +456,6 @@ PAIRS = {
         classes,
         CE,
     ),
-    ("eps-underflow", "MLP"): (lambda: net().half(), halves, net, classes, CE),
     ("gradient-scale", "MLP"): (
         lambda: ending(width=1),
         numbers,
@@ -558,6 +552,7 @@ def codes_in_the_source():
 def test_every_code_has_a_pair():
     elsewhere = {
         "optimizer-parameters",
+        "eps-underflow",
         "exploding-depth",
         "vanishing-depth",
         "exploding-time",

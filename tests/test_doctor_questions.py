@@ -298,3 +298,77 @@ def test_advice_for_float16_holds_in_float16():
     assert "clamp_min(1e-4)" in finding.advice
     (finding, *_) = check(mlp(nn.ReLU, 2), (x, y), lambda out, y: (out * 1e30).norm()).findings
     assert "more than the dtype can hold" in finding.advice or finding.code != "nonfinite-loss"
+
+
+IDIOMS = {
+    "index": lambda out, y: F.mse_loss(out[y.isfinite()], y[y.isfinite()]),
+    "where": lambda out, y: torch.where(y.isnan(), 0.0, out - y).square().mean(),
+    "fill": lambda out, y: F.mse_loss(out, y.nan_to_num()),
+    "difference": lambda out, y: (out - y)[y.isfinite()].square().mean(),
+    "widened": lambda out, y: F.mse_loss(out.double()[y.isfinite()], y.double()[y.isfinite()]),
+}
+
+
+@pytest.mark.parametrize("idiom", IDIOMS)
+def test_gaps_that_are_left_out_are_not_blamed_for_another_mistake(idiom):
+    x, y = torch.randn(64, 32), torch.randn(64, 3)
+    y[3] = math.nan
+    known = IDIOMS[idiom]
+    cases = {
+        "SqrtBackward0": lambda out, y: known(out, y) + (out - out.detach()).square().sum().sqrt(),
+        "made by log": lambda out, y: known(out, y) + (out - 9.0).log().mean(),
+    }
+    for said, loss in cases.items():
+        (finding, *_) = check(mlp(nn.ReLU, 2), (x, y), loss).findings
+        assert finding.code != "nonfinite-target"
+        assert said in finding.message
+
+
+def test_targets_in_containers():
+    x, y = torch.randn(64, 32), torch.randn(64, 3)
+    y[3, 1] = math.nan
+    for targets, loss in (
+        ({"y": y, "n": 3}, lambda out, t: F.mse_loss(out, t["y"])),
+        ([y, y.isnan()], lambda out, t: F.mse_loss(out, t[0])),
+        ((y, None), lambda out, t: F.mse_loss(out, t[0])),
+    ):
+        (finding,) = check(mlp(nn.ReLU, 2), (x, targets), loss).findings
+        assert finding.code == "nonfinite-target"
+        assert finding.numbers["nans"] >= 1.0
+
+
+@pytest.mark.parametrize("make", ["scatter", "index_fill", "pad"])
+def test_a_mask_made_another_way_is_not_blamed_for_a_root(make):
+    masks = {
+        "scatter": lambda s: s.scatter(1, torch.zeros(64, 1, dtype=torch.int64), -math.inf),
+        "index_fill": lambda s: s.index_fill(1, torch.tensor([0]), -math.inf),
+        "pad": lambda s: F.pad(s, (1, 0), value=-math.inf),
+    }
+
+    def loss(out, y):
+        return masks[make](out).softmax(1).mean() + (out - out.detach()).square().sum().sqrt()
+
+    (finding, *_) = check(mlp(nn.ReLU, 2), classes(), loss).findings
+    assert "SqrtBackward0" in finding.message
+
+
+def test_optimizers_whose_first_step_is_finite_in_float16():
+    x, y = classes()
+    for optimizer in (torch.optim.Adagrad, torch.optim.Adamax, torch.optim.SGD):
+        model = mlp(nn.ReLU, 2).half()
+        assert "eps-underflow" not in check(model, (x.half(), y), CE, optimizer(model.parameters(), 1e-3)).codes
+    model = mlp(nn.ReLU, 2).half()
+    groups = [{"params": model[:-1].parameters(), "eps": 1e-4}, {"params": model[-1].float().parameters()}]
+    mixed = torch.optim.Adam(groups, 1e-3)
+    assert (
+        "eps-underflow"
+        not in check(model, step=lambda m: CE(m[-1](m[:-1](x.half()).float()), y), optimizer=mixed).codes
+    )
+    model = mlp(nn.ReLU, 2).half()
+    assert "eps-underflow" in check(model, (x.half(), y), CE, torch.optim.Adam(model.parameters(), 1e-3, eps=0)).codes
+
+
+def test_pairs_of_a_loss_function_are_a_mistake_in_any_shape():
+    x, _ = classes()
+    diagnosis = check(mlp(nn.ReLU, 2), (x, torch.randn(1, 64)), lambda out, y: F.mse_loss(out[:, :1], y))
+    assert "broadcast-loss" in diagnosis.codes

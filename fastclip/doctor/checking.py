@@ -282,7 +282,14 @@ def _nonfinite_parameters(bad: tuple[str, ...]) -> Finding:
 
 
 def _of_what_is_not_finite(subject: Subject, seen: Seen, bad: tuple[str, ...]) -> Iterator[Finding]:
-    operations, nodes = (None, None) if bad else origin.traced(subject)
+    operations = nodes = None
+    if not bad:
+        filled = subject.with_filled_targets()
+        trace = origin.traced(filled or subject)
+        if filled is not None and trace.finite:
+            yield origin.target_finding(seen.loss, subject)
+            return
+        operations, nodes = trace.operations, trace.nodes
     if not math.isfinite(seen.loss):
         yield from origin.forward_findings(seen.loss, operations)
     elif seen.bad and seen.grads is not None:

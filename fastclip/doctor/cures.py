@@ -63,7 +63,7 @@ def _power(fed: Fed) -> str:
 
 
 def _product(fed: Fed) -> str:
-    if fed.infinite:
+    if fed.what == "NaN":
         return "0 times Inf is NaN: choose with torch.where or masked_fill instead of multiplying by a mask"
     return TOO_LARGE
 
@@ -111,6 +111,12 @@ SUMS = (
     "add",
     "sub",
 )
+
+
+def knows(operation: str) -> bool:
+    """Whether there is a cure for it alone."""
+    plain = operation.partition("Backward")[0].replace("_", "").lower()
+    return plain in {name.replace("_", "") for name in CURES}
 
 
 def cure_of(operation: str, fed: Fed, otherwise: str) -> str:

@@ -116,7 +116,7 @@ def _facts(name: str, tensor: Tensor, convolved: bool) -> Given:
             means = tuple((mean * largest).tolist())
             stds = tuple((spread.sqrt() * largest).tolist())
     shares = moments is not None and moments.finite and moments.low >= 0.0 and SMALL < moments.high <= 1.0
-    sparse = shares and float((tensor == 0).double().mean()) > SPARSE
+    sparse = shares and int((tensor == 0).sum()) > SPARSE * tensor.numel()
     mask = moments is not None and moments.infs > 0 and moments.nans == 0 and not bool((tensor == math.inf).any())
     return Given(name, moments, tensor.dtype, tensor.dim(), False, means, stds, sparse, mask)
 

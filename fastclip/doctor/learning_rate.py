@@ -119,7 +119,8 @@ def can_try(subject: Subject) -> str:
     """Why learning rates can't be tried; "" if they can."""
     optimizer = inner(subject.optimizer)
     if optimizer is None:
-        return ""
+        half = any(parameter.dtype == torch.float16 for parameter in subject.parameters.values())
+        return "in float16 the eps of AdamW, which would be tried, is 0" if half else ""
     if isinstance(optimizer, torch.optim.LBFGS):
         return "LBFGS finds its steps by itself"
     if any(group.get("lr") is None for group in optimizer.param_groups):

@@ -70,7 +70,7 @@ class LossCall:
         logs_sum_to_one: whether they are logarithms of such.
         shares: where the targets are a share of each class, their mean sum in a sample.
         counts: whether these sums differ from sample to sample.
-        step: of the graph, where it is a difference that a loss of the user's own takes.
+        step: of the graph, where it is a difference or product that a loss of the user's own takes.
         whole: whether it is a mean over everything that was given, nothing left out or weighted.
     """
 
@@ -118,7 +118,7 @@ class LossCalls(TorchFunctionMode):
                 with torch.no_grad():
                     whole = named.get("reduction", "mean") != "none" and named.get("weight") is None
                     call = _call(kind, func.__name__, *pair, mean, whole)
-                    self.calls.append(replace(call, step=out.grad_fn) if func in DIFFERENCES else call)
+                    self.calls.append(replace(call, step=out.grad_fn) if func not in KINDS else call)
         return out
 
 

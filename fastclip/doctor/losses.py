@@ -189,7 +189,8 @@ def _sigmoids(call: LossCall, what: str) -> Finding:
 
 def _pairs(call: LossCall) -> Iterator[Finding]:
     ours, theirs = call.shapes
-    if _broadcast_by_mistake(ours, theirs):
+    meant = call.step is not None and len(ours) == len(theirs)  # own losses, each against each: (N, 1) and (1, N)
+    if _broadcast_by_mistake(ours, theirs) and not meant:
         pairs = math.prod(_broadcast(ours, theirs))
         yield Finding(
             "broadcast-loss",
@@ -227,11 +228,6 @@ def _broadcast(ours: tuple[int, ...], theirs: tuple[int, ...]) -> tuple[int, ...
 
 
 def _broadcast_by_mistake(ours: tuple[int, ...], theirs: tuple[int, ...]) -> bool:
-    """Both hold the same numbers in the same order, but for dimensions of 1, and together they give more. With as many
-    dimensions, each against each is meant."""
+    """Both hold the same numbers in the same order, but for dimensions of 1, and together they give more."""
     squeezed = [tuple(size for size in shape if size != 1) for shape in (ours, theirs)]
-    return (
-        len(ours) != len(theirs)
-        and squeezed[0] == squeezed[1]
-        and math.prod(_broadcast(ours, theirs)) > math.prod(ours)
-    )
+    return squeezed[0] == squeezed[1] and math.prod(_broadcast(ours, theirs)) > math.prod(ours)

@@ -11,16 +11,18 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastclip.doctor.cures import CURES, Fed, cure_of
+import fastclip.functional as functional
+from fastclip.doctor.cures import CURES, Fed, cure_of, knows
 from fastclip.doctor.diagnosis import ERROR, Finding
 from fastclip.doctor.layers import Layers
 from fastclip.doctor.moments import is_plain
 from fastclip.doctor.passes import steps_back
-from fastclip.doctor.subject import TARGETS, Subject, tensors_in
+from fastclip.doctor.subject import Subject, tensors_in
 from fastclip.doctor.watching import Watch
 
 # These put an Inf where someone asked for it (masks), or show memory that nobody has written yet.
 BY_INTENT: tuple[str, ...] = (
+    *("scatter", "index_fill", "index_put", "constant_pad_nd", "masked_scatter"),
     *("masked_fill", "fill", "full", "full_like", "new_full", "where", "scalar_tensor", "lift_fresh"),
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize"),
 )
@@ -148,7 +150,8 @@ class Nodes:
             if self.first is None and not _finite(made) and _finite(given):
                 where = self._layers.arrived[-1].layer.name if self._layers.arrived else THE_LOSS
                 nan = any(t is not None and bool(t.isnan().any()) for t in made)
-                self.first = Origin(name, where, Fed("NaN" if nan else "Inf", math.nan, math.nan))
+                half = any(t is not None and t.dtype == torch.float16 for t in made)
+                self.first = Origin(name, where, Fed("NaN" if nan else "Inf", math.nan, math.nan, half=half))
 
         return hook
 
@@ -157,7 +160,22 @@ def _finite(tensors: tuple[Tensor | None, ...]) -> bool:
     return all(t is None or bool(t.isfinite().all()) for t in tensors)
 
 
-def traced(subject: Subject) -> tuple[Operations, Nodes | None]:
+@dataclass(frozen=True)
+class Trace:
+    """What one more pass has shown, looked at operation by operation.
+
+    Attributes:
+        operations: of the way forward.
+        nodes: of the way back; None where the loss wasn't finite.
+        finite: whether the loss and all gradients were.
+    """
+
+    operations: Operations
+    nodes: Nodes | None
+    finite: bool
+
+
+def traced(subject: Subject) -> Trace:
     """Runs one more pass and looks at each operation, forward and, if the loss is finite, backward."""
     layers = Layers(subject.model)
     watch = Watch(subject.model, [layers])
@@ -166,11 +184,29 @@ def traced(subject: Subject) -> tuple[Operations, Nodes | None]:
     with watch, operations:
         loss = subject.loss()
     if not loss.requires_grad or not bool(loss.isfinite()):
-        return operations, None
+        return Trace(operations, None, bool(loss.isfinite()))
     nodes = Nodes(loss, layers)
     layers.backward = True
-    torch.autograd.grad(loss, list(subject.parameters.values()), allow_unused=True)
-    return operations, nodes
+    grads = torch.autograd.grad(loss, list(subject.parameters.values()), allow_unused=True)
+    bad = functional.grad_stats([grad for grad in grads if grad is not None], extras=False).found_inf
+    return Trace(operations, nodes, not bool(bad))
+
+
+def target_finding(loss: float, subject: Subject) -> Finding:
+    """Of targets that aren't finite, where without them everything would be."""
+    targets = [t for t in tensors_in(subject.batch[1]) if is_plain(t)]
+    size = sum(t.numel() for t in targets)
+    nans, infs = (sum(int(has(t).sum()) for t in targets) for has in (torch.isnan, torch.isinf))
+    what = "the gradients aren't finite, though the loss is" if math.isfinite(loss) else f"the loss is {loss}"
+    return Finding(
+        "nonfinite-target",
+        ERROR,
+        f"the targets hold {nans} NaN and {infs} Inf among {size} numbers, so {what}; with 0 for them all is finite",
+        "leave those samples out before the loss is computed, loss_fn(outputs[known], targets[known]) with known = "
+        "torch.isfinite(targets), or fill them; masked in the loss they may still spoil the gradients",
+        ("the targets",),
+        {"nans": float(nans), "infs": float(infs), "size": float(size), "loss": loss},
+    )
 
 
 def forward_findings(loss: float, operations: Operations | None) -> Iterator[Finding]:
@@ -230,6 +266,9 @@ def backward_findings(
     count = f"{have} NaN or Inf in {'its' if len(bad) == 1 else 'their'} gradient though the loss is finite, "
     count += f"{bad[0]}{'' if len(bad) == 1 else ' first'}"
     forward = None if operations is None else operations.first or operations.first_nan
+    last = None if nodes is None else nodes.first
+    if forward is not None and forward.fed.what == "Inf" and last is not None and knows(last.operation):
+        forward = None  # a mask, more likely than not, where a step back is known for slopes of its own
     if operations is not None and operations.brought_nan is not None:
         yield _of_what_was_brought("nonfinite-gradient", count, operations.brought_nan, numbers)
     elif forward is not None:
@@ -272,16 +311,6 @@ def backward_findings(
 def _of_what_was_brought(code: str, what: str, brought: Brought, numbers: dict[str, float]) -> Finding:
     counts = {"given_nans": float(brought.nans), "given_infs": float(brought.infs), "given_size": float(brought.size)}
     where = f"{brought.operation} in {brought.where} gets {brought.name}, of which {_share(brought)}"
-    if brought.name == TARGETS:
-        return Finding(
-            "nonfinite-target",
-            ERROR,
-            f"{what}: {where}",
-            "leave those samples out before the loss is computed, loss_fn(outputs[known], targets[known]) with known = "
-            "torch.isfinite(targets), or fill them; masked in the loss they still spoil the gradients",
-            (TARGETS,),
-            {**numbers, **counts},
-        )
     return Finding(
         code,
         ERROR,

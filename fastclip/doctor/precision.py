@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
@@ -19,7 +18,8 @@ SUBNORMAL = FlagRules.subnormal  # share of a gradient's elements that have lost
 LOST = 0.05
 # Within four binary places of the largest number: a sum of 16 such numbers overflows, or one step at a usual rate does.
 NEAR = 1.0 / 16.0
-USUAL_EPS = 1e-8  # of Adam and its kin
+# Of these the root of the averages is 0 in the first step, too.
+DIVIDING = (torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RMSprop)
 WIDE = (torch.float32, torch.float64)
 
 
@@ -31,17 +31,19 @@ def findings(calls: list[Call]) -> Iterator[Finding]:
 
 
 def without_eps(subject: Subject) -> Finding | None:
-    """Of float16 parameters whose optimizer divides by a root and an eps that float16 rounds to 0. Fused steps, and
-    optimizers that aren't torch's, may compute in float32."""
-    half = [
-        name for name, p in subject.parameters.items() if p.dtype == torch.float16 and name not in subject.strangers
-    ]
-    groups: list[dict[str, Any]] = [{"eps": USUAL_EPS}]
-    if (optimizer := inner(subject.optimizer)) is not None:
-        torchs = type(optimizer).__module__.startswith("torch.optim")
-        groups = [group for group in optimizer.param_groups if torchs and not group.get("fused")]
-    eps = min((group["eps"] for group in groups if isinstance(group.get("eps"), float)), default=1.0)
-    if not half or eps >= FLOAT16_ZERO:
+    """Of float16 parameters whose optimizer divides by a root and an eps that float16 rounds to 0. Fused steps have
+    float32."""
+    optimizer = inner(subject.optimizer)
+    if not isinstance(optimizer, DIVIDING):
+        return None
+    names = {id(parameter): name for name, parameter in subject.parameters.items()}
+    half: list[str] = []
+    eps = 1.0
+    for group in optimizer.param_groups:
+        own = [names[id(p)] for p in group["params"] if id(p) in names and p.dtype == torch.float16]
+        if own and not group.get("fused") and group["eps"] < FLOAT16_ZERO:
+            half, eps = half + own, float(group["eps"])
+    if not half:
         return None
     return Finding(
         "eps-underflow",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fastclip.doctor.diagnosis import DoctorError
+from fastclip.doctor.moments import is_plain
 from fastclip.optim import ClippedOptimizer
 
-INPUTS, TARGETS = "the inputs", "the targets"
+INPUTS = "the inputs"
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Subject:
         parameters: name -> parameter, of those that are trained.
         optimizer: the user's, or None.
         batch: inputs and targets; None where only the user's step knows.
+        loss_of: the loss of another batch.
     """
 
     model: nn.Module
@@ -35,6 +37,7 @@ class Subject:
     parameters: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer | None
     batch: Any = None
+    loss_of: Callable[[Any, Any], Any] | None = None
 
     @property
     def strangers(self) -> tuple[str, ...]:
@@ -70,8 +73,18 @@ class Subject:
         yield from ((f"the buffer {name}", buffer) for name, buffer in self.model.named_buffers())
         for module in self.others:
             yield from ((f"{name} of {type(module).__name__}", buffer) for name, buffer in module.named_buffers())
-        for what, part in zip((INPUTS, TARGETS), self.batch or (), strict=False):
-            yield from ((what, tensor) for tensor in tensors_in(part))
+        if self.batch is not None:
+            yield from ((INPUTS, tensor) for tensor in tensors_in(self.batch[0]))
+
+    def with_filled_targets(self) -> Subject | None:
+        """The same, with 0 where a target isn't finite; None where all are, or only the user's step knows them."""
+        if self.loss_of is None:
+            return None
+        loss_of, (inputs, targets) = self.loss_of, self.batch
+        if all(bool(t.isfinite().all()) for t in tensors_in(targets) if is_plain(t)):
+            return None
+        filled = _filled(targets)
+        return replace(self, step=lambda: loss_of(inputs, filled), batch=(inputs, filled))
 
     def prepare(self) -> None:
         """A model that is in evaluation mode as a whole goes into training mode; else each module keeps its own."""
@@ -147,10 +160,12 @@ def subject_of(
             )
         if not callable(loss_fn):
             raise TypeError(f"loss_fn: expected a function of (outputs, targets), got {type(loss_fn).__name__}")
-        inputs, targets = batch
+
+        def loss_of(inputs: Any, targets: Any) -> Any:
+            return loss_fn(model(inputs), targets)
 
         def run() -> Any:
-            return loss_fn(model(inputs), targets)
+            return loss_of(*batch)
 
     return Subject(
         model=model,
@@ -159,6 +174,7 @@ def subject_of(
         parameters=_trained(model),
         optimizer=optimizer,
         batch=batch,
+        loss_of=loss_of if step is None else None,
     )
 
 
@@ -187,6 +203,15 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
     if not trained:
         raise DoctorError("no parameter of the model requires a gradient, so there is nothing to train")
     return trained
+
+
+def _filled(value: Any) -> Any:
+    """``value`` with 0 where a number isn't finite."""
+    if isinstance(value, Tensor):
+        return torch.where(value.isfinite(), value, 0.0) if is_plain(value) else value
+    if isinstance(value, dict):
+        return {key: _filled(item) for key, item in value.items()}
+    return type(value)(map(_filled, value)) if type(value) in (tuple, list) else value
 
 
 def _kept_in(container: Any) -> Iterator[tuple[str, nn.Parameter]]:
