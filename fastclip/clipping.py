@@ -97,7 +97,7 @@ class Finding(NamedTuple):
 
     Attributes:
         policy: the rule that asked.
-        reading: what it gets to see; under "zero" what is left.
+        reading: what it gets to see; under "zero" norms of what is left, and how much was NaN and Inf.
     """
 
     policy: Policy
@@ -177,7 +177,7 @@ def examine(
         for reading in bad:
             reading.plan.zero_nonfinite_()
         again = joined(asked, grad_scale, None).readings
-        readings = [new.with_penalty_of(seen) for new, seen in zip(again, readings, strict=True)]
+        readings = [new.with_what_was_there(first) for new, first in zip(again, readings, strict=True)]
     seen = zip(shares, readings, nobody, strict=True)
     return Findings([Finding(policy, reading) for (_, policy), reading, nobodys in seen if not nobodys], skips)
 

@@ -299,15 +299,19 @@ class Guard(Reports):
         factor = verdicts[0].factor if len(verdicts) == 1 else 1.0 + any_of(verdict.clipped for verdict in verdicts)
 
         rides = not again and riding.rides(self.optimizer)  # what rides belongs to the gradients of the first look
+        bad = found_inf
         if isinstance(skip, Tensor):
             if not rides or riding.first_step_is_lost(self.optimizer):
-                skip = bool(skip)
+                known = bool(skip)
+                bad = known if skip is found_inf else found_inf
+                skip = known
             else:  # exactly 1 for yes, as torch's fused steps want it and the read has left it
                 skip = (skip if skip is found_inf else flag(skip)).to(torch.float32)
-        self._record.note([finding.reading for finding in findings], factor, skip)
-        went_back, in_a_row = (False, 0) if again else self._climb(observed, held, found_inf)
+        self._record.note([finding.reading for finding in findings], factor, skip, bad)
+        skips = found_inf if nonfinite == "skip" else False
+        went_back, in_a_row = (False, 0) if again else self._climb(observed, held, skips)
         if self._record.listeners:
-            held_back = {"nonfinite": found_inf if nonfinite == "skip" else False}
+            held_back = {"nonfinite": skips}
             if given_inf is not None:
                 held_back["scaler"] = given_inf
             if not again:
@@ -341,19 +345,21 @@ class Guard(Reports):
             verdict.apply(grad_scale, skip)
         return Clearance(True, None, riding_inf)
 
-    def _climb(self, observed: bool | Tensor, held: bool | Tensor, found_inf: bool | Tensor) -> tuple[bool, int]:
-        """Climbs the ladder with what the host knows by now: whether it went back, and the skips in a row."""
+    def _climb(self, observed: bool | Tensor, held: bool | Tensor, nonfinite: bool | Tensor) -> tuple[bool, int]:
+        """Climbs the ladder with what the host knows by now: whether it went back, and the skips in a row.
+
+        ``observed``, ``held`` and ``nonfinite``, of the gradients, are what skips this step.
+        """
         news = self._record.news()
         self._lr_factor = self._ladder.lr_factor
         if news is None:
             return False, 0
 
         def reason() -> tuple[str, tuple[str, ...]]:
-            if not isinstance(found_inf, bool):  # asking which tensor would wait for the device
+            if not isinstance(nonfinite, bool):  # asking which tensor would wait for the device
                 return "found on the device", ()
-            bad = tuple(self._record.bad())
-            if bad:
-                return "NaN or Inf in the gradients", bad
+            if nonfinite:
+                return "NaN or Inf in the gradients", tuple(self._record.bad())
             if observed is True:
                 return "the loss that was observed", ()
             if held is True:

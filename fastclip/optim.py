@@ -87,6 +87,7 @@ class ClippedOptimizer(Reports, Optimizer):
         nonfinite: ``"skip"`` (default): a step whose gradients hold NaN or Inf does not happen, parameters and
             optimizer state stay bitwise unchanged, and ``skipped_steps`` counts it. ``"zero"``, ``"raise"``
             and ``"propagate"`` as in :func:`fastclip.clip_grad_norm_`. Under a GradScaler such a step is skipped.
+            ``nonfinite_steps`` counts such steps, and ``last_stats`` tells of the gradients as they came.
         policy: a rule of :mod:`fastclip.policies` (or its name, with its defaults) instead of ``max_norm`` and
             ``norm_type``.
         l1, l2, convention: weight penalties, added to the gradients in the pass that reads them: l1 * sign(w) + l2 * w,

@@ -184,12 +184,21 @@ class Reading(NamedTuple):
         peers = replace(self.peers, rows=of_all)
         return refinished(self._replace(request=request, rows=rows, peers=peers), of_all)
 
-    def with_penalty_of(self, seen: Reading) -> Reading:
-        """The same, read anew after a penalty had been added and read."""
-        peers = self.peers
-        if peers is not None and seen.peers is not None:
-            peers = replace(peers, penalty=seen.peers.penalty)
-        return self._replace(weight_rows=seen.weight_rows, strengths=seen.strengths, peers=peers)
+    def with_what_was_there(self, first: Reading) -> Reading:
+        """The same, read anew after NaN and Inf had become 0, with what only the first read could tell: how many there
+        were, and where, and the penalty that it added."""
+        peers, on_host = self.peers, self.on_host
+        if peers is not None and first.peers is not None:
+            before = first.peers
+            peers.rows[NANS : INFS + 1] = before.rows[NANS : INFS + 1]
+            peers = replace(peers, penalty=before.penalty, worst=before.worst, tensors_worst=before.tensors_worst)
+        self.rows[NANS : INFS + 1] = first.rows[NANS : INFS + 1]
+        self.totals[TOTAL_NANS:] = first.totals[TOTAL_NANS:]
+        if self.heads is not None and first.heads is not None:
+            self.heads[HEAD_INF] = first.heads[HEAD_INF]
+        if on_host is not None and first.on_host is not None:
+            on_host = [*on_host[:TOTAL_NANS], *first.on_host[TOTAL_NANS:]]
+        return self._replace(weight_rows=first.weight_rows, strengths=first.strengths, on_host=on_host, peers=peers)
 
     @property
     def norm_dtype(self) -> torch.dtype:

@@ -17,6 +17,7 @@ from fastclip.reading import Peers, Reading, penalties
 from fastclip.stats import GradStats, stats_from
 from fastclip.tensors import GroupNames
 from fastclip.types import (
+    BAD,
     CLIPPED,
     COUNTS,
     IN_A_ROW,
@@ -159,16 +160,21 @@ class Record:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_echo": Echo(), "listeners": []}  # events and open files can't be copied
 
-    def note(self, readings: list[Reading], factor: float | Tensor, skipped: bool | Tensor) -> None:
+    def note(
+        self, readings: list[Reading], factor: float | Tensor, skipped: bool | Tensor, found_inf: bool | Tensor
+    ) -> None:
         """Takes in one step: its readings, at least one, and what became of it.
 
-        ``factor`` is 1 where nothing was clipped. It and ``skipped``, one element that isn't 0 for yes, are tensors
-        where the host would have to wait for them.
+        ``factor`` is 1 where nothing was clipped. It, ``skipped`` and ``found_inf``, one element that isn't 0 for yes,
+        are tensors where the host would have to wait for them.
         """
         self.seen, self._norm = [Seen(reading) for reading in readings], None
         counts = self._counts
-        if isinstance(counts, list) and not isinstance(factor, Tensor) and not isinstance(skipped, Tensor):
+        if isinstance(counts, list) and not (
+            isinstance(factor, Tensor) or isinstance(skipped, Tensor) or isinstance(found_inf, Tensor)
+        ):
             counts[STEPS] += 1
+            counts[BAD] += bool(found_inf)
             counts[CLIPPED] += factor != 1.0 and not skipped
             counts[SKIPPED] += skipped
             counts[IN_A_ROW] = counts[IN_A_ROW] + 1 if skipped else 0
@@ -178,12 +184,12 @@ class Record:
             on_device(counts, dtype, totals.device) if isinstance(counts, list) else counts.to(totals.device, dtype)
         )
         self._counts = after = torch.empty_like(before)
-        readings[0].plan.tally(before, factor, skipped, after)
+        readings[0].plan.tally(before, factor, skipped, found_inf, after)
         self._echo.send(after)
 
     @property
     def counts(self) -> Tensor:
-        """``[steps, clipped, skipped, in a row]``, int64, for whoever looks."""
+        """``[len(COUNTS)]``, int64, for whoever looks."""
         if isinstance(self._counts, Tensor):
             return self._counts.to(torch.int64)
         device = self.seen[0].totals.device if self.seen else "cpu"
@@ -290,7 +296,8 @@ class Reports:
     @property
     def last_stats(self) -> GradStats | None:
         """Norm, NaN and Inf counts of each gradient of the latest step, from the same read, and with a penalty norms of
-        their weights; None before the first."""
+        their weights; None before the first. With ``nonfinite="zero"`` norms of what is left, and the counts of what
+        became 0."""
         return self._record.stats
 
     @property
@@ -314,6 +321,11 @@ class Reports:
     def skipped_steps(self) -> Tensor:
         """How many of them did not happen, 0-d int64."""
         return self._record.counts[SKIPPED].clone()
+
+    @property
+    def nonfinite_steps(self) -> Tensor:
+        """How many of them had NaN or Inf in their gradients, whatever ``nonfinite`` made of it, 0-d int64."""
+        return self._record.counts[BAD].clone()
 
     @property
     def skipped_in_a_row(self) -> Tensor:

@@ -137,8 +137,9 @@ class GradStats:
             "infs": infs,
         }
         if extras:
-            largest = math.nan if nans else max(host["max_abs"], default=0.0)
-            total |= {"max_abs": largest, "zeros": int(sum(host["zeros"]))}
+            largest = host["max_abs"]
+            has_nan = any(value != value for value in largest)
+            total |= {"max_abs": math.nan if has_nan else max(largest, default=0.0), "zeros": int(sum(host["zeros"]))}
         return {**total, "tensors": per_tensor}
 
     def worst(self, k: int = 5) -> list[Worst]:

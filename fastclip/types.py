@@ -28,8 +28,8 @@ HEADS = ("total_norm", "found_inf")
 HEAD_NORM, HEAD_INF = range(len(HEADS))
 
 # What is counted of an optimizer's steps.
-COUNTS = ("steps", "clipped", "skipped", "skipped in a row, up to now")
-STEPS, CLIPPED, SKIPPED, IN_A_ROW = range(len(COUNTS))
+COUNTS = ("steps", "clipped", "skipped", "skipped in a row, up to now", "whose gradients held NaN or Inf")
+STEPS, CLIPPED, SKIPPED, IN_A_ROW, BAD = range(len(COUNTS))
 
 Strengths: TypeAlias = list[tuple[float, float]]  # of a weight penalty: (of the sign, of the weight) per gradient
 
@@ -194,12 +194,15 @@ class Backend(Protocol):
     def zero_nonfinite_(self, table: Any) -> None:
         """Replaces every NaN and Inf element by 0."""
 
-    def tally(self, before: Tensor, factor: float | Tensor, skip: float | Tensor, after: Tensor) -> None:
+    def tally(
+        self, before: Tensor, factor: float | Tensor, skip: float | Tensor, found: float | Tensor, after: Tensor
+    ) -> None:
         """Counts one step: fills ``after`` from ``before``, ``[len(COUNTS)]`` each, float64 (the widest of the device).
 
         Args:
             factor: a number, or one element on any device: the step is clipped unless it is 1.
             skip: a number, or one element on any device: the step is skipped, and not clipped, unless it is 0.
+            found: likewise: its gradients held NaN or Inf unless it is 0.
         """
 
 

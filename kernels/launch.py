@@ -184,12 +184,11 @@ def join(unit_rows: Tensor, counts: list[int], p: float, rows: Tensor) -> None:
     where.launch(join_kernel, len(counts), unit_rows, unit_rows.shape[1], first_units, rows, len(counts), bits_of(p))
 
 
-def tally(before: Tensor, factor: float | Tensor, skip: float | Tensor, after: Tensor) -> None:
+def tally(before: Tensor, factor: float | Tensor, skip: float | Tensor, found: float | Tensor, after: Tensor) -> None:
     """Counts a step, see tally_kernel; numbers, or one float32 or float64 on the device."""
-    factor_at, skip_at = (value if isinstance(value, Tensor) else None for value in (factor, skip))
-    factor_bits, skip_bits = (0 if isinstance(value, Tensor) else bits_of(value) for value in (factor, skip))
-    arguments = before, factor_at, factor_bits, skip_at, skip_bits, after
-    Where(before.device).launch(tally_kernel, 1, *arguments, varying=(factor_at, skip_at))
+    told = [(value, 0) if isinstance(value, Tensor) else (None, bits_of(value)) for value in (factor, skip, found)]
+    at = tuple(tensor for tensor, _ in told)
+    Where(before.device).launch(tally_kernel, 1, before, *(part for pair in told for part in pair), after, varying=at)
 
 
 def _write(

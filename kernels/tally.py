@@ -18,12 +18,14 @@ def known(at, bits):
 
 @kernel
 def tally_kernel(
-    before,  # in, float64 [4]: steps, clipped, skipped, and skipped in a row
+    before,  # in, float64 [5]: steps, clipped, skipped, skipped in a row, and with NaN or Inf
     factor,  # in, one float32 or float64: the step is clipped unless it is 1; or None, and then
     factor_bits: tl.int64,  # as the bits of a float64
     skip,  # in: the step is skipped, and not clipped, unless it is 0; as the factor
     skip_bits: tl.int64,
-    after,  # out, [4]
+    found,  # in: the gradients held NaN or Inf unless it is 0; as the factor
+    found_bits: tl.int64,
+    after,  # out, [5]
 ):
     skipped = (known(skip, skip_bits) != 0.0).to(tl.float64)
     clipped = (known(factor, factor_bits) != 1.0).to(tl.float64) * (1.0 - skipped)
@@ -31,3 +33,4 @@ def tally_kernel(
     tl.store(after + 1, tl.load(before + 1) + clipped)
     tl.store(after + 2, tl.load(before + 2) + skipped)
     tl.store(after + 3, (tl.load(before + 3) + 1.0) * skipped)
+    tl.store(after + 4, tl.load(before + 4) + (known(found, found_bits) != 0.0).to(tl.float64))

@@ -51,18 +51,18 @@ def check_write(chosen: Any, how: str, dtype: torch.dtype, skip: float | None, d
 
 def check_tally(chosen: Any, given: Given, device: str) -> None:
     """Clipped where the factor isn't 1, but not where the step is skipped; NaN is neither 1 nor 0."""
-    counts = torch.zeros(4, dtype=torch.float64, device=device)
-    for factor, skip, want in (
-        (1.0, 0.0, [1, 0, 0, 0]),
-        (0.5, 0.0, [2, 1, 0, 0]),
-        (0.5, 1.0, [3, 1, 1, 1]),
-        (NAN, 1.0, [4, 1, 2, 2]),
-        (1.0, NAN, [5, 1, 3, 3]),
-        (NAN, 0.0, [6, 2, 3, 0]),
-        (1.0, 1.0, [7, 2, 4, 1]),
-        (1.0, 0.0, [8, 2, 4, 0]),
+    counts = torch.zeros(5, dtype=torch.float64, device=device)
+    for factor, skip, found, want in (
+        (1.0, 0.0, 0.0, [1, 0, 0, 0, 0]),
+        (0.5, 0.0, 1.0, [2, 1, 0, 0, 1]),
+        (0.5, 1.0, 1.0, [3, 1, 1, 1, 2]),
+        (NAN, 1.0, 0.0, [4, 1, 2, 2, 2]),
+        (1.0, NAN, NAN, [5, 1, 3, 3, 3]),
+        (NAN, 0.0, 0.0, [6, 2, 3, 0, 3]),
+        (1.0, 1.0, 1.0, [7, 2, 4, 1, 4]),
+        (1.0, 0.0, 0.0, [8, 2, 4, 0, 4]),
     ):
         after = torch.full_like(counts, NAN)
-        chosen.tally(counts, given(factor, device), given(skip, device), after)
-        assert after.tolist() == want, (factor, skip)
+        chosen.tally(counts, *(given(value, device) for value in (factor, skip, found)), after)
+        assert after.tolist() == want, (factor, skip, found)
         counts = after

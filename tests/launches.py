@@ -22,6 +22,7 @@ def kinds() -> list[Callable[[], None]]:
     facts = tables.table_of([torch.ones(100), torch.ones(7)], tables.CPU).facts
     long = tables.table_of([torch.ones(1 << 16)], tables.CPU).facts
     rows, extra_rows, totals = (torch.zeros(*shape, dtype=torch.float64) for shape in ((3, 2), (6, 2), (4,)))
+    counts_of_steps = torch.zeros(2, 5, dtype=torch.float64)
     heads, counts = torch.zeros(2), [4, 1]
     unit_rows, strengths = (torch.zeros(*shape, dtype=torch.float64) for shape in ((3, 5), (2, 2)))
     single, double = torch.tensor(2.0), torch.tensor(2.0, dtype=torch.float64)
@@ -44,7 +45,10 @@ def kinds() -> list[Callable[[], None]]:
         lambda: launch.finish(rows, 2.0, 1.0, 1e-6, totals, heads),
         lambda: launch.finish(rows, 2.0, 1.0, 1e-6, totals, None),
         lambda: launch.join(unit_rows, counts, 2.0, rows),
-        *(lambda of=of: launch.tally(rows[0], *of, totals) for of in ((single, double), (1.0, single), (double, 0.0))),
+        *(
+            lambda of=of: launch.tally(counts_of_steps[0], *of, counts_of_steps[1])
+            for of in ((single, double, single), (1.0, single, 0.0), (double, 0.0, single))
+        ),
         lambda: launch.scale(facts, cpu, single),
         lambda: launch.scale(facts, cpu, double),
         lambda: launch.scale(facts, cpu, double, single),

@@ -207,8 +207,9 @@ def test_wrong_memory_is_refused_before_anything_is_launched() -> None:
     for factor in (three, three.half()[0], torch.empty((), device="meta")):
         with pytest.raises((TypeError, ValueError)):
             C.cuda_scale(table, factor, None)
-        with pytest.raises((TypeError, ValueError)):
-            C.cuda_tally(totals, factor, 0.0, totals.clone())
+        for told in ((factor, 0.0, 0.0), (1.0, factor, 0.0), (1.0, 0.0, factor)):
+            with pytest.raises((TypeError, ValueError)):
+                C.cuda_tally(poisoned(5), *told, poisoned(5))
     with pytest.raises(ValueError, match="units"):
         C.cuda_scale_each(table, [5, 3, 3], three, None)
     for skip in (three[0], three.bool()[0], three.float(), torch.empty((), device="meta"), 1.0):
@@ -219,10 +220,10 @@ def test_wrong_memory_is_refused_before_anything_is_launched() -> None:
         ):
             with pytest.raises((TypeError, ValueError)):
                 write()
-    for counts in (totals[:3], heads, poisoned(8)[::2], None):
-        for given in ((counts, totals.clone()), (totals.clone(), counts)):
+    for counts in (poisoned(4), poisoned(5).float(), poisoned(10)[::2], None):
+        for given in ((counts, poisoned(5)), (poisoned(5), counts)):
             with pytest.raises((TypeError, ValueError, RuntimeError)):
-                C.cuda_tally(given[0], 1.0, 0.0, given[1])
+                C.cuda_tally(given[0], 1.0, 0.0, 0.0, given[1])
     strengths, weight_rows = poisoned(2, 3), poisoned(3, 3)
     partners = C.partners(table, [grad.clone() for grad in grads])
     for wrong in (

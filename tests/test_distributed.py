@@ -136,6 +136,7 @@ def poisoned(shape, dim, value, nonfinite):
     return {
         "error": error,
         "skipped": int(opt.skipped_steps),
+        "bad": int(opt.nonfinite_steps),
         "norm": opt.last_norm,
         "worst": None if stats is None else stats.worst(1)[0],
         "found": None if stats is None else float(stats.found_inf),
@@ -178,8 +179,9 @@ def test_a_bad_element_on_one_rank_raises_on_all(value):
 def test_a_bad_element_on_one_rank_becomes_0_there_and_all_clip_by_the_rest():
     rest = oracle.norm([torch.ones(4, 3), torch.tensor([2.0]), torch.ones(1)])
     for rank, result in enumerate(ranks(2).run(poisoned, (2,), 0, math.nan, "zero")):
-        assert result["skipped"] == 0
+        assert (result["skipped"], result["bad"], result["found"]) == (0, 1, 1.0)
         assert float(result["norm"]) == pytest.approx(rest, rel=6e-8)
+        assert (result["worst"].name, result["worst"].nans, result["worst"].rank) == ("second", 1, 1)
         assert all(result["moved"][: 2 if rank == 0 else 1])
         assert float(result["grads"][0][0, 0]) == pytest.approx(1.0 / rest, rel=1e-5)
         assert result["grads"][1].tolist() == ([pytest.approx(2.0 / rest, rel=1e-5)] if rank == 0 else [0.0])

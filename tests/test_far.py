@@ -124,7 +124,7 @@ def test_far_skipped_steps_change_nothing(name, max_norm, bad, far):
             assert torch.equal(flat(model), flat(twin))
         assert opt.skipped_in_a_row == {2: 1, 4: 1, 5: 2}.get(step, 0)
     assert identical(opt.state_dict(), other.state_dict())
-    assert (opt.steps, opt.skipped_steps) == (7, 3)
+    assert (opt.steps, opt.skipped_steps, opt.nonfinite_steps) == (7, 3, 3)
     assert opt.clipped_steps == (4 if max_norm < 1.0 else 0)
 
 
@@ -178,6 +178,9 @@ def test_the_other_rules_do_as_the_functions_do(name, host, rule, request):
         fastclip.clip_grad_norm_(twin.parameters(), 0.5, nonfinite=rule)
         plain.step()
         opt.step()
+        if step < 2:
+            assert opt.last_stats.infs.tolist() == [step, 0, 0, 0]
+        assert opt.nonfinite_steps == (step if rule == "propagate" else min(step, 1))  # the parameters are NaN, too
         torch.testing.assert_close(flat(model), flat(twin), equal_nan=True, **tolerance(name))
     assert opt.skipped_steps == 0
     assert bool(flat(model).isnan().any()) == (rule == "propagate")

@@ -141,6 +141,15 @@ def test_a_bad_batch_costs_an_accumulated_step_and_no_more():
     assert int(optimizer._iterations) == 8
 
 
+def test_what_became_zero_is_counted():
+    inputs = INPUTS.copy()
+    inputs[BAD] = numpy.nan
+    optimizer = keras.optimizers.SGD(0.1)
+    guard = clip(optimizer, nonfinite="zero")
+    fit(optimizer, inputs, epochs=1)
+    assert (guard.skipped_steps, guard.nonfinite_steps) == (0, 1)
+
+
 def test_skips_are_told_by_events():
     optimizer, guard = clipped_sgd()
     inputs = INPUTS.copy()

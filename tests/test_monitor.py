@@ -110,6 +110,20 @@ def test_a_skipped_step(told, bad):
     assert np.isfinite(record.tensor_norms[[0, 1, 3]]).all()
 
 
+def test_a_step_in_which_nan_became_zero(told):
+    parameters = model_of()
+    opt, events = optimizer_of(parameters, nonfinite="zero"), []
+    with GradMonitor(opt, sinks=told.append, on_event=events.append, names=zip("abcd", parameters, strict=True)):
+        give(parameters, 0)
+        parameters[2].grad[0, 0] = math.nan
+        opt.step()
+    (record,) = told
+    assert (record.skipped, record.nans, record.infs, record.worst) == (False, 1, 0, "c")
+    assert record.clipped_norm == pytest.approx(1.0, rel=1e-5)
+    assert np.isfinite(record.tensor_norms).all()
+    assert [(event.kind, event.tensors) for event in events] == [("non-finite", ("c",))]
+
+
 def test_each_reason_is_told(told):
     parameters = model_of()
     skipper = policies.SkipAboveMedian(factor=2.0)

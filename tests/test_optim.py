@@ -12,7 +12,7 @@ from small import backward, flat, identical, poison, small_model
 
 import fastclip
 from fastclip import ClippedOptimizer
-from fastclip.policies import Decision, GlobalNorm, Policy
+from fastclip.policies import Chain, Decision, GlobalNorm, Policy, Unitwise, Value
 from fastclip.types import Request
 
 OPTIMIZERS = {
@@ -132,6 +132,54 @@ def test_zero_keeps_the_rest():
     assert next(model.parameters()).grad.view(-1)[3] == 0
     assert flat(model).isfinite().all()
     assert opt.last_norm.isfinite()
+
+
+@pytest.mark.parametrize("policy", [None, Value(0.5), Unitwise(), Chain(GlobalNorm(1.0), Value(0.5))], ids=repr)
+@pytest.mark.parametrize("l2", [0.0, 0.1])
+def test_what_became_zero_is_told(policy, l2):
+    model, twin = small_model(), small_model()
+    opt, other = (
+        ClippedOptimizer(torch.optim.SGD(m.parameters(), lr=0.1), policy=policy, nonfinite=rule, l2=l2, names=m)
+        for m, rule in ((model, "zero"), (twin, "skip"))
+    )
+    for m, each in ((model, opt), (twin, other)):
+        backward(m, 0)
+        poison(m)
+        m[2].weight.grad[0, 1] = math.inf
+        if each is other:  # the norms are those of what is left
+            for p in m.parameters():
+                p.grad = torch.where(p.grad.isfinite(), p.grad, -l2 * p.detach())
+        each.step()
+    stats = opt.last_stats
+    torch.testing.assert_close(stats.tensor_norms, other.last_stats.tensor_norms)
+    torch.testing.assert_close(opt.last_norm, other.last_norm)
+    assert stats.nans.tolist() == [1, 0, 0, 0]
+    assert stats.infs.tolist() == [0, 0, 1, 0]
+    assert [worst.name for worst in stats.worst(2)] == ["0.weight", "2.weight"]
+    assert stats.to_dict()["found_inf"] is True
+    assert math.isfinite(stats.to_dict().get("max_abs", 0.0))
+    assert "1 NaN, 1 Inf" in str(stats)
+    torch.testing.assert_close(flat(model), flat(twin))
+
+
+@pytest.mark.parametrize("rule", ["skip", "zero", "propagate", "raise"])
+def test_steps_with_nan_are_counted_under_each_rule(rule):
+    model = small_model()
+    opt = ClippedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), 1.0, nonfinite=rule)
+    for step in range(5):
+        opt.zero_grad()
+        backward(model, step)
+        if step in (1, 3):
+            poison(model, math.inf)
+        if rule == "raise" and step in (1, 3):
+            with pytest.raises(fastclip.NonFiniteGradientError):
+                opt.step()
+        else:
+            opt.step()
+        if rule == "propagate" and step in (1, 3):
+            model.load_state_dict(small_model().state_dict())
+    asked, bad, skipped = {"skip": (5, 2, 2), "zero": (5, 2, 0), "propagate": (5, 2, 0), "raise": (3, 0, 0)}[rule]
+    assert (opt.steps, opt.nonfinite_steps, opt.skipped_steps) == (asked, bad, skipped)
 
 
 def test_lbfgs_never_searches_on_a_bad_gradient():

@@ -74,7 +74,7 @@ VARIANTS = {
     "finish": (read.finish_kernel, {}),
     "join": (read.join_kernel, {}),
     "tally": (tally_kernel, {}),
-    "tally what is known": (tally_kernel, {"factor": None, "skip": None}),
+    "tally what is known": (tally_kernel, {"factor": None, "skip": None, "found": None}),
     **WRITES,
     "scale_each unless": writes(WRITABLE, 1, UNITS=16, skip=...),
 }

@@ -135,13 +135,14 @@ void clamp(const GradTable& table, double bound, const py::object& skip) {
 
 void zero_nonfinite(const GradTable& table) { cuda::zero_nonfinite(table.tensors, place(table.device)); }
 
-void tally(const py::object& before, const py::object& factor, const py::object& skip, const py::object& after) {
+void tally(const py::object& before, const py::object& factor, const py::object& skip, const py::object& found,
+           const py::object& after) {
   const Device device = device_of(before);
   const auto counts = [&](const py::object& tensor, const char* name) {
-    return static_cast<double*>(memory(tensor, DType::f64, 4, device, name));
+    return static_cast<double*>(memory(tensor, DType::f64, 5, device, name));
   };
   cuda::tally(counts(before, "before"), scalar(factor, device, "factor"), scalar(skip, device, "skip"),
-              counts(after, "after"), place(device));
+              scalar(found, device, "found"), counts(after, "after"), place(device));
 }
 
 }  // namespace
@@ -163,7 +164,7 @@ void define_cuda(py::module_& m) {
   m.def("cuda_scale_each", &scale_each, py::arg("table"), py::arg("units"), py::arg("factors"), py::arg("skip"));
   m.def("cuda_clamp", &clamp, py::arg("table"), py::arg("bound"), py::arg("skip"));
   m.def("cuda_zero_nonfinite", &zero_nonfinite, py::arg("table"));
-  m.def("cuda_tally", &tally, py::arg("before"), py::arg("factor"), py::arg("skip"), py::arg("after"));
+  m.def("cuda_tally", &tally, py::arg("before"), py::arg("factor"), py::arg("skip"), py::arg("found"), py::arg("after"));
 #if defined(FASTCLIP_CUDA_EMULATED)
   m.def("cuda_set_order", &cuda::set_order, py::arg("seed"), "0: threads in order; else as this seed has it.");
   m.def("cuda_set_idle", &cuda::set_idle, py::arg("is_idle"), "Kernels are launched, and don't run.");

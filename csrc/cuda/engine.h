@@ -62,7 +62,8 @@ void zero_nonfinite(const Tensors& tensors, const Place& place);
 
 // before: in, [4]: steps, clipped, skipped, and skipped in a row. after: out, the same with one step more, which is
 // skipped unless `skip` is 0, and else clipped unless `factor` is 1.
-void tally(const double* before, const Scalar& factor, const Scalar& skip, double* after, const Place& place);
+void tally(const double* before, const Scalar& factor, const Scalar& skip, const Scalar& found, double* after,
+           const Place& place);
 
 std::string why_unavailable();
 bool is_capturing(int device, void* stream);

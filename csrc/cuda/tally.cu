@@ -6,9 +6,9 @@ namespace fastclip::cuda {
 namespace {
 
 struct TallyParams {
-  const double* before;  // in, [4]: steps, clipped, skipped, and skipped in a row
-  double* after;         // out, [4]
-  Scalar factor, skip;
+  const double* before;  // in, [5]: steps, clipped, skipped, skipped in a row, and with NaN or Inf
+  double* after;         // out, [5]
+  Scalar factor, skip, found;
 };
 
 __global__ void tally_kernel(FASTCLIP_PARAMETERS(TallyParams) a) {
@@ -19,13 +19,16 @@ __global__ void tally_kernel(FASTCLIP_PARAMETERS(TallyParams) a) {
   a.after[1] = a.before[1] + (clipped ? 1.0 : 0.0);
   a.after[2] = a.before[2] + (skipped ? 1.0 : 0.0);
   a.after[3] = skipped ? a.before[3] + 1.0 : 0.0;
+  a.after[4] = a.before[4] + (read_scalar(a.found) != 0.0 ? 1.0 : 0.0);
 }
 
 }  // namespace
 
-void tally(const double* before, const Scalar& factor, const Scalar& skip, double* after, const Place& place) {
+void tally(const double* before, const Scalar& factor, const Scalar& skip, const Scalar& found, double* after,
+           const Place& place) {
   const DeviceGuard guard(place.device);
-  launch(tally_kernel, 1, kWarpSize, place.stream, TallyParams{before, after, factor, skip}, "fastclip's tally kernel");
+  const TallyParams params{before, after, factor, skip, found};
+  launch(tally_kernel, 1, kWarpSize, place.stream, params, "fastclip's tally kernel");
 }
 
 }  // namespace fastclip::cuda

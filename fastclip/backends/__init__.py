@@ -136,7 +136,7 @@ class Plan(NamedTuple):
         return self.parts[0].backend.finish if len(self.parts) == 1 else reference.finish
 
     @property
-    def tally(self) -> Callable[[Tensor, float | Tensor, float | Tensor, Tensor], None]:
+    def tally(self) -> Callable[[Tensor, float | Tensor, float | Tensor, float | Tensor, Tensor], None]:
         """Of the one backend where there is one."""
         return self.parts[0].backend.tally if len(self.parts) == 1 else reference.tally
 

@@ -133,8 +133,8 @@ def zero_nonfinite_(table: Any) -> None:
     increment_version(table.grads)
 
 
-def tally(before: Tensor, factor: float | Tensor, skip: float | Tensor, after: Tensor) -> None:
-    C.cuda_tally(before, _scalar(factor, before.device), _scalar(skip, before.device), after)
+def tally(before: Tensor, factor: float | Tensor, skip: float | Tensor, found: float | Tensor, after: Tensor) -> None:
+    C.cuda_tally(before, *(_scalar(value, before.device) for value in (factor, skip, found)), after)
 
 
 def _scalar(value: float | Tensor, device: torch.device) -> float | Tensor:

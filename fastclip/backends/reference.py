@@ -253,7 +253,7 @@ def zero_nonfinite_(table: ReferenceTable) -> None:
             tensors.write_back(source, grad)
 
 
-def tally(before: Tensor, factor: float | Tensor, skip: float | Tensor, after: Tensor) -> None:
+def tally(before: Tensor, factor: float | Tensor, skip: float | Tensor, found: float | Tensor, after: Tensor) -> None:
     def differs(value: float | Tensor, idle: float) -> Tensor:
         if not isinstance(value, Tensor):
             return torch.full((), value != idle, device=before.device)
@@ -261,7 +261,8 @@ def tally(before: Tensor, factor: float | Tensor, skip: float | Tensor, after: T
 
     skipped = differs(skip, 0.0)
     clipped = differs(factor, 1.0) > skipped
-    torch.add(before, torch.stack([torch.ones_like(skipped), clipped, skipped, skipped]), out=after)
+    one, bad = torch.ones_like(skipped), differs(found, 0.0)
+    torch.add(before, torch.stack([one, clipped, skipped, skipped, bad]), out=after)
     after[IN_A_ROW].mul_(skipped)
 
 

@@ -155,8 +155,9 @@ def zero_nonfinite_(table: Any) -> None:
         increment_version(table.grads)
 
 
-def tally(before: Tensor, factor: float | Tensor, skip: float | Tensor, after: Tensor) -> None:
-    known = [tables.one_number(v, before.device) if isinstance(v, Tensor) else float(v) for v in (factor, skip)]
+def tally(before: Tensor, factor: float | Tensor, skip: float | Tensor, found: float | Tensor, after: Tensor) -> None:
+    told = (factor, skip, found)
+    known = [tables.one_number(value, before.device) if isinstance(value, Tensor) else float(value) for value in told]
     _launch().tally(before, *known, after)
 
 

@@ -85,9 +85,10 @@ class KerasGuard(Reports):
         share = grads_among(grads)._replace(names=names, parameters=variables)
         (finding,), _ = examine([(share, self.policy)], self.nonfinite)
         verdict = finding.decide()
-        skip = any_of([verdict.decision.skip, finding.reading.found_inf if self.nonfinite == "skip" else False])
+        found_inf = finding.reading.found_inf
+        skip = any_of([verdict.decision.skip, found_inf if self.nonfinite == "skip" else False])
         self._skipped = bool(skip)
-        self._record.note([finding.reading], verdict.factor, self._skipped)
+        self._record.note([finding.reading], verdict.factor, self._skipped, found_inf)
         counts = self._record.counts.tolist()
         self._ladder.climb(self.optimizer, counts[STEPS], counts[SKIPPED], counts[IN_A_ROW], self._reason)
         self._record.check_streak(counts[IN_A_ROW])
@@ -96,7 +97,7 @@ class KerasGuard(Reports):
 
     def _reason(self) -> tuple[str, tuple[str, ...]]:
         """Of a skip, for the event that tells of it."""
-        bad = tuple(self._record.bad())
+        bad = tuple(self._record.bad()) if self.nonfinite == "skip" else ()
         return ("NaN or Inf in the gradients", bad) if bad else (f"decided by {self.policy!r}", ())
 
 
