@@ -15,6 +15,7 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable, but withou
 from torch.optim import Optimizer
 
 from fastclip import amp, riding
+from fastclip.checkpoint import OWN_RULES, Hooks
 from fastclip.checks import nonfinite_rule, number, real, whole
 from fastclip.clipping import Finding, all_finite, examine
 from fastclip.ladder import Ladder, LossWatch, Rollback, SpikeBackoff, reduced_lr
@@ -29,7 +30,6 @@ from fastclip.ties import group_named, group_of_caller, process_group, ties_of
 from fastclip.types import IN_A_ROW, SKIPPED, STEPS, TOTAL_NORM, known_to_host, on_device
 
 ATTACHED = ("step", amp.GUARD, "_step_supports_amp_scaling")  # what an attached guard sets on its optimizer
-OWN_RULES = ("policy", "group_max_norm")  # keys of a param group that take it out of the joint norm
 
 
 class Clearance(NamedTuple):
@@ -145,6 +145,7 @@ class Guard(Reports):
         attributes[amp.GUARD] = self
         if self.can_unscale:
             attributes["_step_supports_amp_scaling"] = True
+        self._hooks = Hooks(self)
 
     def attach_like_to(self, optimizer: Optimizer) -> None:
         """Attaches the same rule, knowing what it has learned by now, and the same penalties to another optimizer."""
@@ -155,6 +156,7 @@ class Guard(Reports):
         attributes = vars(self.optimizer)
         if attributes.get(amp.GUARD) is not self:
             raise RuntimeError("this guard is not attached to its optimizer")
+        self._hooks.remove()
         untouched = attributes["step"] is self._attached
         for name in ATTACHED if untouched else ATTACHED[1:]:
             attributes.pop(name, None)

@@ -21,7 +21,8 @@ class Event(NamedTuple):
 
     Attributes:
         step: how many steps had been asked for, this one included.
-        kind: ``"skip"``, ``"lr cut"``, ``"lr restored"``, ``"roll back"``.
+        kind: ``"skip"``, ``"lr cut"``, ``"lr restored"``, ``"roll back"``; a monitor also tells of ``"non-finite"``,
+            ``"exploding"``, ``"vanishing"`` and ``"dead"`` gradients.
         reason: why, in words.
         tensors: names of the gradients that held NaN or Inf, if that was the reason and the host knew it at once.
     """

@@ -99,7 +99,7 @@ class GradMonitor:
         if on_event is not None and not callable(on_event):
             raise TypeError(f"on_event: expected a function, got {type(on_event).__name__}")
         if flags is not None and not isinstance(flags, FlagRules):
-            raise TypeError(f"flags: expected a fastclip.FlagRules, got {type(flags).__name__}")
+            raise TypeError(f"flags: expected a fastclip.monitoring.FlagRules, got {type(flags).__name__}")
         self._flags = Flags(flags or FlagRules())
         self.step = 0
         self._fold: str | None = None
@@ -340,6 +340,11 @@ class GradMonitor:
         self.flush()
         for sink in self._sinks:
             sink.close()
+
+    def __del__(self) -> None:
+        """One that nobody holds any more is closed, as an open file is: what was gathered is not lost."""
+        if vars(self).get("_is_open") and os.getpid() == self._pid:
+            self.close()
 
     def __enter__(self) -> GradMonitor:
         return self

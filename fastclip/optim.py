@@ -13,9 +13,10 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fastclip import checkpoint
 from fastclip.amp import GUARD, scalers_marks
 from fastclip.checks import norm_type_number
-from fastclip.guard import OWN_RULES, Guard
+from fastclip.guard import Guard
 from fastclip.ladder import LossWatch, Rollback, SpikeBackoff
 from fastclip.policies import Bound, GlobalNorm, Policy, policy_of
 from fastclip.record import Reports
@@ -23,10 +24,7 @@ from fastclip.regularisation import Penalty
 from fastclip.riding import RIDERS
 from fastclip.several import Several
 from fastclip.step_arguments import step_arguments_of
-from fastclip.tensors import GroupNames, Names
-
-BOUNDS = ("max_norm", *OWN_RULES)  # keys of a param group that are fastclip's
-STATE = "fastclip"  # the key of a state_dict under which policies that learn keep what they know
+from fastclip.tensors import Names
 
 # Frameworks' own wrappers: stepping one from outside would clip gradients that it hasn't unscaled, synchronised
 # or accumulated yet.
@@ -74,7 +72,7 @@ class ClippedOptimizer(Reports, Optimizer):
     wrapped optimizer's own, so LR schedulers, ``state_dict``, ``zero_grad`` and ``torch.amp.GradScaler`` work as
     before; unknown attributes are the wrapped optimizer's too. ``step(closure)`` clips inside, after the
     backward of the closure. With ``fused=True`` torch's Adam, AdamW, SGD and Adagrad clip while they step
-    (with the CUDA backend: under a loss scale).
+    (on a GPU: under a loss scale, or from 1 GiB of gradients on).
 
     Args:
         optimizer: the optimizer to wrap. The gradients of all its parameters are clipped by one joint norm,
@@ -87,7 +85,7 @@ class ClippedOptimizer(Reports, Optimizer):
         nonfinite: ``"skip"`` (default): a step whose gradients hold NaN or Inf does not happen, parameters and
             optimizer state stay bitwise unchanged, and ``skipped_steps`` counts it. ``"zero"``, ``"raise"``
             and ``"propagate"`` as in :func:`fastclip.clip_grad_norm_`. Under a GradScaler such a step is skipped.
-            ``nonfinite_steps`` counts such steps, and ``last_stats`` tells of the gradients as they came.
+            ``nonfinite_steps`` counts such steps, and ``last_stats`` tells how much of which gradient was NaN or Inf.
         policy: a rule of :mod:`fastclip.policies` (or its name, with its defaults) instead of ``max_norm`` and
             ``norm_type``.
         l1, l2, convention: weight penalties, added to the gradients in the pass that reads them: l1 * sign(w) + l2 * w,
@@ -223,63 +221,27 @@ class ClippedOptimizer(Reports, Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's own state dict: it loads into the bare optimizer, and the other way round.
 
-        A policy that learns adds what it knows under the key ``"fastclip"``, which the bare optimizer ignores.
+        What has been learned (by a policy, a schedule of the bound, ``backoff``, ``loss_watch``) stands under one key
+        more, ``"fastclip"``, which the bare optimizer ignores.
         """
         state_dict: dict[str, Any] = self._inner.state_dict()
-        known = {
-            "guard": self._fastclip.state_dict(),
-            "inner": state_dict.pop(STATE, {}),
-        }
-        for saved in state_dict.get("optimizers", [state_dict]):
-            for group in saved.get("param_groups", ()):
-                group.pop("policy", None)  # the object stays here; what it knows travels
-        known |= {whose: policy.state_dict() for whose, policy in self._policies().items()}
-        known = {whose: state for whose, state in known.items() if state}
-        if any(policy.per_tensor for policy in self._policies().values()):
-            known["tensors"] = self._tensors()
-        return {**state_dict, STATE: known} if known else state_dict
+        inner = state_dict.pop(checkpoint.STATE, {})  # of fastclip in fastclip
+        known = checkpoint.known_of(self._fastclip)
+        return checkpoint.saved_with({**known, "inner": inner} if inner else known, state_dict)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes a state dict of this or of the bare optimizer.
 
         What it doesn't tell stays: the bounds and policies of param groups, and what policies know.
         """
-        before = [{key: group[key] for key in BOUNDS if key in group} for group in self.param_groups]
-        known = state_dict.get(STATE, {})
-        for whose, policy in self._policies().items():
-            if whose in known:
-                policy.check_state_dict(known[whose])
-        if known.get("tensors", self._tensors()) != self._tensors():
-            saved, here = known["tensors"], self._tensors()
-            differing = [name for name in {**saved, **here} if saved.get(name) != here.get(name)]
-            raise ValueError(
-                "the policy's state was saved for other tensors: "
-                + ", ".join(f"{name} has {saved.get(name)} there, {here.get(name)} here" for name in differing[:5])
-                + (", ..." if len(differing) > 5 else "")
-                + ". Nothing was changed"
-            )
-        inner_state = {key: value for key, value in state_dict.items() if key != STATE}
-        self._inner.load_state_dict({**inner_state, STATE: known["inner"]} if "inner" in known else inner_state)
-        for group, bounds in zip(self.param_groups, before, strict=True):
-            for key, value in bounds.items():
-                group.setdefault(key, value)
-        for whose, policy in self._policies().items():
-            if whose in known:
-                policy.load_state_dict(known[whose])
-        self._fastclip.load_state_dict(known.get("guard", {}))
-
-    def _policies(self) -> dict[str, Policy]:
-        """Each by the name under which its state is kept."""
-        alone: dict[str, Policy] = {}
-        for i, group in enumerate(self.param_groups):
-            if "policy" in group:
-                alone[f"group {i}"] = group["policy"] = policy_of(group["policy"], f"param_groups[{i}]['policy']")
-        return {"all": self.policy, **alone}
-
-    def _tensors(self) -> dict[str, list[int]]:
-        """Name -> shape of every parameter, in order."""
-        names = GroupNames(list(enumerate(self.param_groups)))
-        return {name: list(parameter.shape) for name, parameter in zip(names, names.parameters, strict=True)}
+        bounds, known = checkpoint.Bounds(self), state_dict.get(checkpoint.STATE, {})
+        checkpoint.check(self._fastclip, known)
+        inner_state = {key: value for key, value in state_dict.items() if key != checkpoint.STATE}
+        if "inner" in known:
+            inner_state[checkpoint.STATE] = known["inner"]
+        self._inner.load_state_dict(inner_state)
+        bounds.put_back(self)
+        checkpoint.take(self._fastclip, known)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         self._inner.add_param_group(param_group)
@@ -460,8 +422,9 @@ def attach(
 ) -> Guard:
     """Clips inside every ``optimizer.step`` of this very object, for code that checks ``type(optimizer)``.
 
-    Otherwise as :class:`ClippedOptimizer`, with its arguments. torch leaves such additions out when it pickles or
-    deep-copies an optimizer: attach again to the copy.
+    Otherwise as :class:`ClippedOptimizer`, with its arguments; ``optimizer.state_dict()`` is the wrapper's, too, where
+    the optimizer runs torch's hooks for it. torch leaves such additions out when it pickles or deep-copies an
+    optimizer: attach again to the copy.
 
     Returns:
         A :class:`Guard`: ``last_norm``, ``skipped_steps`` and so on, ``max_norm``, and ``remove()``.

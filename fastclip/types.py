@@ -215,7 +215,7 @@ class UnsupportedGradientError(FastclipError, TypeError):
 
 
 class BackendUnavailableError(FastclipError, RuntimeError):
-    """``FASTCLIP_BACKEND`` names a backend that is unknown or can't run here."""
+    """``FASTCLIP_BACKEND`` or ``FASTCLIP_CPU_CAPABILITY`` names what is unknown or can't run here."""
 
 
 class NonFiniteGradientError(FastclipError, RuntimeError):

@@ -78,6 +78,15 @@ EXTREMES = {
     "largest element": (3.0, 0.5, math.inf, None),
     "sum of magnitudes": (3.0, 0.5, 1.0, None),
 }
+MAKERS = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.05),
+    "adamw-fused": lambda p: torch.optim.AdamW(p, lr=0.05, fused=True),
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.05),
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.05),
+    "tensor-lr": lambda p: torch.optim.Adam(p, lr=torch.tensor(0.05), foreach=False),
+}
+every_maker = pytest.mark.parametrize("name", MAKERS)
 every_inner = pytest.mark.parametrize("name", INNERS)
 every_fused = pytest.mark.parametrize("name", FUSED)
 every_scaler = pytest.mark.parametrize("kind", SCALERS)
@@ -113,3 +122,12 @@ def scaled_backward(model, opt, scaler, step, factor=1.0):
 def clean(*optimizers):
     """Nothing of a scaler is left behind."""
     return not any(name in vars(optimizer) for optimizer in optimizers for name in RIDERS)
+
+
+def train(model, opt, steps, clip=None):
+    for step in steps:
+        opt.zero_grad()
+        backward(model, step)
+        if clip is not None:
+            fastclip.clip_grad_norm_(model.parameters(), clip)
+        opt.step()

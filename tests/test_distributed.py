@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import Ranks, ranks
-from shards import counted, mesh_of, network, placed, whole, with_grad
+from shards import counted, mesh_of, network, placed, sharded, whole, with_grad
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import fastclip
@@ -185,6 +185,27 @@ def test_a_bad_element_on_one_rank_becomes_0_there_and_all_clip_by_the_rest():
         assert all(result["moved"][: 2 if rank == 0 else 1])
         assert float(result["grads"][0][0, 0]) == pytest.approx(1.0 / rest, rel=1e-5)
         assert result["grads"][1].tolist() == ([pytest.approx(2.0 / rest, rel=1e-5)] if rank == 0 else [0.0])
+
+
+def checked(kind):
+    """What the doctor says of a model whose parameters lie on several ranks, and whether the model runs afterwards."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    device = torch.device("cpu")
+    model = FullyShardedDataParallel(network(), device_id=device) if kind == "fsdp1" else sharded(kind)
+    batch = torch.ones(4, 6), torch.zeros(4, 1)
+    try:
+        fastclip.check(model, batch, torch.nn.MSELoss(), max_seconds=0)
+    except fastclip.DoctorError as error:
+        return str(error), float(model(batch[0]).detach().sum())
+    return "", 0.0
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "tp", "fsdp1"])
+def test_the_doctor_refuses_what_is_sharded_and_leaves_it_whole(kind):
+    for message, total in ranks(2).run(checked, kind):
+        assert "is sharded" in message
+        assert math.isfinite(total)
 
 
 def collectives_of(kind):

@@ -143,6 +143,14 @@ def test_a_picture_that_cant_be_drawn_is_refused_before_anything_is_tried(factor
     assert "matplotlib" in capsys.readouterr().err
 
 
+def test_a_picture_that_cant_be_written_costs_no_finding(factories, capsys):
+    (factories / "seen.png").mkdir()
+    assert command.main(["check", "of_a_user:sick", "--picture", "seen.png", "--max-seconds", "0"]) == 2
+    said = capsys.readouterr()
+    assert "vanishing-depth" in said.out
+    assert "--picture" in said.err
+
+
 def test_a_seed_gives_the_same_again(factories, capsys):
     said = []
     for _ in range(2):

@@ -10,8 +10,7 @@ import weakref
 
 import pytest
 import torch
-from small import backward, flat, identical, poison, small_model
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from small import MAKERS, backward, every_maker, flat, identical, poison, small_model, train
 from torch.optim import lr_scheduler, swa_utils
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -19,25 +18,7 @@ import fastclip
 from fastclip import ClippedOptimizer
 from fastclip.policies import GlobalNorm
 
-MAKERS = {
-    "adamw": lambda p: torch.optim.AdamW(p, lr=0.05),
-    "adamw-fused": lambda p: torch.optim.AdamW(p, lr=0.05, fused=True),
-    "sgd": lambda p: torch.optim.SGD(p, lr=0.05),
-    "momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
-    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.05),
-    "tensor-lr": lambda p: torch.optim.Adam(p, lr=torch.tensor(0.05), foreach=False),
-}
-every_maker = pytest.mark.parametrize("name", MAKERS)
 copies = pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
-
-
-def train(model, opt, steps, clip=None):
-    for step in steps:
-        opt.zero_grad()
-        backward(model, step)
-        if clip is not None:
-            fastclip.clip_grad_norm_(model.parameters(), clip)
-        opt.step()
 
 
 SCHEDULERS = {
@@ -116,102 +97,6 @@ def test_schedulers_drive_the_inner_rate_and_warn_as_ever(scheduler, name, form,
     assert torch.equal(flat(model), flat(twin))
 
 
-@every_maker
-def test_views_stay_alive_after_loading(name):
-    """``load_state_dict`` rebinds the inner's lists: a captured one would leave a scheduler driving a dead group."""
-    model = small_model()
-    opt = ClippedOptimizer(MAKERS[name](model.parameters()))
-    before = lr_scheduler.ExponentialLR(opt, 0.5)
-    train(model, opt, range(2))
-    opt.load_state_dict(opt.state_dict())
-    for view in ("param_groups", "state", "defaults"):
-        assert getattr(opt, view) is getattr(opt.inner, view)
-    rate = float(opt.inner.param_groups[0]["lr"])
-    before.step()
-    assert float(opt.inner.param_groups[0]["lr"]) == pytest.approx(rate * 0.5)
-    after = lr_scheduler.ExponentialLR(opt, 0.1)
-    train(model, opt, [2])
-    rate = float(opt.inner.param_groups[0]["lr"])
-    after.step()
-    assert float(opt.inner.param_groups[0]["lr"]) == pytest.approx(rate * 0.1)
-
-
-@every_maker
-def test_state_travels_between_plain_and_wrapped(name):
-    """Wrapped for three steps, plain for three, wrapped again: one run, to the bit."""
-    model, twin = small_model(), small_model()
-    wrapped, plain = ClippedOptimizer(MAKERS[name](model.parameters()), 0.5), MAKERS[name](model.parameters())
-    again, reference = ClippedOptimizer(MAKERS[name](model.parameters()), 0.5), MAKERS[name](twin.parameters())
-    train(model, wrapped, range(3))
-    plain.load_state_dict(wrapped.state_dict())
-    assert plain.state_dict().keys() == wrapped.state_dict().keys() == {"state", "param_groups"}
-    assert identical(plain.state_dict(), wrapped.state_dict())
-    train(model, plain, range(3, 6), clip=0.5)
-    again.load_state_dict(plain.state_dict())
-    train(model, again, range(6, 9))
-    train(twin, reference, range(9), clip=0.5)
-    close = {"rtol": 1e-5, "atol": 1e-6} if "fused" in name else {"rtol": 0, "atol": 0}  # it divides by the inverse
-    torch.testing.assert_close(flat(model), flat(twin), **close)
-
-
-def saved_and_loaded(state_dict):
-    file = io.BytesIO()
-    torch.save(state_dict, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
-@every_maker
-def test_a_policy_that_learns_adds_one_key(name):
-    """The plain optimizer ignores it; the wrapper finds it again, for all gradients and for single groups."""
-
-    def make():
-        model, asked = small_model(), []
-        own = GlobalNorm(lambda step: asked.append(("own", step)) or 1.0)
-        groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "policy": own}]
-        return model, ClippedOptimizer(MAKERS[name](groups), lambda step: asked.append(("all", step)) or 1.0), asked
-
-    model, opt, _ = make()
-    train(model, opt, range(3))
-    state = saved_and_loaded(opt.state_dict())
-    assert state.keys() == {"state", "param_groups", "fastclip"}
-    assert identical(state, opt.state_dict())
-    MAKERS[name](
-        [{"params": small_model()[0].parameters()}, {"params": small_model()[2].parameters()}]
-    ).load_state_dict(state)
-    other, resumed, asked = make()
-    policy = resumed.param_groups[1]["policy"]
-    resumed.load_state_dict(state)
-    assert resumed.param_groups[1]["policy"] is policy
-    train(other, resumed, [3])
-    assert sorted(asked) == [("all", 3), ("own", 3)]
-
-
-def test_nested_policies_each_get_their_own_state_back():
-    asked = []
-
-    def make(model):
-        inner = ClippedOptimizer(MAKERS["momentum"](model.parameters()), lambda step: asked.append(("in", step)) or 1.0)
-        return ClippedOptimizer(inner, lambda step: asked.append(("out", step)) or 1.0)
-
-    model = small_model()
-    opt = make(model)
-    backward(model, 0)
-    opt.inner.step()
-    train(model, opt, range(2))
-    resumed = make(model)
-    resumed.load_state_dict(saved_and_loaded(opt.state_dict()))
-    asked.clear()
-    train(model, resumed, [2])
-    assert asked == [("out", 2), ("in", 3)]
-    plain = MAKERS["momentum"](model.parameters())
-    plain.load_state_dict(resumed.state_dict())
-    resumed.load_state_dict(plain.state_dict())  # tells nothing: what they know stays
-    asked.clear()
-    train(model, resumed, [2])
-    assert asked == [("out", 3), ("in", 4)]
-
-
 def test_what_is_called_by_name():
     """Frameworks pass these by keyword."""
     model = small_model()
@@ -223,89 +108,6 @@ def test_what_is_called_by_name():
     opt.add_param_group(param_group={"params": [torch.nn.Parameter(torch.ones(1))]})
     opt.zero_grad(set_to_none=False)
     assert opt.step(closure=None) is None
-
-
-def test_bounds_of_groups_stay_over_a_plain_checkpoint():
-    model = small_model()
-
-    def groups():
-        return [{"params": model[0].parameters()}, {"params": model[2].parameters()}]
-
-    own = groups()
-    own[1]["group_max_norm"] = 0.25
-    opt = ClippedOptimizer(torch.optim.SGD(own, lr=0.1), 0.5)
-    opt.load_state_dict(torch.optim.SGD(groups(), lr=0.2).state_dict())
-    assert opt.param_groups[0]["lr"] == 0.2
-    train(model, opt, [0])
-    parts = [fastclip.get_total_norm([p.grad for p in model[i].parameters()]) for i in (0, 2)]
-    torch.testing.assert_close(parts, [torch.tensor(0.5), torch.tensor(0.25)])
-    other = ClippedOptimizer(torch.optim.SGD(groups(), lr=0.1), 0.5)
-    other.load_state_dict(saved_and_loaded(opt.state_dict()))
-    assert other.param_groups[1]["group_max_norm"] == 0.25
-
-
-def test_state_dict_hooks_run_once():
-    model = small_model()
-    opt, calls = ClippedOptimizer(MAKERS["adamw"](model.parameters())), []
-    opt.register_state_dict_pre_hook(lambda o: calls.append("pre"))
-    opt.register_state_dict_post_hook(lambda o, s: calls.append("post"))
-    opt.register_load_state_dict_pre_hook(lambda o, s: calls.append("load pre"))
-    opt.register_load_state_dict_post_hook(lambda o: calls.append("load post"))
-    opt.load_state_dict(opt.state_dict())
-    assert calls == ["pre", "post", "load pre", "load post"]
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore:.*:UserWarning")
-@pytest.mark.parametrize("form", ["wrapper", "attached"])
-@every_maker
-def test_distributed_checkpoints(name, form):
-    """Its rehearsal, a step with zero gradients and no rate, is no step of the training and no state of the guard."""
-    model, other, twin = small_model(), small_model(), small_model()
-
-    def make(m, bound):
-        inner = MAKERS[name](m.parameters())
-        guard = fastclip.attach(inner, bound) if form == "attached" else ClippedOptimizer(inner, bound)
-        return (inner if form == "attached" else guard), guard
-
-    (opt, guard), (resumed, fresh) = make(model, 0.5), make(other, lambda step: 0.5)
-    plain = MAKERS[name](twin.parameters())
-    assert get_optimizer_state_dict(model, opt).keys() == {"state", "param_groups"}
-    assert (guard.steps, guard.last_norm) == (0, None)
-    opt, guard = make(model, 0.5)  # the rehearsal has counted in Adam's own state
-    train(model, opt, range(2))
-    other.load_state_dict(model.state_dict())
-    opt.zero_grad()
-    set_optimizer_state_dict(other, resumed, get_optimizer_state_dict(model, opt))
-    assert (fresh.steps, fresh.last_norm) == (0, None)
-    assert (guard.steps, guard.clipped_steps) == (2, 2)
-    assert identical(resumed.state_dict()["state"], opt.state_dict()["state"])
-    train(other, resumed, range(2, 4))
-    train(twin, plain, range(4), clip=0.5)
-    close = {"rtol": 1e-5, "atol": 1e-6} if "fused" in name else {"rtol": 0, "atol": 0}  # it divides by the inverse
-    torch.testing.assert_close(flat(other), flat(twin), **close)
-    assert fresh.steps == 2
-
-
-def test_a_warm_up_from_rate_zero_is_no_rehearsal():
-    model = small_model()
-    opt = ClippedOptimizer(torch.optim.Adam(model.parameters(), lr=0.0), 0.5)
-    train(model, opt, range(2))
-    assert (opt.steps, opt.clipped_steps) == (2, 2)
-
-
-@pytest.mark.parametrize("rate", [0.0, 0.1])
-def test_steps_with_zero_gradients_are_steps(rate):
-    """Once there is state, or a learning rate, nobody rehearses."""
-    model = small_model()
-    opt = ClippedOptimizer(torch.optim.Adam(model.parameters(), lr=rate), 0.5)
-    if rate == 0.0:
-        train(model, opt, [0])
-    before = int(opt.steps)
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-    opt.step()
-    assert opt.steps == before + 1
-    assert opt.last_norm == 0.0
 
 
 @pytest.mark.parametrize("form", ["wrapper", "class", "nested"])
@@ -944,22 +746,6 @@ def test_a_copy_has_other_parameters_and_none_of_the_names(copied):
 def test_names_are_a_module_or_pairs(names):
     with pytest.raises(TypeError, match="names: expected a module"):
         ClippedOptimizer(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1), names=names)
-
-
-def test_a_policy_that_a_group_names_travels_before_the_first_step():
-    def made():
-        groups = [{"params": [torch.nn.Parameter(torch.ones(2))]} for _ in range(2)]
-        groups[1]["policy"] = "ZScore"
-        return ClippedOptimizer(torch.optim.SGD(groups, lr=0.1))
-
-    opt, fresh = made(), made()
-    for _ in range(3):
-        for group in opt.param_groups:
-            group["params"][0].grad = torch.ones(2)
-        opt.step()
-    fresh.load_state_dict(opt.state_dict())
-    assert int(fresh.param_groups[1]["policy"].count) == 3
-    assert made().state_dict()["fastclip"]
 
 
 class Weighing(fastclip.policies.Policy):

@@ -120,6 +120,24 @@ def test_what_a_policy_has_learned_is_in_the_checkpoint(tmp_path):
     torch.testing.assert_close({name: resumed.guards[0].policy.state_dict()[name] for name in learned}, learned)
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create:UserWarning")
+def test_a_groups_own_policy_goes_on_from_a_checkpoint(tmp_path):
+    class Grouped(Module):
+        def configure_optimizers(self):
+            first, last = self.layers[0].parameters(), self.layers[2].parameters()
+            groups = [{"params": first}, {"params": last, "policy": policies.ZScore(warmup=3)}]
+            return torch.optim.AdamW(groups, lr=0.05)
+
+    whole = trained(tmp_path, Grouped(), callbacks=[Clip(max_norm=MAX_NORM)])
+    saves = lightning.pytorch.callbacks.ModelCheckpoint(tmp_path, "first")
+    trained(tmp_path, Grouped(), [Clip(max_norm=MAX_NORM), saves], max_epochs=1, enable_checkpointing=True)
+    resumed = trained(tmp_path, Grouped(), callbacks=[Clip(max_norm=MAX_NORM)], resume=tmp_path / "first.ckpt")
+    assert_alike(resumed, whole)
+    ours, theirs = (trainer.optimizers[0].param_groups[1]["policy"] for trainer in (resumed, whole))
+    assert int(ours.count) == int(theirs.count) > 3
+    torch.testing.assert_close(ours.mean, theirs.mean)
+
+
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 def test_16_mixed(tmp_path, way, fused):

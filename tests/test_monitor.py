@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import gc
 import json
 import math
 import os
@@ -583,6 +584,23 @@ def test_a_killed_run_loses_at_most_its_last_line(when, tmp_path):
     assert bool(rest) == (when == "in a write")
     run_on(model_of(((50,),)), [path], 3)
     assert steps_of(path) == list(range(1, len(steps) + 4))  # each line is whole again
+
+
+def test_a_monitor_that_nobody_holds_writes_what_is_left(tmp_path):
+    path = tmp_path / "run.jsonl"
+
+    def trained():
+        parameters = model_of()
+        opt = optimizer_of(parameters)
+        GradMonitor(opt, sinks=[path])
+        for step in range(3):
+            give(parameters, step)
+            opt.step()
+        assert not path.exists() or not steps_of(path)
+
+    trained()
+    gc.collect()
+    assert steps_of(path) == [1, 2, 3]
 
 
 def test_the_end_of_a_program_writes_what_is_left(tmp_path):

@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastclip.__main__
+from fastclip.ladder import Event
 from fastclip.monitoring import records
 from fastclip.report import digest as digests
 from fastclip.report.digest import BINS, INF, MISSING, NAN, ZERO, Bins, Digest
@@ -165,6 +166,14 @@ def test_sums_against_the_records():
     assert tensors["h.1.weight"].typical == pytest.approx(1.0, rel=0.1)
     assert tensors["h.0.bias"].flags == {"exploding": 1}
     assert sum(tensor.share for tensor in tensors.values()) == pytest.approx(1.0, abs=0.1)
+
+
+def test_a_tensor_whose_nan_became_zero_comes_first():
+    bad = Event(2, "non-finite", "NaN or Inf in the gradient", (NAMES[1],))
+    steps = [recorded.step(n, [9.0, 1.0], NAMES, **({"events": [bad], "nans": 1} if n == 2 else {})) for n in (1, 2, 3)]
+    digest = digest_from([*recorded.beginning(NAMES), *map(records.step_line, steps)])
+    first, second = sorted(digest.tensors(), key=lambda tensor: tensor.gravity, reverse=True)
+    assert (first.name, first.nonfinite, second.nonfinite) == (NAMES[1], 1, 0)
 
 
 def test_tables_of_the_page():

@@ -60,8 +60,8 @@ void scale_each(const Tensors& tensors, const Units& units, const double* factor
 void clamp(const Tensors& tensors, double bound, const float* skip, const Place& place);
 void zero_nonfinite(const Tensors& tensors, const Place& place);
 
-// before: in, [4]: steps, clipped, skipped, and skipped in a row. after: out, the same with one step more, which is
-// skipped unless `skip` is 0, and else clipped unless `factor` is 1.
+// before: in, [5]: steps, clipped, skipped, skipped in a row, and with NaN or Inf. after: out, the same with one step
+// more, which is skipped unless `skip` is 0, and else clipped unless `factor` is 1, and bad unless `found` is 0.
 void tally(const double* before, const Scalar& factor, const Scalar& skip, const Scalar& found, double* after,
            const Place& place);
 

@@ -79,7 +79,8 @@ def check(
 
     Raises:
         TypeError: not exactly one of the two forms.
-        DoctorError: the model failed, or isn't ready to run. Nothing was changed.
+        ValueError: a negative ``max_seconds``.
+        DoctorError: the model failed, isn't ready to run, or is sharded. Nothing was changed.
 
     Example:
         >>> import torch, fastclip

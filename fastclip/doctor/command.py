@@ -52,12 +52,16 @@ def main(argv: list[str]) -> int:
         if arguments.max_seconds is not None:
             asked["max_seconds"] = arguments.max_seconds
         diagnosis = check(**asked)
-        if arguments.picture is not None:
-            diagnosis.save_picture(arguments.picture)
     except (DoctorError, TypeError, ValueError) as error:
         print(f"fastclip check: {error}", file=sys.stderr)
         return USAGE
     print(diagnosis.to_json(indent=2) if arguments.json else diagnosis)
+    if arguments.picture is not None:
+        try:
+            diagnosis.save_picture(arguments.picture)
+        except OSError as error:
+            print(f"fastclip check: --picture: {error}", file=sys.stderr)
+            return USAGE
     return 0 if diagnosis.healthy else FOUND
 
 

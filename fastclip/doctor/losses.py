@@ -63,6 +63,8 @@ def _classes(call: LossCall) -> Iterator[Finding]:
             (call.name,),
             {"classes": float(call.classes), "value": call.value, "least": at_best},
         )
+    elif call.made_of == "softmax":
+        yield _softmax_inside(call)
     elif call.logs_sum_to_one:
         yield Finding(
             "softmax-twice",
@@ -101,6 +103,18 @@ def _classes(call: LossCall) -> Iterator[Finding]:
         )
 
 
+def _softmax_inside(call: LossCall) -> Finding:
+    return Finding(
+        "softmax-twice",
+        ERROR,
+        f"{call.name} gets the {call.made_by} of what a softmax over {call.classes} classes gave: that sees "
+        "differences of 1 at most, and the gradients are small",
+        "take the Softmax out of the model and leave the LogSoftmax, or torch.nn.CrossEntropyLoss without both",
+        (call.name,),
+        {"classes": float(call.classes), "value": call.value},
+    )
+
+
 def _one_class(call: LossCall) -> Finding:
     return Finding(
         "one-class",
@@ -130,15 +144,7 @@ def _divergence(call: LossCall) -> Iterator[Finding]:
 
 def _log_classes(call: LossCall) -> Iterator[Finding]:
     if call.made_of == "softmax":
-        yield Finding(
-            "softmax-twice",
-            ERROR,
-            f"{call.name} gets the {call.made_by} of what a softmax over {call.classes} classes gave: that sees "
-            "differences of 1 at most, and the gradients are small",
-            "take the Softmax out of the model and leave the LogSoftmax, or torch.nn.CrossEntropyLoss without both",
-            (call.name,),
-            {"classes": float(call.classes), "value": call.value},
-        )
+        yield _softmax_inside(call)
     if call.given is not None and call.classes > 1 and not call.logs_sum_to_one:
         what = "probabilities" if call.sums_to_one else "numbers that are no logarithms of probabilities"
         yield Finding(

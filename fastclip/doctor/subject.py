@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from fastclip.doctor.diagnosis import DoctorError
 from fastclip.doctor.moments import is_plain
 from fastclip.optim import ClippedOptimizer
+from fastclip.tensors import is_sharded
 
 INPUTS = "the inputs"
 
@@ -88,7 +89,7 @@ class Subject:
 
     def prepare(self) -> None:
         """A model that is in evaluation mode as a whole goes into training mode; else each module keeps its own."""
-        if not self.model.training:
+        if not any(module.training for module in self.model.modules()):
             self.model.train()
 
     def loss(self) -> Tensor:
@@ -194,11 +195,15 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise DoctorError(f"{name or 'the model'} is compiled by torch.jit: check the module that it was made of")
+        if type(module).__name__ == "FullyShardedDataParallel":
+            raise DoctorError(f"{name or 'the model'} is sharded (FSDP): check the module before it is")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if is_lazy(tensor):
             raise DoctorError(f"{name} has no shape yet: run model(inputs) once, then check it")
         if tensor.is_meta:
             raise DoctorError(f"{name} has no values (device meta): load or initialise the model, then check it")
+        if is_sharded(tensor):
+            raise DoctorError(f"{name} is sharded over ranks (DTensor): check the model before it is")
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trained:
         raise DoctorError("no parameter of the model requires a gradient, so there is nothing to train")

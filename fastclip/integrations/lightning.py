@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from fastclip import checkpoint
 from fastclip.amp import GUARD
 from fastclip.guard import Guard
 from fastclip.integrations.facts import facts, fresh, reports_of
@@ -33,7 +34,7 @@ class Clip(Callback):  # type: ignore[misc]
         self.guards: list[Guard] = []
         self._loaded: list[Any] = []
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.gradient_clip_val:
             raise ValueError(
                 f"Trainer(gradient_clip_val={trainer.gradient_clip_val}) would clip before fastclip looks: leave it out"
@@ -43,9 +44,11 @@ class Clip(Callback):  # type: ignore[misc]
             for optimizer in trainer.optimizers
             if reports_of(optimizer) is None
         ]
-        for guard, (policy, known) in zip(self.guards, self._loaded, strict=False):
-            guard.policy.load_state_dict(policy)
-            guard.load_state_dict(known)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # the optimizers' own states hold it too, but not those of every strategy
+        for guard, known in zip(self.guards, self._loaded, strict=False):
+            checkpoint.take(guard, known)
         self._loaded = []
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
@@ -59,7 +62,7 @@ class Clip(Callback):  # type: ignore[misc]
                 guard.remove()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"guards": [(guard.policy.state_dict(), guard.state_dict()) for guard in self.guards]}
+        return {"guards": [checkpoint.known_of(guard) for guard in self.guards]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._loaded = state_dict["guards"]

@@ -36,9 +36,11 @@ class StepRecord:
         max_norm: bound of the norm in this step; None if there is none, or a policy keeps it to itself.
         clip_coef: the smallest multiplier that a gradient got; 1 if none was clipped.
         clipped, skipped: whether the step was. A skipped one did not happen, and doesn't count as clipped.
-        reason: why it was skipped: "nonfinite", "loss", "policy" or "scaler", joined by "+"; "" if it wasn't.
+        reason: why it was skipped: "nonfinite", "loss", "policy", "scaler", or "rank" (a loss or a scaler, on this or
+            another rank), joined by "+"; "" if it wasn't.
         rolled_back: whether the optimizer went back to a snapshot instead.
-        nans, infs: how many elements of the gradients are.
+        nans, infs: how many elements of the gradients are; with ``nonfinite="zero"`` were, and the norms are those of
+            what is left.
         worst: name of the gradient to look at first: one with NaN, else with Inf, else the one of largest norm.
         max_abs, zeros, subnormals: largest magnitude, share of zeros and of subnormal numbers; None where not counted.
         loss: what ``observe`` was told; None if nothing.

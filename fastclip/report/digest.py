@@ -136,7 +136,7 @@ class Tensor:
     largest_at: int
     typical: float  # geometric mean of the norms
     share: float  # mean of its part of the squared total norm
-    nonfinite: int  # records whose norm is
+    nonfinite: int  # records in which it held NaN or Inf, also where they became 0
     flags: Counter[str]
 
     @property
@@ -277,6 +277,7 @@ class Digest:
     def tensors(self) -> list[Tensor]:
         """All of them, in their order."""
         s, reader = self._sums, self.reader
+        flags = {name: self._flags.get(name, Counter()) for name in reader.names}
         return [
             Tensor(
                 name=name,
@@ -285,8 +286,8 @@ class Digest:
                 largest_at=int(s["at"][i]),
                 typical=math.exp(s["logs"][i] / s["found"][i]) if s["found"][i] else 0.0,
                 share=s["share"][i] / s["found"][i] if s["found"][i] else 0.0,
-                nonfinite=int(s["bad"][i]),
-                flags=self._flags.get(name, Counter()),
+                nonfinite=max(int(s["bad"][i]), flags[name]["non-finite"]),
+                flags=flags[name],
             )
             for i, name in enumerate(reader.names[: len(s["largest"])])
         ]
