@@ -470,13 +470,6 @@ PAIRS = {
         classes,
         nn.NLLLoss(),
     ),
-    ("softmax-twice", "MLP, before a LogSoftmax and the loss's own"): (
-        lambda: ending(nn.Softmax(dim=1), nn.LogSoftmax(dim=1)),
-        classes,
-        ending,
-        classes,
-        CE,
-    ),
     ("sigmoid-twice", "MLP, of probabilities"): (
         lambda: ending(nn.Sigmoid(), nn.Sigmoid(), width=1),
         binary,

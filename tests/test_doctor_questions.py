@@ -372,3 +372,12 @@ def test_pairs_of_a_loss_function_are_a_mistake_in_any_shape():
     x, _ = classes()
     diagnosis = check(mlp(nn.ReLU, 2), (x, torch.randn(1, 64)), lambda out, y: F.mse_loss(out[:, :1], y))
     assert "broadcast-loss" in diagnosis.codes
+
+
+def test_a_softmax_hidden_by_a_logarithm_is_an_error_also_in_front_of_cross_entropy():
+    hidden = mlp(nn.ReLU, 1).append(nn.Softmax(dim=1)).append(nn.LogSoftmax(dim=1))
+    (finding,) = [finding for finding in check(hidden, classes(), CE).findings if finding.code == "softmax-twice"]
+    assert finding.severity == "error"
+    assert finding.advice.startswith("take the Softmax out")
+    harmless = mlp(nn.ReLU, 1).append(nn.LogSoftmax(dim=1))
+    assert [f.severity for f in check(harmless, classes(), CE).findings] == ["info"]
