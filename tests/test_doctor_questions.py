@@ -381,3 +381,23 @@ def test_a_softmax_hidden_by_a_logarithm_is_an_error_also_in_front_of_cross_entr
     assert finding.advice.startswith("take the Softmax out")
     harmless = mlp(nn.ReLU, 1).append(nn.LogSoftmax(dim=1))
     assert [f.severity for f in check(harmless, classes(), CE).findings] == ["info"]
+
+
+def test_layers_in_lists_of_lists_are_found_and_a_hidden_teacher_is_left_alone():
+    class Student(nn.Module):
+        def __init__(self, learns):
+            super().__init__()
+            self.head = nn.Linear(32, 3)
+            self._blocks = {"first": [(nn.Linear(32, 32),)]}
+            self.learns = learns
+
+        def forward(self, x):
+            with torch.set_grad_enabled(self.learns):
+                hidden = self._blocks["first"][0][0](x)
+            return self.head(hidden.relu())
+
+    torch.manual_seed(0)
+    (finding,) = check(Student(True), classes(), CE).findings
+    assert finding.code == "unregistered-parameter"
+    assert "_blocks['first'][0][0].weight" in finding.message
+    assert check(Student(False), classes(), CE).healthy

@@ -63,10 +63,9 @@ class Subject:
         found = {}
         for name, module in self.model.named_modules():
             for attribute, value in vars(module).items():
-                if isinstance(value, (list, tuple, dict)) and not attribute.startswith("_"):
-                    for place, parameter in _kept_in(value):
-                        if id(parameter) not in known:
-                            found[id(parameter)] = f"{name}{'.' if name else ''}{attribute}{place}"
+                for place, parameter in _kept_in(value, attribute):
+                    if id(parameter) not in known:
+                        found[id(parameter)] = f"{name}{'.' if name else ''}{place}"
         return found
 
     def around(self) -> Iterator[tuple[str, Tensor]]:
@@ -219,12 +218,18 @@ def _filled(value: Any) -> Any:
     return type(value)(map(_filled, value)) if type(value) in (tuple, list) else value
 
 
-def _kept_in(container: Any) -> Iterator[tuple[str, nn.Parameter]]:
-    for key, item in container.items() if isinstance(container, dict) else enumerate(container):
+def _kept_in(value: Any, place: str, depth: int = 3) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters in containers, which may hold containers, and where."""
+    if depth == 0 or not isinstance(value, (list, tuple, dict)):
+        return
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        here = f"{place}[{key!r}]"
         if isinstance(item, nn.Parameter):
-            yield f"[{key!r}]", item
+            yield here, item
         elif isinstance(item, nn.Module):
-            yield from ((f"[{key!r}].{name}", parameter) for name, parameter in item.named_parameters())
+            yield from ((f"{here}.{name}", parameter) for name, parameter in item.named_parameters())
+        else:
+            yield from _kept_in(item, here, depth - 1)
 
 
 def inner(optimizer: torch.optim.Optimizer | None) -> torch.optim.Optimizer | None:
