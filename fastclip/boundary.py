@@ -10,11 +10,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from fastclip.backends import plan
+from fastclip import clipping, compiled
 from fastclip.checks import norm_type_number, number
-from fastclip.reading import read
-from fastclip.tensors import grads_among
-from fastclip.types import CLIP_COEF, TOTAL_NORM, Request
 
 State = TypeVar("State", Tensor, tuple[Tensor, ...])
 
@@ -31,18 +28,9 @@ class _Boundary(Function):
         given = [grad for grad in grads if grad is not None]
         if not given:
             return None, None, *grads
-        reading = read(plan(grads_among(given)), Request(ctx.norm_type, ctx.max_norm))
-        norm, coef = reading.totals[TOTAL_NORM], reading.totals[CLIP_COEF]
-        keep = (norm <= ctx.max_norm) | ~torch.isfinite(norm)
-        # multiplied in the coefficient's own width, rounded once
-        clipped = [
-            None if g is None else torch.where(keep, g, (g.to(_wider(g, coef)) * coef).to(g.dtype)) for g in grads
-        ]
-        return None, None, *clipped
-
-
-def _wider(grad: Tensor, coef: Tensor) -> torch.dtype:
-    return torch.promote_types(grad.dtype, coef.dtype)
+        bounded = compiled.bounded if torch.compiler.is_compiling() else clipping.bounded
+        clipped = iter(bounded(given, ctx.max_norm, ctx.norm_type))
+        return None, None, *(None if grad is None else next(clipped) for grad in grads)
 
 
 _through: Callable[..., tuple[Tensor, ...]] = _Boundary.apply

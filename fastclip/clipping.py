@@ -14,10 +14,12 @@ from fastclip.backends import Plan, plan
 from fastclip.policies import Decision, Policy
 from fastclip.reading import Reading, any_of, check_not_captured, flag, read
 from fastclip.stats import GradStats, stats_of
-from fastclip.tensors import Grads
+from fastclip.tensors import Grads, grads_among
 from fastclip.ties import Ties, ties_of
 from fastclip.types import (
+    CLIP_COEF,
     MAX_ABS,
+    TOTAL_NORM,
     Request,
     Strengths,
     UnsupportedGradientError,
@@ -280,6 +282,15 @@ def scale_by_norm_(grads: Grads, request: Request, total_norm: Tensor | float) -
     on_host = known_to_host(clip_coef)
     if not on_host or float(clip_coef) != 1.0:
         work.scale_(float(clip_coef) if on_host else clip_coef)
+
+
+def bounded(grads: list[Tensor], max_norm: float, norm_type: float) -> list[Tensor]:
+    """New tensors: the gradients, clipped by their joint norm unless that isn't finite."""
+    reading = read(plan(grads_among(grads)), Request(norm_type, max_norm))
+    norm, coef = reading.totals[TOTAL_NORM], reading.totals[CLIP_COEF]
+    keep = (norm <= max_norm) | ~torch.isfinite(norm)
+    wide = [torch.promote_types(grad.dtype, coef.dtype) for grad in grads]  # rounded once
+    return [torch.where(keep, g, (g.to(dtype) * coef).to(g.dtype)) for g, dtype in zip(grads, wide, strict=True)]
 
 
 def grad_stats(grads: Grads, request: Request, group: Any = None) -> GradStats:

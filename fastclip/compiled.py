@@ -151,6 +151,16 @@ def _(grads: list[Tensor], positions: list[int], max_norm: float, eps: float, to
     pass
 
 
+@torch.library.custom_op("fastclip::bounded", mutates_args=(), tags=OUTSIDE)
+def bounded(grads: list[Tensor], max_norm: float, norm_type: float) -> list[Tensor]:
+    return clipping.bounded(grads, max_norm, norm_type)
+
+
+@bounded.register_fake
+def _(grads: list[Tensor], max_norm: float, norm_type: float) -> list[Tensor]:
+    return [torch.empty_like(grad) for grad in grads]
+
+
 @torch.library.custom_op("fastclip::grad_stats", mutates_args=(), tags=OUTSIDE)
 def _grad_stats(
     grads: list[Tensor], positions: list[int], norm_type: float, extras: bool, weights: list[Tensor]

@@ -52,7 +52,8 @@ def test_inductor_compiles_the_main_function():
 
 
 @pytest.mark.parametrize(
-    "operator", ["clip_grad_norm_", "clip_grad_value_", "get_total_norm", "clip_grads_with_norm_", "grad_stats"]
+    "operator",
+    ["clip_grad_norm_", "clip_grad_value_", "get_total_norm", "clip_grads_with_norm_", "grad_stats", "bounded"],
 )
 def test_operators_stay_out_of_the_graphs_of_reduce_overhead(operator):
     """While those warm up, what a backend keeps for the next call would come from the memory of the graph."""
@@ -65,6 +66,7 @@ def test_operators_stay_out_of_the_graphs_of_reduce_overhead(operator):
         ("clip_grad_norm_", ([0, 1], 2.0, 0.5, 1e-6, "propagate")),
         ("clip_grad_value_", ([0, 1], 0.1)),
         ("get_total_norm", ([0, 1], 2.0, False)),
+        ("bounded", (0.5, 2.0)),
         ("grad_stats", ([0, 1], 2.0, True, [])),
         ("grad_stats", ([0, 1], 2.0, False, [torch.ones(3, 2), torch.ones(4, dtype=torch.float64)])),
     ],
@@ -72,6 +74,28 @@ def test_operators_stay_out_of_the_graphs_of_reduce_overhead(operator):
 def test_operators_are_well_formed(operator, arguments):
     grads = [torch.randn(3, 2), torch.randn(4, dtype=torch.float64)]
     torch.library.opcheck(getattr(torch.ops.fastclip, operator).default, (grads, *arguments))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_the_boundary_between_chunks_of_a_sequence_compiles(backend):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    cell, chunks = torch.nn.LSTMCell(3, 4), torch.randn(3, 2, 3) * 10
+
+    def loss():
+        state = torch.zeros(2, 4), torch.zeros(2, 4)
+        for chunk in chunks:
+            state = fastclip.clip_boundary(cell(chunk, state), 1e-3)
+        return (state[0] * 100).sum()  # the state of the cell gets no gradient from outside
+
+    def gradients(loss):
+        cell.zero_grad()
+        loss().backward()
+        return [parameter.grad.clone() for parameter in cell.parameters()]
+
+    expected = gradients(loss)
+    assert all(map(torch.allclose, gradients(torch.compile(loss, fullgraph=True, backend=backend)), expected))
+    assert float(fastclip.get_total_norm(expected)) < 0.1  # it was bounded
 
 
 def test_names_survive_in_errors_from_a_graph():
