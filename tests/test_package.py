@@ -42,6 +42,7 @@ FLOORS = {
     "regularisation": 6,
     "ladder": 6,
     "boundary": 7,
+    "checkpoint": 7,
     "patching": 7,
     "record": 7,
     "sharded": 7,
