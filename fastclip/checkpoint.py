@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
@@ -12,16 +14,78 @@ from fastclip.tensors import GroupNames
 if TYPE_CHECKING:
     from fastclip.guard import Guard
 
-OWN_RULES = ("policy", "group_max_norm")  # keys of a param group that take it out of the joint norm
+OWN_RULES = ("policy", "group_max_norm")  # keys of a param group that take it out of the joint norm, unless None
 BOUNDS = ("max_norm", *OWN_RULES)  # keys of a param group that are fastclip's
 STATE = "fastclip"  # the key under which it stands
 
-# torch runs these hooks around state_dict() and load_state_dict(); one made without Optimizer.__init__ has none.
-HOOKS = (
-    "_optimizer_state_dict_post_hooks",
-    "_optimizer_load_state_dict_pre_hooks",
-    "_optimizer_load_state_dict_post_hooks",
-)
+
+def has_own_rule(group: dict[str, Any]) -> bool:
+    """Whether a param group is clipped by a norm of its own."""
+    return any(group.get(key) is not None for key in OWN_RULES)
+
+
+def methods(guard: Guard) -> dict[str, Callable[..., Any]]:
+    """``state_dict`` and ``load_state_dict`` for the very optimizer that a guard is attached to."""
+    save, load = guard.optimizer.state_dict, guard.optimizer.load_state_dict
+
+    @functools.wraps(getattr(save, "__func__", save))
+    def state_dict(optimizer: Optimizer, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        state: dict[str, Any] = save(*args, **kwargs)
+        return saved_with(guard, state) if guard.is_attached else state
+
+    @functools.wraps(getattr(load, "__func__", load))
+    def load_state_dict(optimizer: Optimizer, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if not guard.is_attached:  # removed, but someone else holds on to this function
+            return load(state_dict, *args, **kwargs)
+        return load_with(guard, lambda state: load(state, *args, **kwargs), state_dict)
+
+    return {"state_dict": state_dict, "load_state_dict": load_state_dict}
+
+
+def saved_with(guard: Guard, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state dict and what the guard knows: a group's policy stays here, what it knows travels."""
+    known = known_of(guard)
+    if STATE in state_dict:  # of fastclip in fastclip
+        known["inner"] = state_dict[STATE]
+    state_dict = _without_policies(state_dict)
+    return {**state_dict, STATE: known} if known else state_dict
+
+
+def _without_policies(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Their keys stay: a distributed checkpoint has to hold each that the groups here have."""
+    if "optimizers" in state_dict:  # of several
+        return {**state_dict, "optimizers": [_without_policies(each) for each in state_dict["optimizers"]]}
+    groups = state_dict.get("param_groups", ())
+    if not any("policy" in group for group in groups):
+        return state_dict
+    return {**state_dict, "param_groups": [{**g, "policy": None} if "policy" in g else g for g in groups]}
+
+
+def load_with(guard: Guard, load: Callable[[dict[str, Any]], Any], state_dict: dict[str, Any]) -> Any:
+    """Has ``load`` take what is the optimizer's, and the guard the rest.
+
+    Raises:
+        ValueError: it was saved by other policies, or for other tensors. Nothing was changed.
+    """
+    known = state_dict.get(STATE, {})
+    check(guard, known)
+    of_groups = [{key: group[key] for key in BOUNDS if key in group} for group in guard.optimizer.param_groups]
+    rest = {key: value for key, value in state_dict.items() if key != STATE}
+    result = load({**rest, STATE: known["inner"]} if "inner" in known else rest)
+    for group, here in zip(guard.optimizer.param_groups, of_groups, strict=True):
+        _put_back(group, here)
+    take(guard, known)
+    return result
+
+
+def _put_back(group: dict[str, Any], here: dict[str, Any]) -> None:
+    """What was loaded goes before a bound here; a policy is never loaded, and goes before a bound that was."""
+    group.pop("policy", None)
+    if here.get("policy") is not None:
+        group.pop("group_max_norm", None)
+    for key, value in here.items():
+        if group.get(key) is None:
+            group[key] = value
 
 
 def known_of(guard: Guard) -> dict[str, Any]:
@@ -36,9 +100,13 @@ def known_of(guard: Guard) -> dict[str, Any]:
 
 def check(guard: Guard, known: dict[str, Any]) -> None:
     """Raises ``ValueError`` if ``known`` was saved by other policies, or for other tensors."""
+    instead = f"state_dict.pop({STATE!r}) leaves out what was learned"
     for whose, policy in _policies(guard).items():
         if whose in known:
-            policy.check_state_dict(known[whose])
+            try:
+                policy.check_state_dict(known[whose])
+            except ValueError as error:
+                raise ValueError(f"{error}; {instead}") from None
     saved, here = known.get("tensors"), _tensors(guard)
     if saved is not None and saved != here:
         differing = [name for name in {**saved, **here} if saved.get(name) != here.get(name)]
@@ -46,7 +114,7 @@ def check(guard: Guard, known: dict[str, Any]) -> None:
             "the policy's state was saved for other tensors: "
             + ", ".join(f"{name} has {saved.get(name)} there, {here.get(name)} here" for name in differing[:5])
             + (", ..." if len(differing) > 5 else "")
-            + ". Nothing was changed"
+            + f". Nothing was changed; {instead}"
         )
 
 
@@ -59,60 +127,11 @@ def take(guard: Guard, known: dict[str, Any]) -> None:
     guard.load_state_dict(known.get("guard", {}))
 
 
-def saved_with(known: dict[str, Any], state_dict: dict[str, Any]) -> dict[str, Any]:
-    """An optimizer's state dict and that: the policies of its param groups stay here, what they know travels."""
-    for saved in state_dict.get("optimizers", [state_dict]):
-        for group in saved.get("param_groups", ()):
-            group.pop("policy", None)
-    return {**state_dict, STATE: known} if known else state_dict
-
-
-class Bounds:
-    """The bounds and policies of the param groups, which outlive the loading of a state dict without any."""
-
-    def __init__(self, optimizer: Optimizer) -> None:
-        self._of_groups = [{key: group[key] for key in BOUNDS if key in group} for group in optimizer.param_groups]
-
-    def put_back(self, optimizer: Optimizer) -> None:
-        for group, bounds in zip(optimizer.param_groups, self._of_groups, strict=True):
-            for key, value in bounds.items():
-                group.setdefault(key, value)
-
-
-class Hooks:
-    """Has the very optimizer that a guard is attached to save and load what the guard knows."""
-
-    def __init__(self, guard: Guard) -> None:
-        self._guard, optimizer = guard, guard.optimizer
-        self._handles: list[Any] = []
-        if all(hasattr(optimizer, name) for name in HOOKS):
-            self._handles = [
-                optimizer.register_state_dict_post_hook(self._save),
-                optimizer.register_load_state_dict_pre_hook(self._before_load),
-                optimizer.register_load_state_dict_post_hook(self._after_load),
-            ]
-
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _save(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        return saved_with(known_of(self._guard), state_dict)
-
-    def _before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-        self._bounds, self._known = Bounds(optimizer), state_dict.get(STATE, {})
-        check(self._guard, self._known)
-
-    def _after_load(self, optimizer: Optimizer) -> None:
-        self._bounds.put_back(optimizer)
-        take(self._guard, self._known)
-
-
 def _policies(guard: Guard) -> dict[str, Policy]:
     """Each by the name under which its state is kept."""
     alone: dict[str, Policy] = {}
     for i, group in enumerate(guard.optimizer.param_groups):
-        if "policy" in group:
+        if group.get("policy") is not None:
             alone[f"group {i}"] = group["policy"] = policy_of(group["policy"], f"param_groups[{i}]['policy']")
     return {"all": guard.policy, **alone}
 

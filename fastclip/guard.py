@@ -14,8 +14,8 @@ from torch import Tensor
 from torch._compile import _disable_dynamo  # torch.compiler.disable, but without importing Dynamo now (2 s)
 from torch.optim import Optimizer
 
-from fastclip import amp, riding
-from fastclip.checkpoint import OWN_RULES, Hooks
+from fastclip import amp, checkpoint, riding
+from fastclip.checkpoint import OWN_RULES, has_own_rule
 from fastclip.checks import nonfinite_rule, number, real, whole
 from fastclip.clipping import Finding, all_finite, examine
 from fastclip.ladder import Ladder, LossWatch, Rollback, SpikeBackoff, reduced_lr
@@ -28,8 +28,6 @@ from fastclip.step_arguments import step_arguments_of
 from fastclip.tensors import Grads, Names, check_groups_disjoint, grads_among, grads_of_groups, named
 from fastclip.ties import group_named, group_of_caller, process_group, ties_of
 from fastclip.types import IN_A_ROW, SKIPPED, STEPS, TOTAL_NORM, known_to_host, on_device
-
-ATTACHED = ("step", amp.GUARD, "_step_supports_amp_scaling")  # what an attached guard sets on its optimizer
 
 
 class Clearance(NamedTuple):
@@ -128,38 +126,40 @@ class Guard(Reports):
         self._report = found_inf
 
     def attach(self) -> None:
-        """Puts itself into ``step`` of the optimizer object."""
+        """Puts itself into ``step``, ``state_dict`` and ``load_state_dict`` of the optimizer object."""
         optimizer = self.optimizer
-        inner_step = optimizer.step
-        self._replaced = {name: vars(optimizer)[name] for name in ATTACHED if name in vars(optimizer)}
+        attributes, inner_step = vars(optimizer), optimizer.step
 
         @functools.wraps(getattr(inner_step, "__func__", inner_step))
         def step(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
-            if vars(optimizer).get(amp.GUARD) is not self:  # removed, but someone else holds on to this function
+            if not self.is_attached:  # removed, but someone else holds on to this function
                 return inner_step(*args, **kwargs)
             with amp.scalers_marks(optimizer):
                 return self.step(optimizer, inner_step, args, kwargs)
 
-        attributes = vars(optimizer)
-        attributes["step"] = self._attached = MethodType(step, optimizer)
-        attributes[amp.GUARD] = self
+        methods: dict[str, Callable[..., Any]] = {"step": step, **checkpoint.methods(self)}
+        self._set: dict[str, Any] = {name: MethodType(method, optimizer) for name, method in methods.items()}
+        self._set[amp.GUARD] = self
         if self.can_unscale:
-            attributes["_step_supports_amp_scaling"] = True
-        self._hooks = Hooks(self)
+            self._set["_step_supports_amp_scaling"] = True
+        self._replaced = {name: attributes[name] for name in self._set if name in attributes}
+        attributes.update(self._set)
+
+    @property
+    def is_attached(self) -> bool:
+        return vars(self.optimizer).get(amp.GUARD) is self
 
     def attach_like_to(self, optimizer: Optimizer) -> None:
         """Attaches the same rule, knowing what it has learned by now, and the same penalties to another optimizer."""
         Guard(optimizer, copy.deepcopy(self.policy), self.nonfinite, None, self._penalty).attach()
 
     def remove(self) -> None:
-        """Gives an attached optimizer its own ``step`` back."""
-        attributes = vars(self.optimizer)
-        if attributes.get(amp.GUARD) is not self:
+        """Gives an attached optimizer its own methods back, but for those that someone else has replaced since."""
+        if not self.is_attached:
             raise RuntimeError("this guard is not attached to its optimizer")
-        self._hooks.remove()
-        untouched = attributes["step"] is self._attached
-        for name in ATTACHED if untouched else ATTACHED[1:]:
-            attributes.pop(name, None)
+        attributes = vars(self.optimizer)
+        for name in [name for name, value in self._set.items() if attributes.get(name) is value]:
+            del attributes[name]
             if name in self._replaced:
                 attributes[name] = self._replaced[name]
 
@@ -409,7 +409,7 @@ class Guard(Reports):
         """Each rule with its gradients; and whether a gradient is at two parameters."""
         self._adopt_bound(groups)
         entries = list(enumerate(groups))
-        alone = [entry for entry in entries if "policy" in entry[1] or "group_max_norm" in entry[1]]
+        alone = [entry for entry in entries if has_own_rule(entry[1])]
         joint = [entry for entry in entries if entry not in alone] if alone else entries
         found = [(*grads_of_groups(joint, self.names), self.policy)] if joint or not alone else []
         found += [(*grads_of_groups([entry], self.names), self._own_rule(*entry)) for entry in alone]
@@ -432,12 +432,12 @@ class Guard(Reports):
             self.max_norm = bounds[0]
 
     def _own_rule(self, index: int, group: dict[str, Any]) -> Policy:
-        if all(key in group for key in OWN_RULES):
+        if all(group.get(key) is not None for key in OWN_RULES):
             raise ValueError(f"param_groups[{index}] has both a policy and a group_max_norm; leave one")
         norm_type = getattr(self.policy, "norm_type", 2.0)
         if not isinstance(group.get("group_max_norm"), Tensor) and callable(group.get("group_max_norm")):
             raise TypeError(f"param_groups[{index}]['group_max_norm'] is a callable; use policy=GlobalNorm(callable)")
-        if "policy" in group:
+        if group.get("policy") is not None:
             group["policy"] = policy_of(group["policy"], f"param_groups[{index}]['policy']")
         policy: Policy | None = group.get("policy")
         if policy is None:

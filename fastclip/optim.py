@@ -224,24 +224,14 @@ class ClippedOptimizer(Reports, Optimizer):
         What has been learned (by a policy, a schedule of the bound, ``backoff``, ``loss_watch``) stands under one key
         more, ``"fastclip"``, which the bare optimizer ignores.
         """
-        state_dict: dict[str, Any] = self._inner.state_dict()
-        inner = state_dict.pop(checkpoint.STATE, {})  # of fastclip in fastclip
-        known = checkpoint.known_of(self._fastclip)
-        return checkpoint.saved_with({**known, "inner": inner} if inner else known, state_dict)
+        return checkpoint.saved_with(self._fastclip, self._inner.state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes a state dict of this or of the bare optimizer.
 
         What it doesn't tell stays: the bounds and policies of param groups, and what policies know.
         """
-        bounds, known = checkpoint.Bounds(self), state_dict.get(checkpoint.STATE, {})
-        checkpoint.check(self._fastclip, known)
-        inner_state = {key: value for key, value in state_dict.items() if key != checkpoint.STATE}
-        if "inner" in known:
-            inner_state[checkpoint.STATE] = known["inner"]
-        self._inner.load_state_dict(inner_state)
-        bounds.put_back(self)
-        checkpoint.take(self._fastclip, known)
+        checkpoint.load_with(self._fastclip, self._inner.load_state_dict, state_dict)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         self._inner.add_param_group(param_group)

@@ -6,7 +6,7 @@ import io
 import pytest
 import torch
 from small import MAKERS, backward, every_maker, flat, identical, poison, small_model, train
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.optim import lr_scheduler
 
 import fastclip
@@ -267,7 +267,7 @@ def test_the_state_of_other_tensors_is_refused_before_anything_changes(form):
     other_model, other, _ = learning(form)
     trained_with_faults(other_model, other, range(2))
     before = copy.deepcopy(other.state_dict())
-    with pytest.raises(ValueError, match=r"saved for other tensors.*\[7, 7\] there, \[1, 4\] here"):
+    with pytest.raises(ValueError, match=r"other tensors.*\[7, 7\] there, \[1, 4\] here.*pop\('fastclip'\)"):
         other.load_state_dict(state)
     assert identical(other.state_dict(), before)
 
@@ -295,23 +295,99 @@ def test_a_wrapper_around_an_attached_optimizer_keeps_what_both_know():
     assert identical(inside.policy.state_dict(), guard.policy.state_dict())
 
 
-class Odd(torch.optim.SGD):
-    """As optimizers are that wrap another one and never call Optimizer's own ``__init__``: without torch's hooks."""
+class Outer(torch.optim.Optimizer):
+    """As optimizers are that wrap another one: no ``Optimizer.__init__``, none of torch's hooks, a state of its own."""
 
-    def __init__(self, params):
-        super().__init__(params, lr=0.1)
-        for name in [name for name in vars(self) if "state_dict" in name]:
-            delattr(self, name)
+    def __init__(self, inner):
+        self.inner, self.rounds = inner, 0
+
+    param_groups = property(lambda self: self.inner.param_groups)
+    state = property(lambda self: self.inner.state)
+    defaults = property(lambda self: self.inner.defaults)
+
+    def step(self, closure=None):
+        self.rounds += 1
+        return self.inner.step(closure)
 
     def state_dict(self):
-        return {"state": {}, "param_groups": []}
+        return {"rounds": self.rounds, **self.inner.state_dict()}
+
+    def load_state_dict(self, state_dict, *, strict=True):
+        assert strict is False
+        self.rounds = state_dict["rounds"]
+        self.inner.load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
 
 
-def test_an_optimizer_without_torchs_hooks_can_be_attached_to():
-    model = small_model()
-    opt = Odd(model.parameters())
-    guard = fastclip.attach(opt, policy="ZScore")
-    train(model, opt, range(2))
-    assert guard.steps == 2
-    assert opt.state_dict() == {"state": {}, "param_groups": []}
+def test_an_attached_optimizer_may_save_and_load_in_its_own_way():
+    def made():
+        model = small_model()
+        groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "policy": ZScore(warmup=1)}]
+        opt = Outer(torch.optim.SGD(groups, lr=0.01))
+        return model, opt, fastclip.attach(opt, policy=ZScore(warmup=2))
+
+    model, opt, _ = made()
+    train(model, opt, range(3))
+    state = saved_and_loaded(opt.state_dict())
+    assert state.keys() == {"rounds", "state", "param_groups", "fastclip"}
+    _, fresh, other = made()
+    policy = fresh.param_groups[1]["policy"]
+    fresh.load_state_dict(state, strict=False)
+    assert (fresh.rounds, fresh.param_groups[1]["policy"]) == (3, policy)
+    assert identical(fresh.state_dict(), opt.state_dict())
+    assert int(policy.count) == int(other.policy.count) == 3
+    held_on_to = fresh.state_dict, fresh.load_state_dict
+    other.remove()
+    assert "fastclip" not in held_on_to[0]()
+    held_on_to[1](state, strict=False)
+    assert {"state_dict", "load_state_dict", "step"}.isdisjoint(vars(fresh))
+
+
+def test_the_own_state_dict_of_an_attached_object_comes_back():
+    model, inner, _ = learning("wrapper")
+    inner = inner.inner
+    mine = inner.state_dict
+    vars(inner)["state_dict"] = lambda: {"mine": mine()}
+    guard = fastclip.attach(inner, policy="ZScore")
+    train(model, inner, range(2))
+    assert inner.state_dict().keys() == {"mine", "fastclip"}
     guard.remove()
+    assert inner.state_dict().keys() == {"mine"}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_groups_policy_goes_before_a_bound_that_was_saved(form):
+    model, opt, _ = learning(form)
+    saved = torch.optim.SGD(
+        [{"params": model[0].parameters()}, {"params": model[2].parameters(), "group_max_norm": 0.5}], lr=0.1
+    ).state_dict()
+    policy = opt.param_groups[1]["policy"]
+    opt.load_state_dict(saved)
+    assert opt.param_groups[1]["policy"] is policy
+    trained_with_faults(model, opt, range(3))
+    assert "group 1" in opt.state_dict()["fastclip"]
+
+
+def test_none_is_no_rule_of_a_groups_own():
+    model = small_model()
+    groups = [
+        {"params": list(part.parameters()), "policy": None, "group_max_norm": None} for part in (model[0], model[2])
+    ]
+    opt = ClippedOptimizer(torch.optim.SGD(groups, lr=0.1), 0.5)
+    train(model, opt, [0])
+    torch.testing.assert_close(fastclip.get_total_norm([p.grad for p in model.parameters()]), torch.tensor(0.5))
+    opt.load_state_dict(saved_and_loaded(opt.state_dict()))
+    train(model, opt, [0])
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore:.*:UserWarning")
+@pytest.mark.parametrize("form", FORMS)
+def test_flattened_distributed_checkpoints_of_groups_with_a_policy(form):
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    model, opt, _ = learning(form)
+    trained_with_faults(model, opt, range(2))
+    saved = get_optimizer_state_dict(model, opt, options=options)
+    other, fresh, _ = learning(form)
+    policy = fresh.param_groups[1]["policy"]
+    set_optimizer_state_dict(other, fresh, saved, options=options)
+    assert fresh.param_groups[1]["policy"] is policy
+    assert identical(fresh.state_dict()["state"], opt.state_dict()["state"])

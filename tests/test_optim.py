@@ -724,7 +724,7 @@ def test_groups_with_rules_of_their_own(name, bad):
     [
         ({"group_max_norm": 1.0, "policy": GlobalNorm(1.0)}, "both a policy and a group_max_norm"),
         ({"group_max_norm": -1.0}, r"param_groups\[0\]\['group_max_norm'\] must be at least 0"),
-        ({"group_max_norm": None}, r"param_groups\[0\]\['group_max_norm'\]: expected a number"),
+        ({"group_max_norm": "1.0"}, r"param_groups\[0\]\['group_max_norm'\]: expected a number"),
         ({"policy": GlobalNorm(1.0, norm_type=1.0)}, "1-norm.*2-norm"),
         ({"group_max_norm": lambda step: 1.0}, "callable.*policy=GlobalNorm"),
     ],

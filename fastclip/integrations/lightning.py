@@ -7,7 +7,6 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from fastclip import checkpoint
-from fastclip.amp import GUARD
 from fastclip.guard import Guard
 from fastclip.integrations.facts import facts, fresh, reports_of
 from fastclip.optim import attach
@@ -58,7 +57,7 @@ class Clip(Callback):  # type: ignore[misc]
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for guard in self.guards:
-            if vars(guard.optimizer).get(GUARD) is guard:
+            if guard.is_attached:
                 guard.remove()
 
     def state_dict(self) -> dict[str, Any]:
