@@ -99,11 +99,13 @@ class Finding(NamedTuple):
 
     Attributes:
         policy: the rule that asked.
-        reading: what it gets to see; under "zero" norms of what is left, and how much was NaN and Inf.
+        reading: what it gets to see; under "zero" what is left.
+        noted: what is told of the step; under "zero" norms of what is left, and how much was NaN and Inf.
     """
 
     policy: Policy
     reading: Reading
+    noted: Reading
 
     def decide(self) -> Verdict:
         """Has the policy decide, once: it may learn from what it sees."""
@@ -175,13 +177,14 @@ def examine(
     if nonfinite == "raise":
         for reading in readings:
             reading.check_finite()
+    noted = readings
     if nonfinite == "zero" and (bad := [reading for reading in readings if reading.found_inf is not False]):
         for reading in bad:
             reading.plan.zero_nonfinite_()
-        again = joined(asked, grad_scale, None).readings
-        readings = [new.with_what_was_there(first) for new, first in zip(again, readings, strict=True)]
-    seen = zip(shares, readings, nobody, strict=True)
-    return Findings([Finding(policy, reading) for (_, policy), reading, nobodys in seen if not nobodys], skips)
+        first, readings = readings, joined(asked, grad_scale, None).readings
+        noted = [new.with_what_was_there(before) for new, before in zip(readings, first, strict=True)]
+    found = [Finding(policy, *own) for (_, policy), *own in zip(shares, readings, noted, strict=True)]
+    return Findings([own for own, nobodys in zip(found, nobody, strict=True) if not nobodys], skips)
 
 
 def _checked_plans(
@@ -235,7 +238,7 @@ def clip_(grads: Grads, policy: Policy, nonfinite: str, group: Any = None) -> Te
     verdict = finding.decide()
     skip = any_of([verdict.decision.skip, finding.reading.found_inf if nonfinite == "skip" else False])
     verdict.apply(skip=skip)
-    return finding.reading.total_norm
+    return finding.noted.total_norm
 
 
 def check_real(grads: Grads) -> None:

@@ -290,7 +290,7 @@ class Guard(Reports):
         if not again and self._ladder.wants_snapshot() and self._parameters_are_finite():
             self._ladder.take_snapshot(self.optimizer)
         verdicts = [finding.decide() for finding in findings]
-        found_inf = any_of(finding.reading.found_inf for finding in findings)
+        found_inf = any_of(finding.noted.found_inf for finding in findings)
         if report is not None:
             report.copy_(torch.as_tensor(found_inf))
         reasons = [held]
@@ -305,11 +305,11 @@ class Guard(Reports):
         if isinstance(skip, Tensor):
             if not rides or riding.first_step_is_lost(self.optimizer):
                 known = bool(skip)
-                bad = known if skip is found_inf else found_inf
+                bad = known if skip is found_inf else bool(found_inf)  # which has been waited for, too
                 skip = known
             else:  # exactly 1 for yes, as torch's fused steps want it and the read has left it
                 skip = (skip if skip is found_inf else flag(skip)).to(torch.float32)
-        self._record.note([finding.reading for finding in findings], factor, skip, bad)
+        self._record.note([finding.noted for finding in findings], factor, skip, bad)
         skips = found_inf if nonfinite == "skip" else False
         went_back, in_a_row = (False, 0) if again else self._climb(observed, held, skips)
         if self._record.listeners:

@@ -187,18 +187,26 @@ class Reading(NamedTuple):
     def with_what_was_there(self, first: Reading) -> Reading:
         """The same, read anew after NaN and Inf had become 0, with what only the first read could tell: how many there
         were, and where, and the penalty that it added."""
-        peers, on_host = self.peers, self.on_host
-        if peers is not None and first.peers is not None:
-            before = first.peers
-            peers.rows[NANS : INFS + 1] = before.rows[NANS : INFS + 1]
-            peers = replace(peers, penalty=before.penalty, worst=before.worst, tensors_worst=before.tensors_worst)
-        self.rows[NANS : INFS + 1] = first.rows[NANS : INFS + 1]
-        self.totals[TOTAL_NANS:] = first.totals[TOTAL_NANS:]
-        if self.heads is not None and first.heads is not None:
-            self.heads[HEAD_INF] = first.heads[HEAD_INF]
+        counts = slice(NANS, INFS + 1)
+        rows = torch.cat([self.rows[:NANS], first.rows[counts], self.rows[INFS + 1 :]])
+        totals = torch.cat([self.totals[:TOTAL_NANS], first.totals[TOTAL_NANS:]])
+        heads, on_host, peers = self.heads, self.on_host, self.peers
+        if heads is not None and first.heads is not None:
+            heads = torch.cat([heads[:HEAD_INF], first.heads[HEAD_INF:]])
         if on_host is not None and first.on_host is not None:
             on_host = [*on_host[:TOTAL_NANS], *first.on_host[TOTAL_NANS:]]
-        return self._replace(weight_rows=first.weight_rows, strengths=first.strengths, on_host=on_host, peers=peers)
+        if peers is not None and first.peers is not None:
+            of_all = torch.cat([peers.rows[:NANS], first.peers.rows[counts], peers.rows[INFS + 1 :]])
+            peers = replace(first.peers, rows=of_all)
+        return self._replace(
+            rows=rows,
+            totals=totals,
+            on_host=on_host,
+            heads=heads,
+            weight_rows=first.weight_rows,
+            strengths=first.strengths,
+            peers=peers,
+        )
 
     @property
     def norm_dtype(self) -> torch.dtype:

@@ -328,7 +328,7 @@ RULES = {
 
 
 def steps_by(rule, kind, seeds=8):
-    """Steps on the same random gradients, whole or placed in four ways; the parameters after them."""
+    """Steps on the same random gradients, whole or placed in four ways; the parameters after them, what was seen."""
     ways = {"alone": [None] * 4, "1-D": [[Shard(0)], [Shard(1)], [Replicate()], [Shard(0)]]}
     ways["2-D"] = [[Shard(0), Shard(1)], [Shard(1), Shard(0)], [Replicate(), Shard(1)], [Shard(0), Replicate()]]
     parameters = []
@@ -338,7 +338,8 @@ def steps_by(rule, kind, seeds=8):
             start = distribute_tensor(start, mesh_of(2) if kind == "1-D" else mesh_of(2, 2), way)
         parameters.append(torch.nn.Parameter(start))
     opt = fastclip.ClippedOptimizer(torch.optim.SGD(parameters, lr=0.1), policy=RULES[rule]())
-    norms = []
+    norms, records = [], []
+    monitor = fastclip.GradMonitor(opt, sinks=records.append)
     for seed in range(seeds):
         generator = torch.Generator().manual_seed(100 + seed)
         for parameter in parameters:
@@ -348,7 +349,8 @@ def steps_by(rule, kind, seeds=8):
             parameter.grad = full
         opt.step()
         norms.append(opt.last_norm)
-    return whole(parameters), norms, int(opt.clipped_steps)
+    monitor.close()
+    return whole(parameters), norms, int(opt.clipped_steps), [(each.total_norm, each.clipped_norm) for each in records]
 
 
 def all_rules(kind):
@@ -358,8 +360,8 @@ def all_rules(kind):
 @pytest.mark.parametrize(("world", "kind"), [(2, "1-D"), (4, "2-D")])
 def test_every_rule_decides_as_on_one_process(world, kind):
     for of_rank in ranks(world).run(all_rules, kind):
-        for rule, (parameters, norms, clipped) in of_rank.items():
-            wanted, wanted_norms, wanted_clipped = steps_by(rule, "alone")
+        for rule, (parameters, norms, clipped, seen) in of_rank.items():
+            wanted, wanted_norms, wanted_clipped, wanted_seen = steps_by(rule, "alone")
             assert wanted_clipped > 0
             for got, parameter in zip(parameters, wanted, strict=True):
                 torch.testing.assert_close(
@@ -368,6 +370,13 @@ def test_every_rule_decides_as_on_one_process(world, kind):
             torch.testing.assert_close(torch.stack(norms), torch.stack(wanted_norms), rtol=1e-6, atol=0)
             if rule not in ("Value", "Chain of totals", "Unitwise", "Unitwise in"):  # what a rank clips is its own
                 assert clipped == wanted_clipped, rule
+            norms_seen, left = zip(*seen, strict=True)
+            wanted_norms_seen, wanted_left = zip(*wanted_seen, strict=True)
+            assert norms_seen == pytest.approx(wanted_norms_seen, rel=1e-5)
+            if "Unitwise" in rule:  # only another read would tell what is left
+                assert set(left) == {None}, rule
+            elif not RULES[rule]().clamps:
+                assert left == pytest.approx(wanted_left, rel=1e-5), rule
 
 
 def chained_units():

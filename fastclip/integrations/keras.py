@@ -85,10 +85,10 @@ class KerasGuard(Reports):
         share = grads_among(grads)._replace(names=names, parameters=variables)
         (finding,), _ = examine([(share, self.policy)], self.nonfinite)
         verdict = finding.decide()
-        found_inf = finding.reading.found_inf
+        found_inf = finding.noted.found_inf
         skip = any_of([verdict.decision.skip, found_inf if self.nonfinite == "skip" else False])
         self._skipped = bool(skip)
-        self._record.note([finding.reading], verdict.factor, self._skipped, found_inf)
+        self._record.note([finding.noted], verdict.factor, self._skipped, found_inf)
         counts = self._record.counts.tolist()
         self._ladder.climb(self.optimizer, counts[STEPS], counts[SKIPPED], counts[IN_A_ROW], self._reason)
         self._record.check_streak(counts[IN_A_ROW])

@@ -44,11 +44,11 @@ class Found:
         self.reasons = [name for name, holds in zip(sighting.reasons, leaves[3:begin], strict=True) if holds]
         self.lrs = [float(lr) for lr in leaves[begin : begin + sighting.lrs]]
         begin += sighting.lrs
-        for seen, places, is_clamped in zip(sighting.seen, placed, sighting.clamped, strict=True):
-            self._take(seen, places, is_clamped, leaves[begin : begin + PER_READING])
+        for seen, places, unknown in zip(sighting.seen, placed, sighting.unknown, strict=True):
+            self._take(seen, places, unknown, leaves[begin : begin + PER_READING])
             begin += PER_READING
 
-    def _take(self, seen: Seen, places: Places, is_clamped: bool, leaves: list[Any]) -> None:
+    def _take(self, seen: Seen, places: Places, unknown: bool, leaves: list[Any]) -> None:
         """Joins one reading."""
         rows, totals, coef, after, largest, zeros, subnormal = leaves
         self._norm_type = seen.request.norm_type
@@ -69,10 +69,10 @@ class Found:
         whole = isinstance(coef, (int, float))
         if after is None:
             after = total * coef if whole else self._joined(own * coef)
-        self._after.append(None if is_clamped else float(after))
+        self._after.append(None if unknown else float(after))
         self._totals.append(total)
         self.clip_coef = min(self.clip_coef, float(coef if whole else np.min(coef, initial=1.0)))
-        self.is_one_number = whole and not is_clamped and len(self._totals) == 1
+        self.is_one_number = whole and not unknown and len(self._totals) == 1
         bound = seen.request.max_norm
         self.max_norm = bound if len(self._totals) == 1 and math.isfinite(bound) else None
 

@@ -26,6 +26,7 @@ class Sighting(NamedTuple):
     Attributes:
         leaves: clipped, skipped, loss, each reason, each learning rate, then for each of ``seen``: rows, totals,
             clip_coef, norm after it, largest magnitudes, counts of zeros, shares of subnormal numbers.
+        unknown: of each of ``seen`` whether only another read would tell the norm after clipping.
     """
 
     step: int
@@ -35,20 +36,21 @@ class Sighting(NamedTuple):
     reasons: list[str]
     lrs: int
     rolled_back: bool
-    clamped: list[bool]
+    unknown: list[bool]
     leaves: list[Leaf]
 
 
 def sighting(outcome: Outcome, step: int, time: float, fold: str | None, census: bool) -> Sighting:
     """Takes from a step what outlives its gradients; with ``census`` reads them once more."""
     leaves: list[Leaf] = [outcome.clipped, outcome.skipped, outcome.loss, *outcome.reasons.values(), *outcome.lrs]
-    clamped = []
+    unknown = []
     for seen, verdict in zip(outcome.seen, outcome.verdicts, strict=True):
         reading, (coef, _, unit_coefs, clamp) = verdict.reading, verdict.decision
         after: Leaf = None
         if unit_coefs is not None:
             coef = unit_coefs.amin() if unit_coefs.numel() else 1.0
-            after = reading.after(1.0, unit_coefs, Request(seen.request.norm_type)).totals[TOTAL_NORM]
+            if reading.peers is None:
+                after = reading.after(1.0, unit_coefs, Request(seen.request.norm_type)).totals[TOTAL_NORM]
         rows, largest, zeros, subnormal = seen.rows, None, None, None
         if rows.shape[0] > ALWAYS_FIELDS:
             rows, largest = rows[:ALWAYS_FIELDS], rows[MAX_ABS]
@@ -56,10 +58,10 @@ def sighting(outcome: Outcome, step: int, time: float, fold: str | None, census:
             counted = read(reading.plan, Request(extras=True), outcome.grad_scale).rows
             largest, zeros = counted[MAX_ABS], counted[ZEROS]
             subnormal = subnormal_shares(reading.plan.grads.tensors, counted)
-        clamped.append(clamp is not None)
+        unknown.append(clamp is not None or (unit_coefs is not None and after is None))
         leaves += [rows, seen.totals, coef, after, largest, zeros, subnormal]
     return Sighting(
-        step, time, fold, outcome.seen, list(outcome.reasons), len(outcome.lrs), outcome.rolled_back, clamped, leaves
+        step, time, fold, outcome.seen, list(outcome.reasons), len(outcome.lrs), outcome.rolled_back, unknown, leaves
     )
 
 
