@@ -37,6 +37,7 @@ SKIP_REASONS = {
     "scaler": "a GradScaler found Inf",
     "rank": "seen by this or another rank",
 }
+BY_GRADIENTS = {"nonfinite", "scaler", "rank"}  # those that NaN and Inf in the gradients lead to
 
 
 class GradMonitor:
@@ -254,7 +255,8 @@ class GradMonitor:
         events = []
         if skipped:
             why = ", ".join(SKIP_REASONS[name] for name in found.reasons)
-            bad = () if found.bad is None else np.flatnonzero(found.bad).tolist()
+            is_why = found.bad is not None and not BY_GRADIENTS.isdisjoint(found.reasons)
+            bad = np.flatnonzero(found.bad).tolist() if is_why else ()  # type: ignore[arg-type]
             events.append(Event(sighting.step, "skip", why, tuple(names[i] for i in bad)))
         if sighting.rolled_back:
             events.append(Event(sighting.step, "roll back", "to the latest snapshot"))
@@ -340,11 +342,6 @@ class GradMonitor:
         self.flush()
         for sink in self._sinks:
             sink.close()
-
-    def __del__(self) -> None:
-        """One that nobody holds any more is closed, as an open file is: what was gathered is not lost."""
-        if vars(self).get("_is_open") and os.getpid() == self._pid:
-            self.close()
 
     def __enter__(self) -> GradMonitor:
         return self

@@ -13,7 +13,7 @@ from small import backward, flat, identical, poison, small_model
 import fastclip
 from fastclip import ClippedOptimizer
 from fastclip.policies import Chain, Decision, GlobalNorm, Policy, Unitwise, Value
-from fastclip.types import Request
+from fastclip.types import NANS, Request
 
 OPTIMIZERS = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.05),
@@ -160,6 +160,21 @@ def test_what_became_zero_is_told(policy, l2):
     assert math.isfinite(stats.to_dict().get("max_abs", 0.0))
     assert "1 NaN, 1 Inf" in str(stats)
     torch.testing.assert_close(flat(model), flat(twin))
+
+
+def test_a_policy_sees_what_is_left_of_what_became_zero():
+    class Looks(fastclip.policies.GlobalNorm):
+        def decide(self, reading):
+            seen.append((bool(reading.found_inf), reading.rows[NANS].tolist(), reading.totals.tolist()[2:]))
+            return super().decide(reading)
+
+    seen, model = [], small_model()
+    opt = ClippedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), policy=Looks(1.0), nonfinite="zero")
+    backward(model, 0)
+    poison(model)
+    opt.step()
+    assert seen == [(False, [0.0] * len(list(model.parameters())), [0.0, 0.0])]
+    assert bool(opt.last_stats.found_inf)
 
 
 @pytest.mark.parametrize("rule", ["skip", "zero", "propagate", "raise"])

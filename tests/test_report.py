@@ -399,6 +399,19 @@ def test_places_that_do_not_fit_are_refused(tmp_path, capsys):
         assert str(wrong) in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("way", ["same", "link", "default"])
+def test_no_page_takes_the_place_of_its_recording(tmp_path, capsys, way):
+    run = tmp_path / ("run.html" if way == "default" else "run.jsonl")
+    run.write_bytes(b"".join(recorded.run(10)))
+    link = tmp_path / "page.html"
+    link.symlink_to(run)
+    with pytest.raises(SystemExit) as error:
+        fastclip_command("report", run, *{"same": ["-o", run], "link": ["-o", link], "default": []}[way])
+    assert error.value.code == 2
+    assert "is the recording itself" in capsys.readouterr().err
+    assert run.read_bytes() == b"".join(recorded.run(10))
+
+
 def test_report_writes_page_and_figures(tmp_path, capsys):
     run = tmp_path / "run.jsonl"
     run.write_bytes(b"".join(recorded.run(100, folds=2)))

@@ -22,6 +22,8 @@ def report(argv: list[str]) -> int:
     parser.add_argument("--png", type=Path, metavar="FOLDER", help="also the figures as PNG there; needs matplotlib")
     arguments = parser.parse_args(argv)
     output: Path = arguments.output or arguments.run.with_suffix(".html")
+    if output.exists() and arguments.run.exists() and output.samefile(arguments.run):
+        parser.error(f"{output} is the recording itself: name another page with -o. Nothing was written")
     try:
         digest = digest_of(arguments.run)
         for problem in digest.reader.problems():
