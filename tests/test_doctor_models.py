@@ -229,10 +229,13 @@ def test_evaluation_mode_is_looked_at_in_training_mode():
     model.train()
     model[-1].eval()
     check(model, classes(), CE)
-    model.eval()
-    model[0].train()  # the model itself says that it doesn't train
+    model[0] = nn.Linear(model[0].in_features, model[0].out_features)  # on a pretrained one
+    check(model.eval(), classes(), CE)
+    model[0].train()
     check(model, classes(), CE)
-    assert modes == [True, False, False]
+    model.append(nn.Dropout(0.5))  # in training mode, which it minds
+    check(model, classes(), CE)
+    assert modes == [True, False, True, True, False]
     for mode in (torch.no_grad, torch.inference_mode):
         batch = classes()
         with mode():

@@ -383,6 +383,12 @@ def test_a_softmax_hidden_by_a_logarithm_is_an_error_also_in_front_of_cross_entr
     assert [f.severity for f in check(harmless, classes(), CE).findings] == ["info"]
 
 
+@pytest.mark.parametrize("loss", [CE, F.nll_loss], ids=["cross_entropy", "nll_loss"])
+def test_what_a_sigmoid_makes_of_a_softmax_is_no_logarithm(loss):
+    odd = nn.Sequential(mlp(nn.ReLU, 2), nn.Softmax(dim=1), nn.Sigmoid())
+    assert "softmax-twice" not in [finding.code for finding in check(odd, classes(), loss).findings]
+
+
 def test_layers_in_lists_of_lists_are_found_and_a_hidden_teacher_is_left_alone():
     class Student(nn.Module):
         def __init__(self, learns):

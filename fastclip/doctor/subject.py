@@ -16,6 +16,8 @@ from fastclip.optim import ClippedOptimizer
 from fastclip.tensors import is_sharded
 
 INPUTS = "the inputs"
+# Modules of torch that do something else in training mode
+MODAL = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd, nn.RNNBase, nn.MultiheadAttention, nn.RReLU)
 
 
 @dataclass(frozen=True)
@@ -87,9 +89,13 @@ class Subject:
         return replace(self, step=lambda: loss_of(inputs, filled), batch=(inputs, filled))
 
     def prepare(self) -> None:
-        """A model that is in evaluation mode as a whole goes into training mode; else each module keeps its own."""
-        if not any(module.training for module in self.model.modules()):
-            self.model.train()
+        """A model that is in evaluation mode as a whole goes into training mode; else each module keeps its own.
+
+        A new ``Linear`` on a pretrained model says nothing: it is in training mode because it was made so.
+        """
+        model = self.model
+        if not model.training and not any(module.training for module in model.modules() if _minds_its_mode(module)):
+            model.train()
 
     def loss(self) -> Tensor:
         """Runs one forward pass.
@@ -103,6 +109,11 @@ class Subject:
             got = f"shape {tuple(loss.shape)}, {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__
             raise DoctorError(f"the loss has to be a tensor of one real number, got {got}; take its mean()")
         return loss.reshape(())
+
+
+def _minds_its_mode(module: nn.Module) -> bool:
+    """Whether it may do something else in training; of other people's classes nobody knows."""
+    return isinstance(module, MODAL) or not type(module).__module__.startswith("torch.nn.")
 
 
 class during:
