@@ -114,7 +114,12 @@ class Finding(NamedTuple):
             raise TypeError(f"{self.policy!r}: decide() must return a Decision, got {type(decision).__name__}")
         coef, skip = decision.clip_coef, decision.skip
         if isinstance(coef, Tensor) and coef.dim() == 0 and known_to_host(coef):
-            decision = decision._replace(clip_coef=float(coef))
+            coef = float(coef)
+            decision = decision._replace(clip_coef=coef)
+        if isinstance(coef, float) and not math.isfinite(coef) and self.reading.found_inf is False:
+            raise ValueError(
+                f"{self.policy!r}: decide() gave clip_coef={coef}, though all gradients are finite. Nothing was clipped"
+            )
         if isinstance(skip, Tensor):  # a rule may say it by any number
             decision = decision._replace(skip=bool(skip) if known_to_host(skip) else flag(skip))
         return Verdict(self.reading, decision)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from types import MethodType
@@ -41,6 +42,10 @@ class Clearance(NamedTuple):
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
     may_be_one: bool = False
+
+
+# id of a policy, a backoff, ... -> whose steps it learns from; a guard keeps them alive
+_LEARNS_FOR: weakref.WeakValueDictionary[int, Guard] = weakref.WeakValueDictionary()
 
 
 class Guard(Reports):
@@ -90,6 +95,22 @@ class Guard(Reports):
         self._lr_factor = 1.0  # of this step
         self._aboard: riding.aboard | None = None  # during it
         check_groups_disjoint(optimizer.param_groups)
+        _check_bounds(optimizer.param_groups)
+        self._claim(backoff, rollback, watch)
+
+    def _claim(self, *learners: Any) -> None:
+        """Raises ``ValueError`` for what learns from another optimizer's steps already, or twice from this one's."""
+        policies = [self.policy, *(group.get("policy") for group in self.optimizer.param_groups)]
+        learners += tuple(policy for policy in policies if isinstance(policy, Policy) and policy.state_dict())
+        given = [learner for learner in learners if learner is not None]
+        for i, learner in enumerate(given):
+            owner = _LEARNS_FOR.get(id(learner))
+            if any(learner is other for other in given[:i]) or (owner and owner.optimizer is not self.optimizer):
+                raise ValueError(
+                    f"{type(learner).__name__}: it learns from the steps of one optimizer, or of one param group, and "
+                    "it was given to two: make another one"
+                )
+        _LEARNS_FOR.update({id(learner): self for learner in given})
 
     @property
     def nonfinite(self) -> str:
@@ -162,6 +183,8 @@ class Guard(Reports):
             del attributes[name]
             if name in self._replaced:
                 attributes[name] = self._replaced[name]
+        for learner in [learner for learner, guard in _LEARNS_FOR.items() if guard is self]:
+            del _LEARNS_FOR[learner]  # another optimizer may have it now
 
     def step(
         self, owner: Optimizer, inner_step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -287,7 +310,7 @@ class Guard(Reports):
             return Clearance(True)
         if self._is_rehearsal(groups, findings):
             return Clearance(True)
-        if not again and self._ladder.wants_snapshot() and self._parameters_are_finite():
+        if not again and self._ladder.wants_snapshot(self.optimizer) and self._parameters_are_finite():
             self._ladder.take_snapshot(self.optimizer)
         verdicts = [finding.decide() for finding in findings]
         found_inf = any_of(finding.noted.found_inf for finding in findings)
@@ -502,6 +525,17 @@ class Guard(Reports):
 
     def __repr__(self) -> str:
         return f"{self.policy!r}, nonfinite={self.nonfinite!r}"
+
+
+def _check_bounds(groups: list[dict[str, Any]]) -> None:
+    """Raises ``ValueError`` where only some groups have a ``max_norm``: it may have been meant for them alone."""
+    joint = [i for i, group in enumerate(groups) if not has_own_rule(group)]
+    without = [i for i in joint if "max_norm" not in groups[i]]
+    if without and len(without) < len(joint):
+        raise ValueError(
+            f"param_groups{without} have no max_norm, others have one: it is the bound of the joint norm, for all "
+            "groups or none; a group's own bound is group_max_norm"
+        )
 
 
 def _on_host_if_known(name: str, value: Any) -> float | Tensor:

@@ -112,6 +112,7 @@ class Snapshot:
         self._buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._rest: dict[Tensor, dict[str, Any]] = {}
         self._shape: list[tuple[Any, ...]] = []
+        self._parameters: list[int] = []  # of each group, how many
         self.taken_at: int | None = None
 
     @property
@@ -119,7 +120,12 @@ class Snapshot:
         """Memory it holds, in bytes."""
         return sum(buffer.nbytes for buffer in self._buffers.values()) + _nbytes(list(self._rest.values()))
 
+    def fits(self, optimizer: Optimizer) -> bool:
+        """Whether it holds as many parameters as the optimizer has by now."""
+        return self._parameters == [len(group["params"]) for group in optimizer.param_groups]
+
     def take(self, optimizer: Optimizer, step: int) -> None:
+        self._parameters = [len(group["params"]) for group in optimizer.param_groups]
         sources = dict(_tensors(optimizer))
         shape = [(key, t.device, t.dtype, t.shape) for key, t in sources.items()]
         if shape != self._shape:
@@ -138,12 +144,15 @@ class Snapshot:
         self.taken_at = step
 
     def restore(self, optimizer: Optimizer) -> None:
-        """Writes everything back in place; state that didn't exist then goes."""
+        """Writes everything back in place; state that didn't exist then goes. Parameters that weren't there then, and
+        their state, stay as they are."""
         saved = dict(zip((key for key, *_ in self._shape), self._views(), strict=True))
         for key, tensor in _tensors(optimizer):
             if key in saved:
                 tensor.copy_(saved[key])
         for parameter in list(optimizer.state):
+            if isinstance(parameter, Tensor) and (id(parameter), "") not in saved:
+                continue
             if parameter not in self._rest:
                 del optimizer.state[parameter]
                 continue
@@ -188,8 +197,8 @@ class Rollback:
         after: skipped steps in a row that lead back.
 
     A snapshot is taken between two steps, of parameters that are finite as far as the host knows; state that an
-    optimizer keeps in its param groups (schedule-free ones) is not in it. On an accelerator skips are known, and so
-    answered, some steps late.
+    optimizer keeps in its param groups (schedule-free ones) is not in it. It is not saved with the optimizer: a resumed
+    run takes its own at its first step. On an accelerator skips are known, and so answered, some steps late.
 
     Attributes:
         snapshot: the latest one; ``snapshot.nbytes`` says its memory: parameters plus optimizer state.
@@ -207,8 +216,10 @@ class Rollback:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "snapshot": Snapshot(), "_good": 0, "_bad": 0}  # a copy takes its own
 
-    def wants_snapshot(self) -> bool:
-        return self._bad == 0 and (self.snapshot.taken_at is None or self._good >= self.every)
+    def wants_snapshot(self, optimizer: Optimizer) -> bool:
+        if self._bad:
+            return False
+        return self.snapshot.taken_at is None or self._good >= self.every or not self.snapshot.fits(optimizer)
 
     def take(self, optimizer: Optimizer, step: int) -> None:
         self.snapshot.take(optimizer, step)
@@ -309,8 +320,8 @@ class Ladder:
                 self._log(steps, "roll back", f"{self.rollback.after} bad steps; back to the snapshot of step {at}")
         return went_back
 
-    def wants_snapshot(self) -> bool:
-        return self.rollback is not None and self.rollback.wants_snapshot()
+    def wants_snapshot(self, optimizer: Optimizer) -> bool:
+        return self.rollback is not None and self.rollback.wants_snapshot(optimizer)
 
     def take_snapshot(self, optimizer: Optimizer) -> None:
         assert self.rollback is not None

@@ -446,7 +446,7 @@ def test_no_snapshot_between_bad_steps():
     assert rollback.snapshot.taken_at == 2
     for become_known in (rollback.good, rollback.good, rollback.bad):  # together, as on a device
         become_known()
-    assert not rollback.wants_snapshot()
+    assert not rollback.wants_snapshot(opt)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
@@ -467,19 +467,44 @@ def test_copies_keep_the_rungs_and_take_their_own_snapshot(copied):
     assert rollback.snapshot.taken_at == 0
 
 
-def test_a_group_added_after_the_snapshot_stays():
+def with_a_late_group(after):
+    """A model, an optimizer that has stepped it once, and a parameter that it got afterwards."""
     model, extra = small_model(), torch.nn.Parameter(torch.ones(2))
-    opt = ClippedOptimizer(torch.optim.Adam(model.parameters(), lr=0.1), rollback=Rollback(every=100, after=1))
+    opt = ClippedOptimizer(torch.optim.Adam(model.parameters(), lr=0.1), rollback=Rollback(every=100, after=after))
     step(opt, model)
     opt.add_param_group({"params": [extra]})
     extra.grad = torch.ones(2)
+    return model, extra, opt
+
+
+def test_a_group_added_after_the_snapshot_has_one_of_its_own():
+    model, extra, opt = with_a_late_group(after=1)
+    first = flat(model)
     backward(model, 1)
     opt.step()
-    moved = extra.detach().clone()
+    assert not torch.equal(extra, torch.ones(2))
     steps(opt, model, "x")
-    assert torch.equal(extra, moved)
-    assert torch.equal(flat(model), flat(small_model()))
-    assert not opt.state
+    assert kinds(opt)[-1] == (3, "roll back")
+    assert opt.events[-1].reason.endswith("the snapshot of step 1")
+    assert torch.equal(flat(model), first)  # all of them, to the same step
+    assert torch.equal(extra, torch.ones(2))
+    assert extra not in opt.state
+    assert len(opt.state) == len(list(model.parameters()))
+
+
+def test_what_no_snapshot_has_stays():
+    """A group that is added between bad steps, of which no snapshot is taken."""
+    model, extra, opt = with_a_late_group(after=2)
+    first = flat(model)
+    steps(opt, model, "x")
+    opt.add_param_group({"params": [last := torch.nn.Parameter(torch.ones(2))]})
+    opt.state[last]["momentum"] = torch.ones(2)
+    steps(opt, model, "x")
+    assert kinds(opt)[-1] == (3, "roll back")
+    assert torch.equal(flat(model), first)
+    assert torch.equal(extra, torch.ones(2))
+    assert set(opt.state) == {*model.parameters(), last}
+    assert opt.state[last].keys() == {"momentum"}
 
 
 # ---- the rungs together

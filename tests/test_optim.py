@@ -1,6 +1,7 @@
 """The optimizer wrapper's plain path: what clip-then-step does, in one object."""
 
 import copy
+import gc
 import math
 import pickle
 
@@ -160,6 +161,79 @@ def test_what_became_zero_is_told(policy, l2):
     assert math.isfinite(stats.to_dict().get("max_abs", 0.0))
     assert "1 NaN, 1 Inf" in str(stats)
     torch.testing.assert_close(flat(model), flat(twin))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("of", [float, torch.tensor])
+def test_a_rule_that_asks_for_no_number_is_told_so(of, value):
+    class Broken(Policy):
+        def decide(self, reading):
+            return Decision(of(value))
+
+    model = small_model()
+    opt = ClippedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), policy=Broken(), nonfinite="propagate")
+    backward(model, 0)
+    before, grads = flat(model), [p.grad.clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match=rf"Broken\(\).*clip_coef={value}, though all gradients are finite"):
+        opt.step()
+    assert torch.equal(flat(model), before)
+    assert all(map(torch.equal, grads, [p.grad for p in model.parameters()]))
+    poison(model)
+    opt.step()  # may be what came of it
+
+
+LEARNERS = {
+    "policy": lambda: fastclip.policies.ZScore(),
+    "schedule": lambda: GlobalNorm(lambda step: 1.0),
+    "chain": lambda: Chain(fastclip.policies.ZScore(), GlobalNorm(1.0)),
+    "backoff": fastclip.SpikeBackoff,
+    "rollback": fastclip.Rollback,
+    "loss_watch": lambda: fastclip.LossWatch(3.0),
+}
+
+
+@pytest.mark.parametrize("kind", LEARNERS)
+def test_what_learns_serves_one_optimizer(kind):
+    name = kind if kind in ("backoff", "rollback", "loss_watch") else "policy"
+    learner, models = LEARNERS[kind](), [small_model(), small_model()]
+    inner, other = (torch.optim.SGD(model.parameters(), lr=0.1) for model in models)
+    opt = ClippedOptimizer(inner, **{name: learner})
+    with pytest.raises(ValueError, match=f"{type(learner).__name__}: it learns.*given to two"):
+        fastclip.attach(other, **{name: learner})
+    assert "step" not in vars(other)
+    again = ClippedOptimizer(inner, **{name: learner})  # a cell of a notebook that is run once more
+    for each in (copy.deepcopy(again), pickle.loads(pickle.dumps(again)) if kind == "backoff" else again):
+        each.step()
+    del opt, again, each
+    gc.collect()
+    guard = fastclip.attach(other, **{name: learner})
+    guard.remove()
+    fastclip.attach(inner, **{name: learner})
+
+
+def test_what_learns_serves_one_group():
+    model, policy = small_model(), fastclip.policies.ZScore()
+    groups = [{"params": part.parameters(), "policy": policy} for part in (model[0], model[2])]
+    with pytest.raises(ValueError, match=r"ZScore: it learns.*one param group.*given to two"):
+        ClippedOptimizer(torch.optim.SGD(groups, lr=0.1))
+    fixed = GlobalNorm(1.0)  # learns nothing
+    for group in groups:
+        group["policy"] = fixed
+    ClippedOptimizer(torch.optim.SGD(groups, lr=0.1), policy=fixed)
+
+
+def test_a_max_norm_in_some_groups_only():
+    """It would be the bound of all."""
+    model = small_model()
+    parts = [list(model[0].parameters()), list(model[2].parameters())]
+    some = [{"params": parts[0]}, {"params": parts[1], "max_norm": 0.1}]
+    with pytest.raises(ValueError, match=r"param_groups\[0\] have no max_norm.*group_max_norm"):
+        ClippedOptimizer(torch.optim.SGD(some, lr=0.1))
+    opt = ClippedOptimizer(torch.optim.SGD([{**some[0], "group_max_norm": 1.0}, some[1]], lr=0.1))
+    assert opt.max_norm == 0.1
+    opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})  # is under the joint bound as well
+    backward(model, 0)
+    opt.step()
 
 
 def test_a_policy_sees_what_is_left_of_what_became_zero():
