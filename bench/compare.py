@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -235,8 +234,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", default="", metavar="SUBSTRING", help="only rows whose name contains it")
     parser.add_argument("--rounds", type=int, help="at least so many per row (default 9, quick 5)")
     parser.add_argument("--threads", type=int, default=2, help="of torch and fastclip (default 2)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results; fastclip.bench.report reads them")
-    parser.add_argument("--markdown", metavar="FILE", help="write the README's table; - for the terminal")
+    parser.add_argument(
+        "--json", type=report.place, metavar="FILE", help="write the results; fastclip.bench.report reads them"
+    )
+    parser.add_argument(
+        "--markdown", type=report.place, metavar="FILE", help="write the README's table; - for the terminal"
+    )
     return parser
 
 

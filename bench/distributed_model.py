@@ -22,12 +22,13 @@ import random
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from fastclip.backends.reference import norm_of_norms
+
+from . import report
 
 # NCCL's numbers for NVLink and a network, in seconds: base, within a node, between nodes; and the share of the
 # bandwidth that the protocol leaves. LL is for the shortest messages, Simple for long ones.
@@ -183,8 +184,10 @@ def table(sizes: Sequence[int] = (8, 64, 512, 1024, 4096, 16384)) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="fastclip.bench.distributed_model", description=__doc__.partition("\n")[0])
-    parser.add_argument("--markdown", type=Path, help="where the table goes; default: the terminal")
+    parser = argparse.ArgumentParser(
+        prog="python -m fastclip.bench.distributed_model", description=__doc__.partition("\n")[0]
+    )
+    parser.add_argument("--markdown", type=report.place, help="where the table goes; default: the terminal")
     arguments = parser.parse_args(argv)
     lines = table()
     for ranks in (8, 64, 1024):
@@ -195,10 +198,7 @@ def main(argv: list[str] | None = None) -> int:
             f"up to {error:.0e}."
         )
     text = "\n".join(lines) + "\n"
-    if arguments.markdown is None:
-        print(text, end="")
-    else:
-        arguments.markdown.write_text(text)
+    report.write(text, arguments.markdown)
     return 0
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import fastclip
 from fastclip.guard import Guard
 
-from . import machine, torchvision_cpu
+from . import machine, report, torchvision_cpu
 
 WARM_UP = 3  # steps of a training that are left out
 BUSY = 0.05  # of the CPU time: above it others worked too, and a ratio says little
@@ -337,7 +337,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastclip.bench.frameworks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one short round: shows that it runs")
     parser.add_argument("--only", default="", help="frameworks whose name contains it")
-    parser.add_argument("--json", type=Path, help="also write every time there")
+    parser.add_argument("--json", type=report.place, help="also write every time there")
     args = parser.parse_args(argv)
     wanted = {name: framework for name, framework in FRAMEWORKS.items() if args.only.lower() in name.lower()}
     if not wanted:

@@ -567,8 +567,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--short", action="store_true", help="every kernel on small lists, no times: for a sanitizer")
     parser.add_argument("--only", default="", metavar="SUBSTRING", help="only rows whose name contains it")
     parser.add_argument("--rounds", type=int, default=15, help="of each row (default 15)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results")
-    parser.add_argument("--markdown", metavar="FILE", help="write the table; - for the terminal")
+    parser.add_argument("--json", type=report.place, metavar="FILE", help="write the results")
+    parser.add_argument("--markdown", type=report.place, metavar="FILE", help="write the table; - for the terminal")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no GPU that torch can use; --device cpu --tiny goes through the same code")
@@ -582,12 +582,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     def keep(results: Results) -> None:
         if args.json is not None:
             args.json.write_text(json.dumps(results, indent=1) + "\n")
-        if args.markdown not in (None, "-"):
+        if args.markdown not in (None, Path("-")):
             report.write(markdown(results), args.markdown)
 
     results = run(chosen, args.device, args.tiny, args.rounds, keep)
-    if args.markdown in (None, "-"):
-        report.write(markdown(results), "-")
+    if args.markdown in (None, Path("-")):
+        report.write(markdown(results), None)
     return int(
         any("ratio" not in row for row in results["rows"]) or any(f["verdict"] == "wrong" for f in results["facts"])
     )

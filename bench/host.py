@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastclip.bench.host", description=__doc__.splitlines()[0])
     parser.add_argument("backend", choices=[backend.name for backend in (cuda, triton)])
     parser.add_argument("--seconds", type=float, default=SECONDS, metavar="S", help="for each number")
-    parser.add_argument("--markdown", metavar="FILE", default="-", help="write the table; - for the terminal")
+    parser.add_argument("--markdown", type=report.place, metavar="FILE", help="write the table; - for the terminal")
     args = parser.parse_args(argv)
     if args.backend == cuda.name and not cuda.EMULATED:
         parser.error("the CUDA kernels of this build run on a GPU: bench/gpu.py times them there")

@@ -131,14 +131,14 @@ def table(kernels: Sequence[Kernel]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastclip.bench.machine_code", description=__doc__.splitlines()[0])
     parser.add_argument("module", nargs="?", default=None if C is None else C.__file__, help="default: fastclip's own")
-    parser.add_argument("--markdown", metavar="FILE", help="write the table; - for the terminal")
+    parser.add_argument("--markdown", type=report.place, metavar="FILE", help="write the table; - for the terminal")
     args = parser.parse_args(argv)
     found = table(kernels_of(args.module))
     text = (
         "Registers a thread (and instructions) of each CUDA kernel, by target: "
         f"`python -m fastclip.bench.machine_code --markdown FILE` writes this.\n\n{found}\n"
     )
-    report.write(text, args.markdown or "-")
+    report.write(text, args.markdown)
     return 0
 
 

@@ -197,10 +197,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--json", type=Path, default=RESULTS, metavar="FILE", help="what bench/gpu.py wrote, if it is there"
     )
-    parser.add_argument("--markdown", metavar="FILE", help="write the table; - for the terminal")
+    parser.add_argument("--markdown", type=report.place, metavar="FILE", help="write the table; - for the terminal")
     args = parser.parse_args(argv)
     results = json.loads(args.json.read_text()) if args.json.exists() else None
-    report.write(markdown(args.card, results), args.markdown or "-")
+    report.write(markdown(args.card, results), args.markdown)
     return 0
 
 

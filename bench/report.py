@@ -188,20 +188,30 @@ def draw(results: Results, file: Path) -> None:
     pyplot.close(figure)
 
 
-def write(content: str, file: str) -> None:
-    """To a file, or to the terminal for "-"."""
-    if file == "-":
+def place(text: str) -> Path:
+    """Of an argument: where a file can be written. Told before minutes of work, not after them."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {path.parent}")
+    return path
+
+
+def write(content: str, file: Path | None) -> None:
+    """To a file, or to the terminal for "-" and None."""
+    if file in (None, Path("-")):
         print(content, end="")
     else:
-        Path(file).write_text(content)
+        file.write_text(content)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0; 1 if the picture could not be drawn; 2 for a file that compare did not write."""
     parser = argparse.ArgumentParser(prog="python -m fastclip.bench.report", description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path, help="the file that compare --json wrote")
-    parser.add_argument("--markdown", metavar="FILE", help="write the table; - for the terminal")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="draw the ratios (needs matplotlib)")
+    parser.add_argument("--markdown", type=place, metavar="FILE", help="write the table; - for the terminal")
+    parser.add_argument("--png", type=place, metavar="FILE", help="draw the ratios (needs matplotlib)")
     args = parser.parse_args(argv)
     try:
         results = json.loads(args.results.read_text())

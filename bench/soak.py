@@ -27,7 +27,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,7 +36,7 @@ import fastclip
 from fastclip import policies
 from fastclip.examples import weather
 
-from . import machine
+from . import machine, report
 
 SETTINGS = weather.Settings(lr=0.05, window=4, hidden=8, layers=1, batch_size=16)
 FAULTS = ("nan", "inf", "loss", "spike", "zero")
@@ -265,7 +264,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of weights, batches and faults; default %(default)s")
     parser.add_argument("--only", default="", help="policies whose name contains this")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes; default %(default)s")
-    parser.add_argument("--json", type=Path, help="where to write the record")
+    parser.add_argument("--json", type=report.place, help="where to write the record")
     args = parser.parse_args(argv)
     names = [name for name in POLICIES if args.only in name]
     if not names:

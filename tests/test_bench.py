@@ -781,3 +781,12 @@ def test_kernel_suite_covers_what_it_names():
     for op in suite.OPS.values():
         assert compare.checked(op(rows.Inputs(TINY))) is not None
     assert Path(suite.__file__).parent.name == "bench"
+
+
+@pytest.mark.parametrize("name", ["compare", "gpu", "soak", "frameworks"])
+def test_a_place_for_the_results_is_looked_at_before_the_work(name, tmp_path, capsys):
+    for place, told in ((tmp_path / "none" / "r.json", "there is no folder"), (tmp_path, "is a folder")):
+        with pytest.raises(SystemExit) as error:
+            bench(name).main(["--json", str(place)])
+        assert error.value.code == 2
+        assert told in capsys.readouterr().err

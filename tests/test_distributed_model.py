@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+from pathlib import Path
 
 import pytest
 
@@ -39,5 +40,5 @@ def test_the_table_has_a_row_for_every_job(capsys):
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     sizes = (8, 64, 512, 1024, 4096, 16384)
     assert len(rows) == 2 + sum(len(list(model.jobs(size))) for size in sizes)
-    text = model.Path(model.__file__).with_name("NOTES.md").read_text()
+    text = Path(model.__file__).with_name("NOTES.md").read_text()
     assert all(row.split(" | ")[:5] in [line.split(" | ")[:5] for line in text.splitlines()] for row in rows[2:])

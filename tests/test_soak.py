@@ -58,10 +58,10 @@ class Forgetful(policies.ZScore):
 
 
 class Reckless(policies.GlobalNorm):
-    """Multiplies by Inf where it should clip."""
+    """Multiplies by what makes Inf where it should clip."""
 
     def decide(self, reading):
-        return policies.Decision(float("inf"))
+        return policies.Decision(1e300)
 
 
 def test_a_policy_that_forgets_is_found_out(monkeypatch):
