@@ -346,7 +346,10 @@ class Guard(Reports):
                 held_back["rank"] = held
             lrs = [group["lr"] * self._lr_factor for group in groups if "lr" in group]
             clipped = factor != 1.0
-            outcome = Outcome(self._record.seen, verdicts, held_back, clipped, skip, went_back, loss, lrs, grad_scale)
+            rungs = [] if again else self._ladder.latest
+            outcome = Outcome(
+                self._record.seen, verdicts, held_back, clipped, skip, went_back, rungs, loss, lrs, grad_scale
+            )
             for listener in list(self._record.listeners):  # one may leave while it is told
                 listener(outcome)
         self._record.check_streak(in_a_row)
@@ -377,6 +380,7 @@ class Guard(Reports):
         """
         news = self._record.news()
         self._lr_factor = self._ladder.lr_factor
+        self._ladder.latest = []
         if news is None:
             return False, 0
 

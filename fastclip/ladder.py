@@ -271,6 +271,7 @@ class Ladder:
     def __init__(self, backoff: SpikeBackoff | None, rollback: Rollback | None, log_length: int = 1000) -> None:
         self.backoff, self.rollback = backoff, rollback
         self.events: deque[Event] = deque(maxlen=log_length)
+        self.latest: list[Event] = []  # what the latest climb did, but for the skips
         self._steps, self._skipped = 0, 0
 
     @property
@@ -290,6 +291,7 @@ class Ladder:
         ``reason`` is asked only when a step was skipped. Of steps that became known together the ``in_a_row`` bad
         ones came last; of the others the bad ones are taken to have come first.
         """
+        self.latest = []
         bad = skipped - self._skipped
         good = steps - self._steps - bad
         last = min(in_a_row, bad)
@@ -328,4 +330,5 @@ class Ladder:
         self.rollback.take(optimizer, self._steps)
 
     def _log(self, step: int, kind: str, reason: str) -> None:
-        self.events.append(Event(step, kind, reason))
+        self.latest.append(Event(step, kind, reason))
+        self.events.append(self.latest[-1])

@@ -53,7 +53,8 @@ class GradMonitor:
         include: a regular expression: only tensors whose names it is found in have their own norms recorded.
         sinks: one or a list of: a path ending in ``.jsonl`` or ``.csv``, which is appended to; a TensorBoard
             ``SummaryWriter``; a wandb run; a function that gets each :class:`fastclip.monitoring.StepRecord`.
-        on_event: a function that gets each :class:`fastclip.Event`: flags, skips and roll backs.
+        on_event: a function that gets each :class:`fastclip.Event`: flags, skips, roll backs, cut and restored learning
+            rates.
         names: a module, or (name, parameter) pairs, where the optimizer wasn't given named parameters.
         flags: when a gradient is flagged: a :class:`fastclip.monitoring.FlagRules`.
         census_every: in each so many-th record the gradients are read once more, for their largest magnitudes and for
@@ -255,11 +256,12 @@ class GradMonitor:
         events = []
         if skipped:
             why = ", ".join(SKIP_REASONS[name] for name in found.reasons)
+            if "loss" in found.reasons:
+                why += f" ({found.loss:.4g})"
             is_why = found.bad is not None and not BY_GRADIENTS.isdisjoint(found.reasons)
             bad = np.flatnonzero(found.bad).tolist() if is_why else ()  # type: ignore[arg-type]
             events.append(Event(sighting.step, "skip", why, tuple(names[i] for i in bad)))
-        if sighting.rolled_back:
-            events.append(Event(sighting.step, "roll back", "to the latest snapshot"))
+        events += [Event(sighting.step, each.kind, each.reason) for each in sighting.rungs]
         return StepRecord(
             step=sighting.step,
             time=round(sighting.time, 3),

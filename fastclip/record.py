@@ -101,6 +101,7 @@ class Outcome:
         reasons: reason -> whether it holds the step back.
         clipped, skipped: whether it is.
         rolled_back: whether the optimizer went back to a snapshot instead.
+        rungs: what was done about skips by now: learning rates cut and restored, a roll back.
         loss: as it was observed for this step, 0-d; None if it wasn't.
         lrs: learning rate of each param group in this step.
         grad_scale: what the gradients are multiplied by; None for 1.
@@ -112,6 +113,7 @@ class Outcome:
     clipped: bool | Tensor
     skipped: bool | Tensor
     rolled_back: bool
+    rungs: list[Event]
     loss: Tensor | None
     lrs: list[float | Tensor]
     grad_scale: float | Tensor | None

@@ -151,6 +151,14 @@ def test_a_picture_that_cant_be_written_costs_no_finding(factories, capsys):
     assert "--picture" in said.err
 
 
+@pytest.mark.parametrize("seed", ["1e3", str(2**64), str(-(2**63) - 1)])
+def test_a_seed_that_torch_cant_have(factories, capsys, seed):
+    with pytest.raises(SystemExit) as error:
+        command.main(["check", "of_a_user:sick", "--seed", seed])
+    assert error.value.code == 2
+    assert "argument --seed" in capsys.readouterr().err
+
+
 def test_a_seed_gives_the_same_again(factories, capsys):
     said = []
     for _ in range(2):

@@ -165,6 +165,27 @@ def test_a_roll_back_and_a_streak_that_raises(told):
             opt.step()
     assert [record.rolled_back for record in told] == [False] * 4 + [True, False, True]
     assert [event.kind for event in told[4].events] == ["non-finite", "skip", "roll back"]
+    assert told[4].events[-1].reason == "2 bad steps; back to the snapshot of step 3"
+
+
+def test_what_is_done_to_the_learning_rate_is_told(told):
+    parameters = model_of()
+    opt = optimizer_of(parameters, backoff=fastclip.SpikeBackoff(0.5, patience=2, recover=2))
+    with GradMonitor(opt, sinks=told.append) as monitor:
+        monitor.step = 100  # of a resumed run
+        for step in range(5):
+            give(parameters, step)
+            opt.observe(math.nan if step in (1, 2) else 1.0)
+            opt.step()
+    assert [[(event.step, event.kind) for event in record.events] for record in told] == [
+        [],
+        [(102, "skip")],
+        [(103, "skip"), (103, "lr cut")],
+        [],
+        [(105, "lr restored")],
+    ]
+    assert told[1].events[0].reason == "the loss that was observed (nan)"
+    assert told[2].events[1].reason == "2 bad steps; factor 0.5"
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table and the sentences")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="also draw it, as .png, .svg or .pdf")
-    parser.add_argument("--seed", type=int, metavar="N", help="torch.manual_seed(N) before the factory is called")
+    parser.add_argument("--seed", type=_seed, metavar="N", help="torch.manual_seed(N) before the factory is called")
     parser.add_argument("--max-seconds", type=float, metavar="S", help="try learning rates for so long; 0: don't")
     arguments = parser.parse_args(argv)
     if arguments.picture is not None:
@@ -63,6 +63,13 @@ def main(argv: list[str]) -> int:
             print(f"fastclip check: --picture: {error}", file=sys.stderr)
             return USAGE
     return 0 if diagnosis.healthy else FOUND
+
+
+def _seed(text: str) -> int:
+    """What ``torch.manual_seed`` takes."""
+    if not -(2**63) <= int(text) < 2**64:
+        raise argparse.ArgumentTypeError(f"{text} doesn't fit into 64 bits")
+    return int(text)
 
 
 def _check_picture(parser: argparse.ArgumentParser, picture: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastclip.ladder import Event
 from fastclip.reading import read
 from fastclip.record import Outcome, Seen
 from fastclip.tensors import FLOAT8, dense
@@ -36,6 +37,7 @@ class Sighting(NamedTuple):
     reasons: list[str]
     lrs: int
     rolled_back: bool
+    rungs: list[Event]
     unknown: list[bool]
     leaves: list[Leaf]
 
@@ -61,7 +63,16 @@ def sighting(outcome: Outcome, step: int, time: float, fold: str | None, census:
         unknown.append(clamp is not None or (unit_coefs is not None and after is None))
         leaves += [rows, seen.totals, coef, after, largest, zeros, subnormal]
     return Sighting(
-        step, time, fold, outcome.seen, list(outcome.reasons), len(outcome.lrs), outcome.rolled_back, unknown, leaves
+        step,
+        time,
+        fold,
+        outcome.seen,
+        list(outcome.reasons),
+        len(outcome.lrs),
+        outcome.rolled_back,
+        outcome.rungs,
+        unknown,
+        leaves,
     )
 
 

@@ -24,6 +24,7 @@ GRAVE = {
     "non-finite": "bad",
     "skip": "bad",
     "roll back": "bad",
+    "lr cut": "warn",
     "exploding": "warn",
     "vanishing": "warn",
     "dead": "warn",

@@ -19,7 +19,14 @@ from fastclip.report.reading import Event, Reader, Row
 SECONDS = 0.5  # between two looks at the file
 WINDOW = 512  # records that the view tells of
 BARS = "▁▂▃▄▅▆▇█"
-COLOURS = {"non-finite": "red", "skip": "red", "roll back": "red", "exploding": "yellow", "vanishing": "yellow"}
+COLOURS = {
+    "non-finite": "red",
+    "skip": "red",
+    "roll back": "red",
+    "lr cut": "yellow",
+    "exploding": "yellow",
+    "vanishing": "yellow",
+}
 
 
 class Tail:
