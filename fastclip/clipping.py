@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -112,17 +113,44 @@ class Finding(NamedTuple):
         decision = self.policy.decide(self.reading)
         if not isinstance(decision, Decision):
             raise TypeError(f"{self.policy!r}: decide() must return a Decision, got {type(decision).__name__}")
+        if wrong := _what_is_wrong(decision, self.reading, self.policy.clamps):
+            raise ValueError(f"{self.policy!r}: decide() gave {wrong}. Nothing was clipped")
         coef, skip = decision.clip_coef, decision.skip
         if isinstance(coef, Tensor) and coef.dim() == 0 and known_to_host(coef):
-            coef = float(coef)
-            decision = decision._replace(clip_coef=coef)
-        if isinstance(coef, float) and not math.isfinite(coef) and self.reading.found_inf is False:
-            raise ValueError(
-                f"{self.policy!r}: decide() gave clip_coef={coef}, though all gradients are finite. Nothing was clipped"
-            )
+            decision = decision._replace(clip_coef=float(coef))
         if isinstance(skip, Tensor):  # a rule may say it by any number
             decision = decision._replace(skip=bool(skip) if known_to_host(skip) else flag(skip))
         return Verdict(self.reading, decision)
+
+
+def _what_is_wrong(decision: Decision, reading: Reading, clamps: bool) -> str:
+    """Of what a rule of somebody's own may get wrong; a device is not asked for its values."""
+    coef, skip, unit_coefs, clamp = decision
+    of_each = reading.rows.shape[1:]
+    if isinstance(coef, Tensor):
+        if coef.shape not in ((), of_each):
+            return f"a clip_coef of shape {tuple(coef.shape)} for {of_each[0]} gradients"
+    elif not isinstance(coef, Real):
+        return f"clip_coef={coef!r}, no number"
+    if reading.found_inf is False and not _is_finite(coef):
+        return f"clip_coef={coef}, though all gradients are finite"
+    if isinstance(skip, Tensor) and skip.numel() != 1:
+        return f"a skip of shape {tuple(skip.shape)}, expected one element"
+    if unit_coefs is not None:
+        if reading.units is None:
+            return "unit_coefs, but its request() didn't ask for units"
+        if unit_coefs.shape != (sum(reading.units.counts),):
+            return f"unit_coefs of shape {tuple(unit_coefs.shape)} for {sum(reading.units.counts)} units"
+    if clamp is not None and not (clamps and reading.request.extras):
+        return "a clamp, which needs clamps = True and a request() with extras=True"
+    return ""
+
+
+def _is_finite(factor: float | Tensor) -> bool:
+    """As far as the host knows."""
+    if isinstance(factor, Tensor):
+        return not known_to_host(factor) or bool(factor.isfinite().all())
+    return math.isfinite(factor)
 
 
 class Findings(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -89,6 +90,7 @@ class Guard(Reports):
         self.skip_limit = skip_limit
         self._report: Tensor | None = None
         self._observed: bool | Tensor = False
+        self._observes = False  # whether anyone ever did
         self._loss: Tensor | None = None  # for listeners
         self._penalty, self._watch = penalty, watch or LossWatch()
         self._ladder = Ladder(backoff, rollback)
@@ -291,6 +293,13 @@ class Guard(Reports):
                 return Clearance(True)
         if not self._record.seen:  # a walk up the stack, at the first step only
             check_not_in_zero()
+            if self._watch.k is not None and not self._observes:
+                warnings.warn(
+                    "loss_watch: no loss was observed before the first step, so there is nothing to watch: call "
+                    "observe(loss) before each step",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
         grad_scale, given_inf = self._given(owner, report is not None)
         nonfinite = self.nonfinite
         if report is not None or given_inf is not None:
@@ -424,6 +433,7 @@ class Guard(Reports):
 
     def observe(self, loss: Tensor | float) -> None:
         """Looks at the loss of the coming step, 0-d, unscaled: a bad one skips it. Nothing is waited for."""
+        self._observes = True
         if not isinstance(loss, Tensor):
             loss = torch.tensor(real("loss", loss), dtype=torch.float64)
         if loss.numel() != 1:

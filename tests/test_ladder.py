@@ -816,3 +816,14 @@ def test_nothing_goes_back_to_before_a_checkpoint_was_loaded(bare):
     assert opt._ladder.rollback.snapshot.taken_at is None
     step(opt, model, bad=True)
     assert all(bool((parameter == 7.0).all()) for parameter in model.parameters())
+
+
+def test_a_watch_without_a_loss_is_told_once():
+    model = small_model()
+    opt = ClippedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), loss_watch=fastclip.LossWatch(3.0))
+    with pytest.warns(RuntimeWarning, match=r"loss_watch: no loss was observed.*observe\(loss\) before each step"):
+        step(opt, model)
+    step(opt, model)
+    opt = ClippedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), loss_watch=fastclip.LossWatch(3.0))
+    opt.observe(1.0)
+    step(opt, model)

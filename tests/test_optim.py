@@ -182,6 +182,39 @@ def test_a_rule_that_asks_for_no_number_is_told_so(of, value):
     opt.step()  # may be what came of it
 
 
+@pytest.mark.parametrize(
+    ("decision", "request_", "told"),
+    [
+        (Decision(torch.ones(3)), {}, r"a clip_coef of shape \(3,\) for 4 gradients"),
+        (Decision(torch.ones(4, 1)), {}, r"a clip_coef of shape \(4, 1\)"),
+        (Decision(torch.tensor([0.5, 1.0, math.nan, 1.0])), {}, "clip_coef=.*nan.*though all gradients are finite"),
+        (Decision("half"), {}, "clip_coef='half', no number"),
+        (Decision(None), {}, "clip_coef=None, no number"),
+        (Decision(1.0, skip=torch.zeros(2)), {}, r"a skip of shape \(2,\)"),
+        (Decision(1.0, unit_coefs=torch.ones(4)), {}, r"unit_coefs, but its request\(\) didn't ask for units"),
+        (Decision(1.0, unit_coefs=torch.ones(3)), {"units": "out"}, r"unit_coefs of shape \(3,\) for 7 units"),
+        (Decision(1.0, clamp=0.1), {}, "a clamp, which needs clamps = True"),
+        (Decision(1.0, clamp=0.1), {"extras": True}, "a clamp, which needs clamps = True"),
+    ],
+)
+def test_what_a_rule_of_ones_own_gets_wrong_is_told(decision, request_, told):
+    class Own(Policy):
+        def request(self):
+            return Request(2.0, **request_)
+
+        def decide(self, reading):
+            return decision
+
+    model = small_model()
+    opt = ClippedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), policy=Own())
+    backward(model, 0)
+    before, grads = flat(model), [p.grad.clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match=rf"Own\(\): decide\(\) gave {told}"):
+        opt.step()
+    assert torch.equal(flat(model), before)
+    assert all(map(torch.equal, grads, [p.grad for p in model.parameters()]))
+
+
 LEARNERS = {
     "policy": lambda: fastclip.policies.ZScore(),
     "schedule": lambda: GlobalNorm(lambda step: 1.0),
