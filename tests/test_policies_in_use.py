@@ -280,7 +280,7 @@ class Fixed(Policy):
 
     def __init__(self, decision: Decision, like: Policy) -> None:
         self.decision, self._like = decision, like
-        self.norm_type = like.norm_type
+        self.norm_type, self.clamps = like.norm_type, like.clamps
 
     def request(self):
         return self._like.request()
