@@ -407,3 +407,21 @@ def test_layers_in_lists_of_lists_are_found_and_a_hidden_teacher_is_left_alone()
     assert finding.code == "unregistered-parameter"
     assert "_blocks['first'][0][0].weight" in finding.message
     assert check(Student(False), classes(), CE).healthy
+
+
+@pytest.mark.parametrize("divide", ["tensor", "number", "count", "in place"])
+def test_a_division_is_told_with_what_it_divides_by(divide):
+    def loss(out, y):
+        counts = (out[:, 0] > 1e9).float() * 3.0
+        if divide == "number":
+            return (out / 0).mean()
+        if divide == "count":
+            return (out / (out > 1e9).sum()).mean()
+        return (out.square().mean(1).div_(counts) if divide == "in place" else out.square().mean(1) / counts).mean()
+
+    (finding,) = [
+        finding for finding in check(mlp(nn.ReLU, 1), classes(), loss).findings if finding.severity == "error"
+    ]
+    assert finding.code == "nonfinite-loss"
+    assert "is made by div in the loss" in finding.message
+    assert finding.message.endswith("and divisors from 0 to 0")

@@ -37,18 +37,23 @@ class Origin:
         operation: its name in torch.
         where: name of the module, or of the layer whose gradient had come back last.
         fed: what it got; of a step back nothing is known of what the step forward had got.
+        divisors: of a division their range, of finite ones.
     """
 
     operation: str
     where: str
     fed: Fed
+    divisors: tuple[float, float] | None = None
 
     @property
     def made(self) -> str:
         """What it made, and of what."""
         fed = self.fed
         of = "nothing" if math.isnan(fed.low) else f"numbers from {fed.low:.3g} to {fed.high:.3g}"
-        return f"{fed.what} is made by {self.operation} in {self.where}, of {of}{' and Inf' if fed.infinite else ''}"
+        by = "" if self.divisors is None else " and divisors from {:.3g} to {:.3g}".format(*self.divisors)
+        return (
+            f"{fed.what} is made by {self.operation} in {self.where}, of {of}{' and Inf' if fed.infinite else ''}{by}"
+        )
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,8 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._bring(tensor, name, nan)
         if not nan_before and name not in BY_INTENT and (nan or not bad):
             half = any(t.dtype == torch.float16 for t in given)
-            origin = Origin(name, self._watch.where, Fed("NaN" if nan else "Inf", low, high, bool(bad), half))
+            fed_with = Fed("NaN" if nan else "Inf", low, high, bool(bad), half)
+            origin = Origin(name, self._watch.where, fed_with, _divisors(args) if name == "div" else None)
             self.first = self.first or (None if bad else origin)
             self.first_nan = self.first_nan or (origin if nan else None)
         return out
@@ -126,6 +132,16 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.brought_nan = self.brought_nan or (brought if went_on else None)
         else:
             self.brought_inf = self.brought_inf or brought
+
+
+def _divisors(args: Any) -> tuple[float, float] | None:
+    """Range of the finite ones among what a division divides by."""
+    divisor = torch.as_tensor(args[1])
+    if not divisor.is_floating_point() and not divisor.is_complex():  # a count
+        divisor = divisor.to(torch.float32)
+    if not is_plain(divisor) or not len(finite := divisor[divisor.isfinite()]):
+        return None
+    return float(finite.min()), float(finite.max())
 
 
 def _memory(tensor: Tensor) -> int:
