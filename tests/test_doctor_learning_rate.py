@@ -38,6 +38,15 @@ def test_the_suggested_rate_brings_the_loss_down():
     diagnosis = fastclip.check(mlp(nn.ReLU, 2), classes(), nn.CrossEntropyLoss())
     assert diagnosis.trial.lr == diagnosis.lr.suggested
     assert diagnosis.trial.losses[-1] < 0.8 * diagnosis.trial.losses[0]
+    assert "as it is" not in str(diagnosis)
+
+
+def test_the_rate_of_a_sick_model_is_called_that():
+    sick = nn.Sequential(mlp(nn.ReLU, 2), nn.Softmax(dim=1))
+    diagnosis = fastclip.check(sick, classes(), nn.CrossEntropyLoss())
+    assert diagnosis.codes == ("softmax-twice",)
+    assert "a good start" in " ".join(str(diagnosis).split())
+    assert "That is the model as it is: check again when it is cured." in " ".join(str(diagnosis).split())
 
 
 def test_the_settings_of_the_groups_are_the_users():

@@ -63,7 +63,7 @@ def _rates(diagnosis: Diagnosis) -> str:
         said += f", from {lr.diverges:.2g} on it diverges"
     if not math.isnan(lr.used):
         said += f"; in use is {lr.used:g}"
-    return said + "."
+    return f"{said}." if diagnosis.healthy else f"{said}. That is the model as it is: check again when it is cured."
 
 
 def _table(diagnosis: Diagnosis) -> str:
