@@ -30,11 +30,15 @@ def methods(guard: Guard) -> dict[str, Callable[..., Any]]:
 
     @functools.wraps(getattr(save, "__func__", save))
     def state_dict(optimizer: Optimizer, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        if optimizer is not guard.optimizer:  # a copy that took this function along
+            return type(optimizer).state_dict(optimizer, *args, **kwargs)
         state: dict[str, Any] = save(*args, **kwargs)
         return saved_with(guard, state) if guard.is_attached else state
 
     @functools.wraps(getattr(load, "__func__", load))
     def load_state_dict(optimizer: Optimizer, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if optimizer is not guard.optimizer:
+            return type(optimizer).load_state_dict(optimizer, state_dict, *args, **kwargs)
         if not guard.is_attached:  # removed, but someone else holds on to this function
             return load(state_dict, *args, **kwargs)
         return load_with(guard, lambda state: load(state, *args, **kwargs), state_dict)
@@ -52,13 +56,17 @@ def saved_with(guard: Guard, state_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_policies(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Their keys stay: a distributed checkpoint has to hold each that the groups here have."""
-    if "optimizers" in state_dict:  # of several
-        return {**state_dict, "optimizers": [_without_policies(each) for each in state_dict["optimizers"]]}
-    groups = state_dict.get("param_groups", ())
-    if not any("policy" in group for group in groups):
-        return state_dict
-    return {**state_dict, "param_groups": [{**g, "policy": None} if "policy" in g else g for g in groups]}
+    """Their keys stay: a distributed checkpoint has to hold each that the groups here have. Optimizers around others
+    keep the state dicts of these in theirs."""
+    kept = dict(state_dict)
+    for key, value in state_dict.items():
+        if key == "param_groups":
+            kept[key] = [{**group, "policy": None} if "policy" in group else group for group in value]
+        elif key == "optimizers":
+            kept[key] = [_without_policies(each) for each in value]
+        elif isinstance(value, dict) and "param_groups" in value:
+            kept[key] = _without_policies(value)
+    return kept
 
 
 def load_with(guard: Guard, load: Callable[[dict[str, Any]], Any], state_dict: dict[str, Any]) -> Any:

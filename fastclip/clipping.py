@@ -113,13 +113,13 @@ class Finding(NamedTuple):
         decision = self.policy.decide(self.reading)
         if not isinstance(decision, Decision):
             raise TypeError(f"{self.policy!r}: decide() must return a Decision, got {type(decision).__name__}")
-        if wrong := _what_is_wrong(decision, self.reading, self.policy.clamps):
-            raise ValueError(f"{self.policy!r}: decide() gave {wrong}. Nothing was clipped")
         coef, skip = decision.clip_coef, decision.skip
         if isinstance(coef, Tensor) and coef.dim() == 0 and known_to_host(coef):
             decision = decision._replace(clip_coef=float(coef))
-        if isinstance(skip, Tensor):  # a rule may say it by any number
+        if isinstance(skip, Tensor) and skip.numel() == 1:  # a rule may say it by any number
             decision = decision._replace(skip=bool(skip) if known_to_host(skip) else flag(skip))
+        if wrong := _what_is_wrong(decision, self.reading, self.policy.clamps):
+            raise ValueError(f"{self.policy!r}: decide() gave {wrong}. Nothing was clipped")
         return Verdict(self.reading, decision)
 
 
@@ -132,10 +132,10 @@ def _what_is_wrong(decision: Decision, reading: Reading, clamps: bool) -> str:
             return f"a clip_coef of shape {tuple(coef.shape)} for {of_each[0]} gradients"
     elif not isinstance(coef, Real):
         return f"clip_coef={coef!r}, no number"
-    if reading.found_inf is False and not _is_finite(coef):
-        return f"clip_coef={coef}, though all gradients are finite"
     if isinstance(skip, Tensor) and skip.numel() != 1:
         return f"a skip of shape {tuple(skip.shape)}, expected one element"
+    if skip is True:  # nothing will be multiplied
+        return ""
     if unit_coefs is not None:
         if reading.units is None:
             return "unit_coefs, but its request() didn't ask for units"
@@ -143,6 +143,12 @@ def _what_is_wrong(decision: Decision, reading: Reading, clamps: bool) -> str:
             return f"unit_coefs of shape {tuple(unit_coefs.shape)} for {sum(reading.units.counts)} units"
     if clamp is not None and not (clamps and reading.request.extras):
         return "a clamp, which needs clamps = True and a request() with extras=True"
+    if clamp is not None and not clamp >= 0:
+        return f"clamp={clamp}"
+    if reading.found_inf is False:
+        for name, factor in (("clip_coef", coef), ("unit_coefs", unit_coefs)):
+            if factor is not None and not _is_finite(factor):
+                return f"{name}={factor}, though all gradients are finite"
     return ""
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
-import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from types import MethodType
@@ -16,7 +15,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo  # torch.compiler.disable, but without importing Dynamo now (2 s)
 from torch.optim import Optimizer
 
-from fastclip import amp, checkpoint, riding
+from fastclip import amp, checkpoint, ownership, riding
 from fastclip.checkpoint import OWN_RULES, has_own_rule
 from fastclip.checks import nonfinite_rule, number, real, whole
 from fastclip.clipping import Finding, all_finite, examine
@@ -43,10 +42,6 @@ class Clearance(NamedTuple):
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
     may_be_one: bool = False
-
-
-# id of a policy, a backoff, ... -> whose steps it learns from; a guard keeps them alive
-_LEARNS_FOR: weakref.WeakValueDictionary[int, Guard] = weakref.WeakValueDictionary()
 
 
 class Guard(Reports):
@@ -98,21 +93,13 @@ class Guard(Reports):
         self._aboard: riding.aboard | None = None  # during it
         check_groups_disjoint(optimizer.param_groups)
         _check_bounds(optimizer.param_groups)
-        self._claim(backoff, rollback, watch)
+        ownership.claim(self)
 
-    def _claim(self, *learners: Any) -> None:
-        """Raises ``ValueError`` for what learns from another optimizer's steps already, or twice from this one's."""
-        policies = [self.policy, *(group.get("policy") for group in self.optimizer.param_groups)]
-        learners += tuple(policy for policy in policies if isinstance(policy, Policy) and policy.state_dict())
-        given = [learner for learner in learners if learner is not None]
-        for i, learner in enumerate(given):
-            owner = _LEARNS_FOR.get(id(learner))
-            if any(learner is other for other in given[:i]) or (owner and owner.optimizer is not self.optimizer):
-                raise ValueError(
-                    f"{type(learner).__name__}: it learns from the steps of one optimizer, or of one param group, and "
-                    "it was given to two: make another one"
-                )
-        _LEARNS_FOR.update({id(learner): self for learner in given})
+    @property
+    def rungs(self) -> list[SpikeBackoff | Rollback | LossWatch]:
+        """What learns from its steps, but for the rules."""
+        rungs = (self._ladder.backoff, self._ladder.rollback, self._watch if self._watch.k is not None else None)
+        return [rung for rung in rungs if rung is not None]
 
     @property
     def nonfinite(self) -> str:
@@ -155,6 +142,8 @@ class Guard(Reports):
 
         @functools.wraps(getattr(inner_step, "__func__", inner_step))
         def step(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+            if optimizer is not self.optimizer:  # a copy that took this function along
+                return type(optimizer).step(optimizer, *args, **kwargs)
             if not self.is_attached:  # removed, but someone else holds on to this function
                 return inner_step(*args, **kwargs)
             with amp.scalers_marks(optimizer):
@@ -185,8 +174,7 @@ class Guard(Reports):
             del attributes[name]
             if name in self._replaced:
                 attributes[name] = self._replaced[name]
-        for learner in [learner for learner, guard in _LEARNS_FOR.items() if guard is self]:
-            del _LEARNS_FOR[learner]  # another optimizer may have it now
+        ownership.release(self)
 
     def step(
         self, owner: Optimizer, inner_step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -457,9 +445,12 @@ class Guard(Reports):
 
     def _adopt_bound(self, groups: list[dict[str, Any]]) -> None:
         """A ``max_norm`` in the param groups is the joint bound: hyperparameter tools write it into every group."""
-        bounds = [group["max_norm"] for group in groups if "max_norm" in group]
+        joint = [group for group in groups if not has_own_rule(group)]
+        bounds = [group["max_norm"] for group in joint if "max_norm" in group]
         if not bounds:
             return
+        if "max_norm" not in joint[0]:  # a group that joined later may lack it
+            _check_bounds(groups)
         if any(bound is not bounds[0] and bound != bounds[0] for bound in bounds):
             raise ValueError(
                 f"param_groups hold different values of max_norm, {bounds}: it is the bound of the joint norm; "
@@ -523,7 +514,7 @@ class Guard(Reports):
     def max_norm(self) -> Any:
         """The bound of the joint norm, where the policy has one; may be set at any time."""
         for group in self.optimizer.param_groups:
-            if "max_norm" in group:
+            if "max_norm" in group and not has_own_rule(group):
                 return group["max_norm"]
         policy: Any = self.policy
         return policy.max_norm

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -112,7 +113,7 @@ class Snapshot:
         self._buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._rest: dict[Tensor, dict[str, Any]] = {}
         self._shape: list[tuple[Any, ...]] = []
-        self._parameters: list[int] = []  # of each group, how many
+        self._parameters: list[Tensor] = []  # held, so that no other one has its id
         self.taken_at: int | None = None
 
     @property
@@ -121,11 +122,12 @@ class Snapshot:
         return sum(buffer.nbytes for buffer in self._buffers.values()) + _nbytes(list(self._rest.values()))
 
     def fits(self, optimizer: Optimizer) -> bool:
-        """Whether it holds as many parameters as the optimizer has by now."""
-        return self._parameters == [len(group["params"]) for group in optimizer.param_groups]
+        """Whether it is of the parameters that the optimizer has by now."""
+        now = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        return len(now) == len(self._parameters) and all(map(operator.is_, now, self._parameters))
 
     def take(self, optimizer: Optimizer, step: int) -> None:
-        self._parameters = [len(group["params"]) for group in optimizer.param_groups]
+        self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         sources = dict(_tensors(optimizer))
         shape = [(key, t.device, t.dtype, t.shape) for key, t in sources.items()]
         if shape != self._shape:

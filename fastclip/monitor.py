@@ -6,6 +6,7 @@ import atexit
 import os
 import re
 import time
+import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -124,8 +125,7 @@ class GradMonitor:
             self._sinks.append(Events(on_event))
         self.step = max((sink.step for sink in self._sinks), default=0)
         self._is_open, self._pid = True, os.getpid()
-        this = weakref.ref(self)
-        self._at_exit = atexit.register(lambda: _close(this))
+        self._at_exit = _at_the_end_of(self)
 
     def _watch(self, opt: Any, names: Names) -> None:
         self._guarded = opt
@@ -173,8 +173,9 @@ class GradMonitor:
         self._collect(wait=False)
 
     def _send(self, now: float) -> None:
-        self._under_way.append(Shipment(self._waiting))
-        self._waiting, self._sent_at = [], now
+        self._under_way.append(Shipment(self._waiting.copy()))
+        self._waiting.clear()
+        self._sent_at = now
 
     def _collect(self, wait: bool) -> None:
         """Records what has arrived, or waits for all of it."""
@@ -352,8 +353,27 @@ class GradMonitor:
         self.close()
 
 
-def _close(this: weakref.ref[GradMonitor]) -> None:
-    """At the end of the process that made it; a forked child has a copy."""
-    monitor = this()
-    if monitor is not None and os.getpid() == monitor._pid:
-        monitor.close()
+def _at_the_end_of(monitor: GradMonitor) -> Callable[[], None]:
+    """Has it closed when the process that made it ends, a forked child has a copy; returns what atexit will call.
+
+    One that nobody holds before that only tells of its loss: a destructor may run in any thread, in the middle of
+    anything, which is no place to write to sinks.
+    """
+    waiting, under_way = monitor._waiting, monitor._under_way
+
+    def at_exit() -> None:
+        here = this()
+        if here is not None and os.getpid() == here._pid:
+            here.close()
+
+    def when_collected(_: object) -> None:
+        atexit.unregister(at_exit)
+        if waiting or under_way:
+            warnings.warn(
+                "a GradMonitor that nobody had closed is gone, with its latest records: use a `with` block, or close()",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    this = weakref.ref(monitor, when_collected)
+    return atexit.register(at_exit)

@@ -346,7 +346,7 @@ def clipped(optimizer_class: type[Optimizer], **settings: Any) -> type[ClippedOp
 
     Args:
         optimizer_class: e.g. ``torch.optim.AdamW``.
-        settings: those of :class:`ClippedOptimizer` but ``names``; each object gets a policy of its own.
+        settings: those of :class:`ClippedOptimizer` but ``names``; each object gets a copy of what learns.
 
     Returns:
         A class called with the arguments of ``optimizer_class``; a setting given there goes before the one given here.
@@ -380,8 +380,8 @@ SETTINGS_OF_CLASS = SETTINGS - {"names"}  # each object has its own parameters
 @functools.cache
 def _clipped(optimizer_class: Any, settings: tuple[tuple[str, Any], ...]) -> Any:
     def __init__(self: ClippedOptimizer, params: Any, *args: Any, **kwargs: Any) -> None:
-        own = {name: copy.deepcopy(value) if name in PER_OBJECT else value for name, value in settings}
-        own.update({name: kwargs.pop(name) for name in SETTINGS & kwargs.keys()})
+        given = {**dict(settings), **{name: kwargs.pop(name) for name in SETTINGS & kwargs.keys()}}
+        own = {name: copy.deepcopy(value) if name in PER_OBJECT else value for name, value in given.items()}
         ClippedOptimizer.__init__(self, optimizer_class(params, *args, **kwargs), **own)
 
     body = {"__init__": __init__, "__module__": __name__, "__doc__": f"{optimizer_class.__name__}, clipped."}

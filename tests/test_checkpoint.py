@@ -301,6 +301,9 @@ class Outer(torch.optim.Optimizer):
     def __init__(self, inner):
         self.inner, self.rounds = inner, 0
 
+    def __getstate__(self):
+        return vars(self)
+
     param_groups = property(lambda self: self.inner.param_groups)
     state = property(lambda self: self.inner.state)
     defaults = property(lambda self: self.inner.defaults)
@@ -310,12 +313,12 @@ class Outer(torch.optim.Optimizer):
         return self.inner.step(closure)
 
     def state_dict(self):
-        return {"rounds": self.rounds, **self.inner.state_dict()}
+        return {"rounds": self.rounds, "inner": self.inner.state_dict()}
 
     def load_state_dict(self, state_dict, *, strict=True):
         assert strict is False
         self.rounds = state_dict["rounds"]
-        self.inner.load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
+        self.inner.load_state_dict(state_dict["inner"])
 
 
 def test_an_attached_optimizer_may_save_and_load_in_its_own_way():
@@ -328,7 +331,7 @@ def test_an_attached_optimizer_may_save_and_load_in_its_own_way():
     model, opt, _ = made()
     train(model, opt, range(3))
     state = saved_and_loaded(opt.state_dict())
-    assert state.keys() == {"rounds", "state", "param_groups", "fastclip"}
+    assert state.keys() == {"rounds", "inner", "fastclip"}
     _, fresh, other = made()
     policy = fresh.param_groups[1]["policy"]
     fresh.load_state_dict(state, strict=False)
@@ -340,6 +343,18 @@ def test_an_attached_optimizer_may_save_and_load_in_its_own_way():
     assert "fastclip" not in held_on_to[0]()
     held_on_to[1](state, strict=False)
     assert {"state_dict", "load_state_dict", "step"}.isdisjoint(vars(fresh))
+
+
+def test_a_copy_that_took_the_methods_along_is_its_own():
+    opt = Outer(torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1))
+    fastclip.attach(opt, policy=ZScore(warmup=1))
+    other = copy.deepcopy(opt)
+    other.param_groups[0]["params"][0].grad = torch.ones(2)
+    other.step()
+    assert (other.rounds, opt.rounds) == (1, 0)
+    assert other.state_dict()["rounds"] == 1
+    other.load_state_dict({**other.state_dict(), "rounds": 5}, strict=False)
+    assert (other.rounds, opt.rounds) == (5, 0)
 
 
 def test_the_own_state_dict_of_an_attached_object_comes_back():

@@ -492,6 +492,20 @@ def test_a_group_added_after_the_snapshot_has_one_of_its_own():
     assert len(opt.state) == len(list(model.parameters()))
 
 
+def test_replaced_parameters_are_in_the_next_snapshot():
+    """As many as before: their number doesn't tell."""
+    model = small_model()
+    opt = ClippedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), rollback=Rollback(every=100, after=1))
+    step(opt, model)
+    model[2] = torch.nn.Linear(4, 1)
+    opt.param_groups[0]["params"][2:] = model[2].parameters()
+    before = flat(model)
+    step(opt, model)
+    assert not torch.equal(flat(model), before)
+    steps(opt, model, "x")
+    assert torch.equal(flat(model), before)
+
+
 def test_what_no_snapshot_has_stays():
     """A group that is added between bad steps, of which no snapshot is taken."""
     model, extra, opt = with_a_late_group(after=2)

@@ -1,7 +1,9 @@
 """A monitor tells what happened, makes no step wait, and never stops a training."""
 
+import atexit
 import copy
 import csv
+import gc
 import json
 import math
 import os
@@ -428,7 +430,6 @@ def test_a_copy_that_arrives_late_is_told_later_and_in_order(told, monkeypatch):
 
 def test_nothing_is_held_by_a_monitor_that_waits():
     """A gradient that a record keeps alive would double the memory."""
-    import gc
     import weakref
 
     parameters = model_of()
@@ -615,6 +616,29 @@ def test_a_killed_run_loses_at_most_its_last_line(when, tmp_path):
     assert bool(rest) == (when == "in a write")
     run_on(model_of(((50,),)), [path], 3)
     assert steps_of(path) == list(range(1, len(steps) + 4))  # each line is whole again
+
+
+def test_a_monitor_that_nobody_holds_tells_of_its_loss(tmp_path, monkeypatch):
+    def trained(close):
+        parameters = model_of()
+        opt = optimizer_of(parameters)
+        monitor = GradMonitor(opt, sinks=[tmp_path / "run.jsonl"])
+        give(parameters, 0)
+        opt.step()
+        if close:
+            monitor.close()
+        del parameters, opt, monitor
+        gc.collect()
+
+    trained(close=True)
+    let_go = []
+    monkeypatch.setattr(atexit, "unregister", let_go.append)
+    with pytest.warns(RuntimeWarning, match=r"GradMonitor that nobody had closed is gone.*close\(\)"):
+        trained(close=False)
+    monkeypatch.undo()
+    assert len(let_go) == 1
+    atexit.unregister(let_go[0])
+    assert steps_of(tmp_path / "run.jsonl") == [1]
 
 
 def test_the_end_of_a_program_writes_what_is_left(tmp_path):

@@ -1,11 +1,11 @@
 """The optimizer wrapper's plain path: what clip-then-step does, in one object."""
 
 import copy
-import gc
 import math
 import pickle
 
 import gpu
+import numpy as np
 import oracle
 import pytest
 import torch
@@ -195,6 +195,8 @@ def test_a_rule_that_asks_for_no_number_is_told_so(of, value):
         (Decision(1.0, unit_coefs=torch.ones(3)), {"units": "out"}, r"unit_coefs of shape \(3,\) for 7 units"),
         (Decision(1.0, clamp=0.1), {}, "a clamp, which needs clamps = True"),
         (Decision(1.0, clamp=0.1), {"extras": True}, "a clamp, which needs clamps = True"),
+        (Decision(1.0, unit_coefs=torch.full((7,), math.inf)), {"units": "out"}, "unit_coefs=.*inf.*though all"),
+        (Decision(np.float32(math.nan)), {}, "clip_coef=nan, though all"),
     ],
 )
 def test_what_a_rule_of_ones_own_gets_wrong_is_told(decision, request_, told):
@@ -218,7 +220,7 @@ def test_what_a_rule_of_ones_own_gets_wrong_is_told(decision, request_, told):
 LEARNERS = {
     "policy": lambda: fastclip.policies.ZScore(),
     "schedule": lambda: GlobalNorm(lambda step: 1.0),
-    "chain": lambda: Chain(fastclip.policies.ZScore(), GlobalNorm(1.0)),
+    "chain": lambda: Chain(Chain(fastclip.policies.ZScore(), GlobalNorm(1.0)), GlobalNorm(2.0)),
     "backoff": fastclip.SpikeBackoff,
     "rollback": fastclip.Rollback,
     "loss_watch": lambda: fastclip.LossWatch(3.0),
@@ -231,17 +233,76 @@ def test_what_learns_serves_one_optimizer(kind):
     learner, models = LEARNERS[kind](), [small_model(), small_model()]
     inner, other = (torch.optim.SGD(model.parameters(), lr=0.1) for model in models)
     opt = ClippedOptimizer(inner, **{name: learner})
-    with pytest.raises(ValueError, match=f"{type(learner).__name__}: it learns.*given to two"):
+    blamed = "ZScore" if kind == "chain" else type(learner).__name__
+    with pytest.raises(ValueError, match=f"{blamed}: it learns.*given to two"):
         fastclip.attach(other, **{name: learner})
     assert "step" not in vars(other)
     again = ClippedOptimizer(inner, **{name: learner})  # a cell of a notebook that is run once more
     for each in (copy.deepcopy(again), pickle.loads(pickle.dumps(again)) if kind == "backoff" else again):
         each.step()
     del opt, again, each
-    gc.collect()
     guard = fastclip.attach(other, **{name: learner})
     guard.remove()
     fastclip.attach(inner, **{name: learner})
+
+
+def test_what_an_optimizer_had_may_serve_another():
+    def made(policy=None, **settings):
+        model = small_model()
+        groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "policy": policy}]
+        return ClippedOptimizer(torch.optim.SGD(groups, lr=0.1), **settings)
+
+    rule, watch = fastclip.policies.ZScore(), fastclip.LossWatch()
+    holder = made(rule, loss_watch=watch)  # this one minds only NaN and Inf, and learns nothing
+    holder.param_groups[1]["policy"] = None
+    other = made(policy=rule, loss_watch=watch)
+    del other
+    for _ in range(2):  # each a cycle, which only the garbage collector ends
+        inner = torch.optim.SGD(small_model().parameters(), lr=0.1)
+        fastclip.attach(inner, policy=rule)
+        torch.optim.lr_scheduler.StepLR(inner, 1)
+        del inner
+    for _ in range(20):  # of no one: the place in memory may be another's
+        made(fastclip.policies.ZScore()).param_groups[1]["policy"] = None
+        made(policy=fastclip.policies.ZScore())
+    with pytest.raises(ValueError, match=r"copy\.deepcopy"):
+        (made(policy=rule), made(rule))
+    made(policy=copy.deepcopy(rule))
+
+
+def test_objects_of_a_clipped_class_each_learn_for_themselves():
+    """Also with a rule that is given to each, as skorch and hyperparameter searches do."""
+    rule, clipped = fastclip.policies.ZScore(), fastclip.clipped(torch.optim.SGD, backoff=fastclip.SpikeBackoff())
+    first, second = (clipped(small_model().parameters(), lr=0.1, policy=rule) for _ in range(2))
+    assert first.policy is not second.policy
+
+
+def test_a_rule_may_make_what_it_learns_at_its_first_step():
+    class Late(Policy):
+        learned = ("average",)
+
+        def decide(self, reading):
+            self.average = reading.totals[0].clone()
+            return Decision(1.0)
+
+    model = small_model()
+    opt = ClippedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), policy=Late())
+    backward(model, 0)
+    opt.step()
+    assert opt.state_dict()["fastclip"]["all"].keys() == {"policy", "average"}
+
+
+@pytest.mark.parametrize("skip", [True, torch.tensor(True), torch.tensor(2.0)])
+def test_a_rule_that_skips_need_not_know_a_coefficient(skip):
+    class Skips(Policy):
+        def decide(self, reading):
+            return Decision(math.nan, skip=skip)
+
+    model = small_model()
+    opt = ClippedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), policy=Skips())
+    backward(model, 0)
+    opt.step()
+    assert opt.skipped_steps == 1
 
 
 def test_what_learns_serves_one_group():
@@ -267,6 +328,14 @@ def test_a_max_norm_in_some_groups_only():
     opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})  # is under the joint bound as well
     backward(model, 0)
     opt.step()
+    opt = ClippedOptimizer(torch.optim.SGD(parts[0], lr=0.1), max_norm=5.0)
+    opt.add_param_group({"params": parts[1], "max_norm": 0.1})
+    with pytest.raises(ValueError, match=r"param_groups\[0\] have no max_norm"):
+        opt.step()
+    some[1]["policy"] = GlobalNorm(1.0)
+    opt = ClippedOptimizer(torch.optim.SGD(some, lr=0.1), max_norm=5.0)
+    opt.step()
+    assert opt.max_norm == 5.0  # a tool that writes into every group means the joint bound
 
 
 def test_a_policy_sees_what_is_left_of_what_became_zero():

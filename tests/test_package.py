@@ -43,6 +43,7 @@ FLOORS = {
     "ladder": 6,
     "boundary": 7,
     "checkpoint": 7,
+    "ownership": 7,
     "patching": 7,
     "record": 7,
     "sharded": 7,

@@ -62,6 +62,11 @@ class Policy:
         if "decide" in vars(cls) and "total_only" not in vars(cls):
             cls.total_only = False
 
+    @property
+    def learns(self) -> bool:
+        """Whether a step leaves anything behind in it."""
+        return bool(self.learned)
+
     def request(self) -> Request:
         """What the read of this step shall yield; called once a step, before it."""
         return Request(self.norm_type)

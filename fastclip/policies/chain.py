@@ -42,6 +42,10 @@ class Chain(Policy):
         self.total_only = all(policy.total_only for policy in policies)
         self.per_tensor = any(policy.per_tensor for policy in policies)
 
+    @property
+    def learns(self) -> bool:
+        return any(policy.learns for policy in self.policies)
+
     def request(self) -> Request:
         first, *others = self._requests = [policy.request() for policy in self.policies]
         if any(request.units is not None for request in others):

@@ -73,10 +73,14 @@ class GlobalNorm(Policy):
         bound, self._device_bound = self._device_bound.to(norm), None
         return Decision(coef_for(norm, bound, self.eps))
 
+    @property
+    def learns(self) -> bool:
+        """Whether ``max_norm`` is a callable, which asks for the number of the step."""
+        return callable(self._max_norm) and not isinstance(self._max_norm, Tensor)
+
     def state_dict(self) -> dict[str, Any]:
-        """The number of the step, where ``max_norm`` is a callable that asks for it."""
-        scheduled = callable(self._max_norm) and not isinstance(self._max_norm, Tensor)
-        return {"policy": "GlobalNorm", "step": self._step} if scheduled else {}
+        """The number of the step, where ``max_norm`` is a callable."""
+        return {"policy": "GlobalNorm", "step": self._step} if self.learns else {}
 
     def check_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raises ``ValueError`` if ``state_dict`` was saved by another policy; a step that isn't needed is ignored."""

@@ -1,0 +1,58 @@
+"""Whose steps a rule learns from: those of one optimizer, or of one of its param groups."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from fastclip.policies import Chain, Policy
+
+if TYPE_CHECKING:
+    from fastclip.guard import Guard
+
+_GUARDS: weakref.WeakSet[Guard] = weakref.WeakSet()  # at work
+
+
+def claim(guard: Guard) -> None:
+    """Raises ``ValueError`` if something that learns serves another optimizer already, or two groups of this one."""
+    own = _learners(guard)
+    twice = [learner for i, learner in enumerate(own) if _is_in(own[:i], learner)]
+    if not twice and any(True for _ in _shared(guard, own)):
+        gc.collect()  # an optimizer with a scheduler, or one attached to, is a cycle: it may be gone already
+    for learner in [*twice, *_shared(guard, own)]:
+        raise ValueError(
+            f"{type(learner).__name__}: it learns from the steps of one optimizer, or of one param group, and it was "
+            "given to two: make another one, or pass a copy.deepcopy, which knows what this one has learned"
+        )
+    _GUARDS.add(guard)
+
+
+def release(guard: Guard) -> None:
+    """What it had may serve another optimizer now."""
+    _GUARDS.discard(guard)
+
+
+def _shared(guard: Guard, own: list[Any]) -> Iterator[Any]:
+    for other in list(_GUARDS):
+        if other.optimizer is not guard.optimizer:  # two around one optimizer: a cell of a notebook was run again
+            yield from (learner for learner in _learners(other) if _is_in(own, learner))
+
+
+def _is_in(learners: list[Any], learner: Any) -> bool:
+    return any(learner is other for other in learners)
+
+
+def _learners(guard: Guard) -> list[Any]:
+    """As they are now: a rule may have been replaced."""
+    rules = [guard.policy, *(group.get("policy") for group in guard.optimizer.param_groups)]
+    return [*(each for rule in rules if isinstance(rule, Policy) for each in _parts(rule)), *guard.rungs]
+
+
+def _parts(rule: Policy) -> Iterator[Policy]:
+    if isinstance(rule, Chain):
+        for each in rule.policies:
+            yield from _parts(each)
+    elif rule.learns:
+        yield rule
