@@ -445,12 +445,11 @@ class Guard(Reports):
 
     def _adopt_bound(self, groups: list[dict[str, Any]]) -> None:
         """A ``max_norm`` in the param groups is the joint bound: hyperparameter tools write it into every group."""
-        joint = [group for group in groups if not has_own_rule(group)]
-        bounds = [group["max_norm"] for group in joint if "max_norm" in group]
+        bounds = [group["max_norm"] for group in groups if "max_norm" in group and not has_own_rule(group)]
         if not bounds:
             return
-        if "max_norm" not in joint[0]:  # a group that joined later may lack it
-            _check_bounds(groups)
+        if "max_norm" not in next(group for group in groups if not has_own_rule(group)):
+            _check_bounds(groups)  # only a group that joined later may lack it
         if any(bound is not bounds[0] and bound != bounds[0] for bound in bounds):
             raise ValueError(
                 f"param_groups hold different values of max_norm, {bounds}: it is the bound of the joint norm; "
