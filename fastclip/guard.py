@@ -26,7 +26,7 @@ from fastclip.record import Outcome, Record, Reports
 from fastclip.regularisation import Penalty
 from fastclip.sharded import check_not_in_zero
 from fastclip.step_arguments import step_arguments_of
-from fastclip.tensors import Grads, Names, check_groups_disjoint, grads_among, grads_of_groups, named
+from fastclip.tensors import Grads, Names, check_groups_disjoint, check_named, grads_among, grads_of_groups, named
 from fastclip.ties import group_named, group_of_caller, process_group, ties_of
 from fastclip.types import IN_A_ROW, SKIPPED, STEPS, TOTAL_NORM, known_to_host, on_device
 
@@ -93,6 +93,7 @@ class Guard(Reports):
         self._aboard: riding.aboard | None = None  # during it
         check_groups_disjoint(optimizer.param_groups)
         _check_bounds(optimizer.param_groups)
+        check_named(self.names, [p for group in optimizer.param_groups for p in group["params"]])
         ownership.claim(self)
 
     @property

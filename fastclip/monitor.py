@@ -27,7 +27,7 @@ from fastclip.monitoring.records import FORMAT, VERSION, StepRecord, packed, spe
 from fastclip.monitoring.shipping import Shipment, Sighting, sighting
 from fastclip.monitoring.sinks import Events, Sink, sink_of
 from fastclip.record import Outcome, Reports
-from fastclip.tensors import GroupNames, Names, named
+from fastclip.tensors import GroupNames, Names, check_named, named
 from fastclip.version import __version__
 
 SECONDS = 1.0  # after which the next step sends what has been gathered, however little it is
@@ -134,8 +134,10 @@ class GradMonitor:
             raise TypeError(
                 f"opt: expected a fastclip.ClippedOptimizer or what fastclip.attach returned, got {type(opt).__name__}"
             )
-        self._tensors = Tensors(self._include, named(names))
+        own = named(names)
+        self._tensors = Tensors(self._include, own)
         known = GroupNames(list(enumerate(guard.optimizer.param_groups)), guard.names)
+        check_named(own, known.parameters)
         self._tensors.add(known.parameters, known)
         self._know_tensors()
         self._policy = repr(self._guarded.policy)  # now: a bound that is a tensor would have to be waited for

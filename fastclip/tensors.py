@@ -293,6 +293,17 @@ def named(names: Names) -> Mapping[Tensor, str]:
     return WeakTensorKeyDictionary({parameter: name for name, parameter in pairs})
 
 
+def check_named(names: Mapping[Tensor, str], parameters: list[Tensor]) -> None:
+    """Warns of names that somebody gave, and that none of the parameters has: they are those of another model."""
+    if names is not NAMELESS and parameters and not any(parameter in names for parameter in parameters):
+        warnings.warn(
+            f"names: none of the optimizer's {len(parameters)} parameters is among them, and each is called by its "
+            "place; pass the model that they are of",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
 def grads_of_groups(
     groups: list[tuple[int, dict[str, Any]]], own: Mapping[Tensor, str] = NAMELESS
 ) -> tuple[Grads, bool]:

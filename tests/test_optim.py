@@ -1055,3 +1055,14 @@ def test_an_optimizer_that_moves_before_it_asks_gets_a_new_evaluation():
         assert torch.equal(opt.step(lambda: closure(model, False)), expected)
         assert torch.equal(flat(model), flat(twin))
     assert opt.clipped_steps == 6
+
+
+@pytest.mark.parametrize("form", [ClippedOptimizer, fastclip.attach, fastclip.GradMonitor])
+def test_names_of_another_model_are_told(form):
+    model, other = small_model(), small_model()
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    if form is fastclip.GradMonitor:
+        inner = ClippedOptimizer(inner)
+    with pytest.warns(RuntimeWarning, match="names: none of the optimizer's 4 parameters is among them"):
+        form(inner, names=other)
+    ClippedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), names=model[0].named_parameters())  # of some

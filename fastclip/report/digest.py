@@ -320,8 +320,9 @@ class Digest:
         return codes.astype(np.uint8), low, high
 
 
-def digest_of(path: Path) -> Digest:
+def digest_of(path: str | Path) -> Digest:
     """Reads a whole file."""
+    path = Path(path)
     digest = Digest(path.name)
     with path.open("rb") as file:
         digest.read(lines_of(file))
