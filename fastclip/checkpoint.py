@@ -115,12 +115,22 @@ def check(guard: Guard, known: dict[str, Any]) -> None:
                 policy.check_state_dict(known[whose])
             except ValueError as error:
                 raise ValueError(f"{error}; {instead}") from None
+    lost = [whose for whose in known if whose.startswith("group ") and whose not in _policies(guard)]
+    if lost:
+        raise ValueError(
+            f"it holds what the policy of param {lost[0]} has learned ({known[lost[0]].get('policy', 'Chain')}), and "
+            f"there is none here. Nothing was changed; {instead}"
+        )
     saved, here = known.get("tensors"), _tensors(guard)
     if saved is not None and saved != here:
         differing = [name for name in {**saved, **here} if saved.get(name) != here.get(name)]
+        groups = list(enumerate(guard.optimizer.param_groups))
+        called = dict(zip(here, GroupNames(groups, guard.names), strict=True))
         raise ValueError(
             "the policy's state was saved for other tensors: "
-            + ", ".join(f"{name} has {saved.get(name)} there, {here.get(name)} here" for name in differing[:5])
+            + ", ".join(
+                f"{called.get(name, name)} has {saved.get(name)} there, {here.get(name)} here" for name in differing[:5]
+            )
             + (", ..." if len(differing) > 5 else "")
             + f". Nothing was changed; {instead}"
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +12,8 @@ from torch import Tensor
 from fastclip import distributed
 from fastclip.backends import Plan, plan
 from fastclip.policies import Decision, Policy
-from fastclip.reading import Reading, any_of, check_not_captured, flag, read
+from fastclip.policies.base import decided
+from fastclip.reading import Reading, any_of, check_not_captured, read
 from fastclip.stats import GradStats, stats_of
 from fastclip.tensors import Grads, grads_among
 from fastclip.ties import Ties, ties_of
@@ -110,52 +110,7 @@ class Finding(NamedTuple):
 
     def decide(self) -> Verdict:
         """Has the policy decide, once: it may learn from what it sees."""
-        decision = self.policy.decide(self.reading)
-        if not isinstance(decision, Decision):
-            raise TypeError(f"{self.policy!r}: decide() must return a Decision, got {type(decision).__name__}")
-        coef, skip = decision.clip_coef, decision.skip
-        if isinstance(coef, Tensor) and coef.dim() == 0 and known_to_host(coef):
-            decision = decision._replace(clip_coef=float(coef))
-        if isinstance(skip, Tensor) and skip.numel() == 1:  # a rule may say it by any number
-            decision = decision._replace(skip=bool(skip) if known_to_host(skip) else flag(skip))
-        if wrong := _what_is_wrong(decision, self.reading, self.policy.clamps):
-            raise ValueError(f"{self.policy!r}: decide() gave {wrong}. Nothing was clipped")
-        return Verdict(self.reading, decision)
-
-
-def _what_is_wrong(decision: Decision, reading: Reading, clamps: bool) -> str:
-    """Of what a rule of somebody's own may get wrong; a device is not asked for its values."""
-    coef, skip, unit_coefs, clamp = decision
-    if isinstance(coef, Tensor):
-        if coef.dim() and coef.shape != reading.rows.shape[1:]:
-            return f"a clip_coef of shape {tuple(coef.shape)} for {reading.rows.shape[1]} gradients"
-    elif not isinstance(coef, (float, Real)):  # of which the first is asked for in a tenth of the time
-        return f"clip_coef={coef!r}, no number"
-    if isinstance(skip, Tensor) and skip.numel() != 1:
-        return f"a skip of shape {tuple(skip.shape)}, expected one element"
-    if skip is True:  # nothing will be multiplied
-        return ""
-    if unit_coefs is not None:
-        if reading.units is None:
-            return "unit_coefs, but its request() didn't ask for units"
-        if unit_coefs.shape != (sum(reading.units.counts),):
-            return f"unit_coefs of shape {tuple(unit_coefs.shape)} for {sum(reading.units.counts)} units"
-    if clamp is not None and not (clamps and reading.request.extras):
-        return "a clamp, which needs clamps = True and a request() with extras=True"
-    if clamp is not None and not clamp >= 0:
-        return f"clamp={clamp}"
-    for name, factor in (("clip_coef", coef), ("unit_coefs", unit_coefs)):
-        if factor is not None and not _is_finite(factor) and reading.found_inf is False:
-            return f"{name}={factor}, though all gradients are finite"
-    return ""
-
-
-def _is_finite(factor: float | Tensor) -> bool:
-    """As far as the host knows."""
-    if not isinstance(factor, Tensor):
-        return math.isfinite(factor)
-    # the sum, one operation, tells but where it overflows itself
-    return not known_to_host(factor) or math.isfinite(factor.sum()) or bool(factor.isfinite().all())
+        return Verdict(self.reading, decided(self.policy, self.reading))
 
 
 class Findings(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import operator
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -28,7 +29,15 @@ from fastclip.sharded import check_not_in_zero
 from fastclip.step_arguments import step_arguments_of
 from fastclip.tensors import Grads, Names, check_groups_disjoint, check_named, grads_among, grads_of_groups, named
 from fastclip.ties import group_named, group_of_caller, process_group, ties_of
-from fastclip.types import IN_A_ROW, SKIPPED, STEPS, TOTAL_NORM, known_to_host, on_device
+from fastclip.types import (
+    IN_A_ROW,
+    SKIPPED,
+    STEPS,
+    TOTAL_NORM,
+    NonFiniteGradientError,
+    known_to_host,
+    on_device,
+)
 
 
 class Clearance(NamedTuple):
@@ -89,11 +98,14 @@ class Guard(Reports):
         self._loss: Tensor | None = None  # for listeners
         self._penalty, self._watch = penalty, watch or LossWatch()
         self._ladder = Ladder(backoff, rollback)
+        if rollback is not None and not rollback.snapshot.fits(optimizer):
+            rollback.forget()
         self._lr_factor = 1.0  # of this step
         self._aboard: riding.aboard | None = None  # during it
         check_groups_disjoint(optimizer.param_groups)
         _check_bounds(optimizer.param_groups)
         check_named(self.names, [p for group in optimizer.param_groups for p in group["params"]])
+        self._own_rules: list[Any] = []  # of param groups, as they were looked at last
         ownership.claim(self)
 
     @property
@@ -282,18 +294,11 @@ class Guard(Reports):
                 return Clearance(True)
         if not self._record.seen:  # a walk up the stack, at the first step only
             check_not_in_zero()
-            if self._watch.k is not None and not self._observes:
-                warnings.warn(
-                    "loss_watch: no loss was observed before the first step, so there is nothing to watch: call "
-                    "observe(loss) before each step",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
         grad_scale, given_inf = self._given(owner, report is not None)
         nonfinite = self.nonfinite
         if report is not None or given_inf is not None:
             nonfinite = "skip"  # a GradScaler searches for its scale by trial
-        if again and nonfinite == "skip":
+        if too_late := again and nonfinite == "skip":
             nonfinite = "raise"
         penalties = None
         if self._penalty.is_wanted(groups):
@@ -303,7 +308,18 @@ class Guard(Reports):
         reasons = [False if given_inf is None else given_inf]
         if not again:  # in the middle of a step it is too late for anything but an error
             reasons.append(observed)
-        findings, held = examine(shares, nonfinite, grad_scale, penalties, ties, any_of(reasons))
+        try:
+            findings, held = examine(shares, nonfinite, grad_scale, penalties, ties, any_of(reasons))
+        except NonFiniteGradientError as error:
+            if not too_late:
+                raise
+            raise NonFiniteGradientError(
+                f"{str(error).rpartition('; ')[0]}; {type(self.optimizer).__name__} evaluates its closure several "
+                "times in a step and has moved the parameters already, so it can't be skipped: go back to a checkpoint",
+                error.tensor,
+                error.index,
+                error.value,
+            ) from None
         if not findings:  # nor has any other rank a gradient
             return Clearance(True)
         if self._is_rehearsal(groups, findings):
@@ -311,6 +327,8 @@ class Guard(Reports):
         if not again and self._ladder.wants_snapshot(self.optimizer) and self._parameters_are_finite():
             self._ladder.take_snapshot(self.optimizer)
         verdicts = [finding.decide() for finding in findings]
+        if not self._record.seen:
+            self._check_first_step(findings)
         found_inf = any_of(finding.noted.found_inf for finding in findings)
         if report is not None:
             report.copy_(torch.as_tensor(found_inf))
@@ -370,6 +388,19 @@ class Guard(Reports):
         for verdict in verdicts:
             verdict.apply(grad_scale, skip)
         return Clearance(True, None, riding_inf)
+
+    def _check_first_step(self, findings: list[Finding]) -> None:
+        """What shows only now."""
+        for finding in findings:
+            finding.policy.check_learned()
+        if self._watch.k is not None and not self._observes:
+            warnings.warn(
+                "loss_watch: no loss was observed before the first step, so there is nothing to watch: call "
+                "observe(loss) before each step",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        ownership.begin(self)
 
     def _climb(self, observed: bool | Tensor, held: bool | Tensor, nonfinite: bool | Tensor) -> tuple[bool, int]:
         """Climbs the ladder with what the host knows by now: whether it went back, and the skips in a row.
@@ -436,6 +467,8 @@ class Guard(Reports):
         self._adopt_bound(groups)
         entries = list(enumerate(groups))
         alone = [entry for entry in entries if has_own_rule(entry[1])]
+        if alone:
+            self._know([group.get("policy") for _, group in alone])
         joint = [entry for entry in entries if entry not in alone] if alone else entries
         found = [(*grads_of_groups(joint, self.names), self.policy)] if joint or not alone else []
         found += [(*grads_of_groups([entry], self.names), self._own_rule(*entry)) for entry in alone]
@@ -443,6 +476,12 @@ class Guard(Reports):
         if twice or alone:
             check_groups_disjoint(groups)
         return [(grads, policy) for grads, _, policy in found], twice
+
+    def _know(self, rules: list[Any]) -> None:
+        """Looks at the rules of groups again where they are not the same as before."""
+        if len(rules) != len(self._own_rules) or not all(map(operator.is_, rules, self._own_rules)):
+            ownership.claim(self)
+            self._own_rules = rules
 
     def _adopt_bound(self, groups: list[dict[str, Any]]) -> None:
         """A ``max_norm`` in the param groups is the joint bound: hyperparameter tools write it into every group."""

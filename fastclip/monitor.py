@@ -95,6 +95,8 @@ class GradMonitor:
     ) -> None:
         self._every, self._buffer = whole("every", every, least=1), whole("buffer", buffer, least=1)
         self._census_every = None if census_every is None else whole("census_every", census_every, least=1)
+        if include is not None and not isinstance(include, str):
+            raise TypeError(f"include: expected a regular expression, got {type(include).__name__}")
         try:
             self._include = None if include is None else re.compile(include)
         except re.error as error:
@@ -140,6 +142,13 @@ class GradMonitor:
         check_named(own, known.parameters)
         self._tensors.add(known.parameters, known)
         self._know_tensors()
+        if self._include is not None and self._tensors.names and not self._names:
+            warnings.warn(
+                f"include: {self._include.pattern!r} is found in no tensor's name, so no norm of a single tensor is "
+                f"recorded or flagged; the names are {', '.join(self._tensors.names[:3])}, ...",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         self._policy = repr(self._guarded.policy)  # now: a bound that is a tensor would have to be waited for
         self._record = opt._record
         self._record.listeners.append(self._listen)

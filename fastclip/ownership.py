@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
+
+from torch.optim import Optimizer
 
 from fastclip.policies import Chain, Policy
 
@@ -13,10 +17,13 @@ if TYPE_CHECKING:
     from fastclip.guard import Guard
 
 _GUARDS: weakref.WeakSet[Guard] = weakref.WeakSet()  # at work
+# id of what has learned -> itself, as long as it lives, and the optimizer it learned from
+_TAUGHT: dict[int, tuple[Callable[[], Any], Callable[[], Optimizer | None]]] = {}
 
 
 def claim(guard: Guard) -> None:
-    """Raises ``ValueError`` if something that learns serves another optimizer already, or two groups of this one."""
+    """Raises ``ValueError`` if something that learns serves another optimizer already, or two groups of this one; warns
+    if it has served another one before."""
     own = _learners(guard)
     twice = [learner for i, learner in enumerate(own) if _is_in(own[:i], learner)]
     if not twice and any(True for _ in _shared(guard, own)):
@@ -26,12 +33,36 @@ def claim(guard: Guard) -> None:
             f"{type(learner).__name__}: it learns from the steps of one optimizer, or of one param group, and it was "
             "given to two: make another one, or pass a copy.deepcopy, which knows what this one has learned"
         )
+    for learner in own:
+        itself, taught_by = _TAUGHT.get(id(learner), (_nobody, _nobody))
+        if itself() is learner and taught_by() is not guard.optimizer:
+            warnings.warn(
+                f"{type(learner).__name__}: it goes on with what it has learned from another optimizer; make a new one "
+                "to begin anew, or pass a copy.deepcopy if this is meant",
+                RuntimeWarning,
+                stacklevel=2,
+            )
     _GUARDS.add(guard)
+
+
+def begin(guard: Guard) -> None:
+    """From now on what it has knows of its steps."""
+    for learner in _learners(guard):
+        itself = weakref.ref(learner, functools.partial(_forget, id(learner)))
+        _TAUGHT[id(learner)] = itself, weakref.ref(guard.optimizer)
 
 
 def release(guard: Guard) -> None:
     """What it had may serve another optimizer now."""
     _GUARDS.discard(guard)
+
+
+def _nobody() -> None:
+    return None
+
+
+def _forget(key: int, _: object) -> None:
+    _TAUGHT.pop(key, None)
 
 
 def _shared(guard: Guard, own: list[Any]) -> Iterator[Any]:

@@ -213,8 +213,8 @@ class Record:
             which = f"; in the latest one {names} held NaN or Inf" if bad else ""
             raise SkipLimitError(
                 f"{in_a_row} steps in a row were skipped{which}. No step was made since. fastclip.check(model, batch, "
-                "loss_fn, optimizer) looks for the reason, print(optimizer.last_stats) shows each gradient; "
-                "skip_limit=None would go on skipping"
+                "loss_fn, optimizer) looks for the reason; last_stats, of the wrapper or of what attach returned, "
+                "shows each gradient; skip_limit=None would go on skipping"
             )
 
     @property

@@ -272,6 +272,34 @@ def test_the_state_of_other_tensors_is_refused_before_anything_changes(form):
     assert identical(other.state_dict(), before)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_what_a_group_learned_needs_a_place(form):
+    model, opt, _ = learning(form)
+    trained_with_faults(model, opt, range(3))
+    _, other, _ = learning(form)
+    other.param_groups[1]["policy"] = None
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(
+        ValueError, match=r"the policy of param group 1 has learned \(AdaGC\).*none here.*pop\('fastclip'\)"
+    ):
+        other.load_state_dict(opt.state_dict())
+    assert identical(other.state_dict(), before)
+
+
+def test_a_refusal_calls_tensors_by_their_names():
+    def made(shape):
+        weight = torch.nn.Parameter(torch.ones(shape))
+        weight.grad = torch.ones(shape)
+        names = [("mine", weight)]
+        opt = ClippedOptimizer(torch.optim.SGD([weight], lr=0.1), policy=AdaGC(), names=names)
+        opt.step()
+        return opt
+
+    state = {**made((2, 3)).state_dict(), "param_groups": made((4,)).state_dict()["param_groups"]}
+    with pytest.raises(ValueError, match=r"other tensors: mine has \[2, 3\] there, \[4\] here"):
+        made((4,)).load_state_dict(state)
+
+
 def test_what_is_removed_saves_nothing():
     model, inner, guard = learning("attached")
     trained_with_faults(model, inner, range(3))

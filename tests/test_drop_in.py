@@ -835,6 +835,11 @@ def test_a_nan_of_a_later_evaluation_raises_also_beside_a_users_found_inf(form):
         loss.backward()
         return loss
 
-    with pytest.raises(fastclip.NonFiniteGradientError):
+    with pytest.raises(fastclip.NonFiniteGradientError) as error:
         opt.step(closure)
     assert bool(p.isfinite().all())
+    assert not torch.equal(p, torch.ones(2))
+    assert "nothing was written" not in str(error.value)
+    assert "LBFGS evaluates its closure several times in a step and has moved the parameters already" in str(
+        error.value
+    )

@@ -618,6 +618,38 @@ def test_a_killed_run_loses_at_most_its_last_line(when, tmp_path):
     assert steps_of(path) == list(range(1, len(steps) + 4))  # each line is whole again
 
 
+def test_one_file_has_one_monitor(tmp_path):
+    path = tmp_path / "run.jsonl"
+    (tmp_path / "link.jsonl").symlink_to(path)
+    opts = [optimizer_of(model_of()) for _ in range(2)]
+    with pytest.raises(ValueError, match="another GradMonitor of this process writes there"):
+        GradMonitor(opts[0], sinks=[path, path])
+    with GradMonitor(opts[0], sinks=path):
+        for again in (path, tmp_path / "link.jsonl"):
+            with pytest.raises(ValueError, match=r"close\(\) it first, or choose another"):
+                GradMonitor(opts[1], sinks=again)
+        with GradMonitor(opts[1], sinks=tmp_path / "other.jsonl"):
+            pass
+    GradMonitor(opts[1], sinks=path).close()
+    monitor = GradMonitor(opts[1], sinks=path)
+    descriptors = len(list(Path("/proc/self/fd").iterdir()))
+    del monitor, opts
+    gc.collect()
+    assert len(list(Path("/proc/self/fd").iterdir())) == descriptors - 1
+    GradMonitor(optimizer_of(model_of()), sinks=path).close()
+
+
+def test_a_pattern_that_is_found_nowhere_is_told():
+    opt = optimizer_of(model_of())
+    with pytest.warns(
+        RuntimeWarning, match=r"include: '0\.wieght' is found in no tensor's name.*the names are param_groups"
+    ):
+        GradMonitor(opt, include="0.wieght").close()
+    GradMonitor(opt, include=r"\[0\]").close()
+    with pytest.raises(TypeError, match="include: expected a regular expression, got list"):
+        GradMonitor(opt, include=["0"])
+
+
 def test_a_monitor_that_nobody_holds_tells_of_its_loss(tmp_path, monkeypatch):
     def trained(close):
         parameters = model_of()

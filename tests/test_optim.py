@@ -197,6 +197,7 @@ def test_a_rule_that_asks_for_no_number_is_told_so(of, value):
         (Decision(1.0, clamp=0.1), {"extras": True}, "a clamp, which needs clamps = True"),
         (Decision(1.0, unit_coefs=torch.full((7,), math.inf)), {"units": "out"}, "unit_coefs=.*inf.*though all"),
         (Decision(np.float32(math.nan)), {}, "clip_coef=nan, though all"),
+        (Decision(-1.0), {}, r"clip_coef=-1\.0, which would turn the gradients around"),
     ],
 )
 def test_what_a_rule_of_ones_own_gets_wrong_is_told(decision, request_, told):
@@ -268,6 +269,115 @@ def test_what_an_optimizer_had_may_serve_another():
     with pytest.raises(ValueError, match=r"copy\.deepcopy"):
         (made(policy=rule), made(rule))
     made(policy=copy.deepcopy(rule))
+
+
+@pytest.mark.parametrize("kind", LEARNERS)
+def test_what_learned_elsewhere_says_so(kind):
+    """As in a sweep that makes its policy once."""
+    name = kind if kind in ("backoff", "rollback", "loss_watch") else "policy"
+    learner = LEARNERS[kind]()
+
+    def run(learner):
+        model = small_model()
+        opt = ClippedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), **{name: learner})
+        opt.observe(1.0)
+        backward(model, 0)
+        opt.step()
+        return opt
+
+    ClippedOptimizer(torch.optim.SGD(small_model().parameters(), lr=0.1), **{name: learner})  # it makes no step
+    opt = run(learner)
+    ClippedOptimizer(opt.inner, **{name: learner})  # around the same one
+    del opt
+    blamed = "ZScore" if kind == "chain" else type(learner).__name__
+    with pytest.warns(RuntimeWarning, match=rf"{blamed}: it goes on with what it has learned.*copy\.deepcopy"):
+        run(learner)
+    run(copy.deepcopy(learner))
+    if kind == "rollback":
+        assert learner.snapshot.taken_at == 0
+
+
+@pytest.mark.parametrize("where", ["another group", "the joint rule", "all"])
+def test_a_rule_that_comes_to_a_second_group_later_is_refused(where):
+    model, rule = small_model(), fastclip.policies.ZScore()
+    first = {
+        "params": model[0].parameters(),
+        "policy": fastclip.policies.ZScore() if where == "the joint rule" else rule,
+    }
+    joint = {"policy": rule} if where == "the joint rule" else {}
+    opt = ClippedOptimizer(torch.optim.SGD([first], lr=0.1), **joint)
+    backward(model, 0)
+    opt.step()
+    opt.add_param_group({"params": model[2].parameters(), "policy": rule})
+    if where == "all":
+        for group in opt.param_groups:
+            group["policy"] = rule
+    before = flat(model)
+    with pytest.raises(ValueError, match="ZScore: it learns"):
+        opt.step()
+    assert torch.equal(flat(model), before)
+    opt.param_groups[1]["policy"] = fastclip.policies.ZScore()
+    opt.step()
+
+
+class Gives(Policy):
+    """Returns what it is made with."""
+
+    def __init__(self, decision, extras=False):
+        self.decision, self.extras = decision, extras
+
+    def request(self):
+        return Request(2.0, extras=self.extras)
+
+    def decide(self, reading):
+        return self.decision
+
+    def __repr__(self):
+        return "Gives()"
+
+
+@pytest.mark.parametrize(
+    ("decision", "error", "told"),
+    [
+        (None, TypeError, "must return a Decision, got NoneType"),
+        (Decision(torch.ones(3)), ValueError, r"shape \(3,\) for 4 gradients"),
+        (Decision([0.5]), ValueError, r"clip_coef=\[0\.5\], no number"),
+        (Decision(skip=torch.zeros(4)), ValueError, r"a skip of shape \(4,\)"),
+        (Decision(math.nan), ValueError, "clip_coef=nan, though all"),
+        (Decision(clamp=0.01), ValueError, "a clamp, which needs clamps = True"),
+    ],
+)
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_chain_names_the_rule_that_went_wrong(decision, error, told, place):
+    rules = [GlobalNorm(100.0)]
+    rules.insert(place, Gives(decision, extras=True))
+    model = small_model()
+    opt = ClippedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), policy=Chain(*rules))
+    backward(model, 0)
+    before = flat(model)
+    with pytest.raises(error, match=rf"^Gives\(\): decide\(\) .*{told}"):
+        opt.step()
+    assert torch.equal(flat(model), before)
+
+
+@pytest.mark.parametrize("value", [0.5, None])
+@pytest.mark.parametrize("chained", [False, True])
+def test_what_a_rule_learns_are_tensors(value, chained):
+    class Learns(GlobalNorm):
+        learned = ("average",)
+
+    rule = Learns(1.0)
+    if value is not None:
+        rule.average = value
+    model = small_model()
+    policy = Chain(rule, GlobalNorm(1.0)) if chained else rule
+    opt = ClippedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), policy=policy)
+    backward(model, 0)
+    with pytest.raises(TypeError, match=rf"Learns\.learned: 'average' must be a tensor, got {value}"):
+        opt.step()
+    Learns.learned = "average"
+    with pytest.raises(TypeError, match=r"Learns\.learned: expected a tuple of names, got 'average'"):
+        opt.step()
 
 
 def test_objects_of_a_clipped_class_each_learn_for_themselves():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -38,11 +39,15 @@ class Clip(Callback):  # type: ignore[misc]
             raise ValueError(
                 f"Trainer(gradient_clip_val={trainer.gradient_clip_val}) would clip before fastclip looks: leave it out"
             )
-        self.guards = [
-            attach(optimizer, **fresh(self.settings, pl_module))
-            for optimizer in trainer.optimizers
-            if reports_of(optimizer) is None
-        ]
+        free = [optimizer for optimizer in trainer.optimizers if reports_of(optimizer) is None]
+        if self.settings and len(free) < len(trainer.optimizers):
+            warnings.warn(
+                f"Clip: {len(trainer.optimizers) - len(free)} of the optimizers are wrapped by fastclip already, and "
+                "stay as they are; these settings are not theirs",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        self.guards = [attach(optimizer, **fresh(self.settings, pl_module)) for optimizer in free]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # the optimizers' own states hold it too, but not those of every strategy

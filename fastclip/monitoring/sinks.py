@@ -9,6 +9,7 @@ import mmap
 import os
 import stat
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,19 +73,35 @@ class Sink:
             )
 
 
+_OPEN: weakref.WeakValueDictionary[tuple[int, int], File] = weakref.WeakValueDictionary()  # by device and inode
+
+
 class File(Sink):
     """Lines appended to a file, each batch in one write: a killed process leaves one of them at most unfinished."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(str(path))
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o666)
+        self._close = weakref.finalize(self, os.close, self._descriptor)
         self._is_regular = stat.S_ISREG(os.fstat(self._descriptor).st_mode)
         try:
+            self._claim()
             self.step = self._last_step()
             self._cut_unfinished_line()
         except BaseException:
-            os.close(self._descriptor)
+            self._close()
             raise
+
+    def _claim(self) -> None:
+        """Raises ``ValueError`` if another one writes into the file: lines of two runs would stand in it, mixed."""
+        status = os.fstat(self._descriptor)
+        other = _OPEN.get(place := (status.st_dev, status.st_ino))
+        if self._is_regular and other is not None and other._close.alive:
+            raise ValueError(
+                f"{self.name}: another GradMonitor of this process writes there; close() it first, or choose another "
+                "file. Nothing was written"
+            )
+        _OPEN[place] = self
 
     @property
     def _size(self) -> int:
@@ -162,7 +179,7 @@ class File(Sink):
             raise
 
     def close(self) -> None:
-        os.close(self._descriptor)
+        self._close()
 
 
 class JsonLines(File):

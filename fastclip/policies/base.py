@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from fastclip.reading import Reading
-from fastclip.types import TOTAL_NORM, Request, moved, wide_dtype
+from fastclip.reading import Reading, flag
+from fastclip.types import TOTAL_NORM, Request, known_to_host, moved, wide_dtype
 
 Bound: TypeAlias = float | Tensor | Callable[[int], float | Tensor]
 
@@ -75,6 +77,15 @@ class Policy:
         """What follows from the reading that ``request`` asked for; its norms are those of the unscaled gradients."""
         raise NotImplementedError(f"{type(self).__name__} has no decide()")
 
+    def check_learned(self) -> None:
+        """Raises ``TypeError`` unless ``learned`` names tensors; they may be made by the first ``decide``."""
+        if not isinstance(self.learned, tuple):
+            raise TypeError(f"{type(self).__name__}.learned: expected a tuple of names, got {self.learned!r}")
+        for name in self.learned:
+            value = getattr(self, name, None)
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{type(self).__name__}.learned: {name!r} must be a tensor, got {value!r}")
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs; empty for a rule that learns nothing."""
         if not self.learned:
@@ -109,6 +120,64 @@ class Policy:
         settings = {k: v for k, v in vars(self).items() if not k.startswith("_") and k not in self.learned}
         shown = (f"{k}={v:g}" if isinstance(v, float) else f"{k}={v!r}" for k, v in settings.items())
         return f"{type(self).__name__}({', '.join(shown)})"
+
+
+def decided(policy: Policy, reading: Reading) -> Decision:
+    """What the policy makes of the reading; it is asked once, for it may learn from it. Numbers that the host knows are
+    numbers in it; a device is not asked for its values.
+
+    Raises:
+        TypeError, ValueError: it is no decision for this reading. Nothing was written.
+    """
+    decision = policy.decide(reading)
+    if not isinstance(decision, Decision):
+        raise TypeError(f"{policy!r}: decide() must return a Decision, got {type(decision).__name__}")
+    coef, skip = decision.clip_coef, decision.skip
+    if isinstance(coef, Tensor) and coef.dim() == 0 and known_to_host(coef):
+        decision = decision._replace(clip_coef=float(coef))
+    if isinstance(skip, Tensor) and skip.numel() == 1:  # a rule may say it by any number
+        decision = decision._replace(skip=bool(skip) if known_to_host(skip) else flag(skip))
+    if wrong := _what_is_wrong(decision, reading, policy.clamps):
+        raise ValueError(f"{policy!r}: decide() gave {wrong}. Nothing was clipped")
+    return decision
+
+
+def _what_is_wrong(decision: Decision, reading: Reading, clamps: bool) -> str:
+    """Of what a rule of somebody's own may get wrong."""
+    coef, skip, unit_coefs, clamp = decision
+    if isinstance(coef, Tensor):
+        if coef.dim() and coef.shape != reading.rows.shape[1:]:
+            return f"a clip_coef of shape {tuple(coef.shape)} for {reading.rows.shape[1]} gradients"
+    elif not isinstance(coef, (float, Real)):  # of which the first is asked for in a tenth of the time
+        return f"clip_coef={coef!r}, no number"
+    if isinstance(skip, Tensor) and skip.numel() != 1:
+        return f"a skip of shape {tuple(skip.shape)}, expected one element"
+    if skip is True:  # nothing will be multiplied
+        return ""
+    if unit_coefs is not None:
+        if reading.units is None:
+            return "unit_coefs, but its request() didn't ask for units"
+        if unit_coefs.shape != (sum(reading.units.counts),):
+            return f"unit_coefs of shape {tuple(unit_coefs.shape)} for {sum(reading.units.counts)} units"
+    if clamp is not None:
+        if not (clamps and reading.request.extras):
+            return "a clamp, which needs clamps = True and a request() with extras=True"
+        if not isinstance(clamp, (float, Real)) or not clamp >= 0:
+            return f"clamp={clamp!r}, expected a number of at least 0"
+    for name, factor in (("clip_coef", coef), ("unit_coefs", unit_coefs)):
+        if factor is not None and not _is_finite(factor) and reading.found_inf is False:
+            return f"{name}={factor}, though all gradients are finite"
+    if not isinstance(coef, Tensor) and -math.inf < coef < 0:
+        return f"clip_coef={coef}, which would turn the gradients around"
+    return ""
+
+
+def _is_finite(factor: float | Tensor) -> bool:
+    """As far as the host knows."""
+    if not isinstance(factor, Tensor):
+        return math.isfinite(factor)
+    # the sum, one operation, tells but where it overflows itself
+    return not known_to_host(factor) or math.isfinite(factor.sum()) or bool(factor.isfinite().all())
 
 
 def coef_for(norm: Tensor, bound: Tensor | float, eps: float) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastclip.policies.base import Decision, Policy
+from fastclip.policies.base import Decision, Policy, decided
 from fastclip.reading import Reading, Units, any_of
 from fastclip.types import Request, on_device
 
@@ -59,7 +59,7 @@ class Chain(Policy):
         skip: bool | Tensor = False
         clamp: float | None = None
         for policy, request in zip(self.policies, self._requests, strict=True):
-            own = policy.decide(reading.after(coef, unit_coefs, request))
+            own = decided(policy, reading.after(coef, unit_coefs, request))
             if own.unit_coefs is not None:
                 unit_coefs = own.unit_coefs
             elif unit_coefs is not None and reading.units is not None:
@@ -68,6 +68,11 @@ class Chain(Policy):
                 coef = own.clip_coef if isinstance(coef, float) and coef == 1.0 else coef * own.clip_coef
             skip, clamp = any_of([skip, own.skip]), own.clamp
         return Decision(coef, skip, unit_coefs, clamp)
+
+    def check_learned(self) -> None:
+        """As :meth:`Policy.check_learned`, for each of them."""
+        for policy in self.policies:
+            policy.check_learned()
 
     def state_dict(self) -> dict[str, Any]:
         states = {str(i): policy.state_dict() for i, policy in enumerate(self.policies)}

@@ -95,7 +95,7 @@ class Reader:
             told.append(f"{what} ({lines})")
         if self.lost:
             told.append(f"the monitor could not write {self.lost:,} records (a full disk?); they are missing here")
-        if not self.header:
+        if not self.header and self._lines:
             told.append("there is no header: this may not be a file of a fastclip monitor")
         return told
 

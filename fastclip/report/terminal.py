@@ -73,7 +73,10 @@ class View:
     def render(self, width: int) -> Group:
         """What is shown, for a terminal of ``width`` characters."""
         if not self.rows:
-            return Group(Text(f"{self.path}: no record yet"))
+            what = "no record yet" if self.path.exists() else "no such file yet"
+            return Group(
+                Text(f"{self.path}: {what}"), *(Text(problem, style="dim") for problem in self.reader.problems())
+            )
         last = self.rows[-1]
         facts = Table.grid(padding=(0, 2))
         for name, value in (
