@@ -238,7 +238,6 @@ def test_a_truncated_file():
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        (b"", "no header"),
         (b"hello\nworld\n", "2 lines, the first of them 1"),
         (b'{"loss": 1}\n{"loss": 2}\n', "kind that is not known"),
         (b"\x89PNG\r\n\x1a\n\x00\xff", "unfinished"),
@@ -252,6 +251,10 @@ def test_foreign_files(content, told):
     assert seen == 0
     assert told in problems
     assert "no header" in problems
+
+
+def test_a_file_that_is_yet_empty():
+    assert problems_of(lines_of(io.BytesIO(b""))) == (0, "")
 
 
 def test_a_newer_version():
@@ -485,11 +488,13 @@ def test_missing_extras_are_named(command, module, extra, tmp_path):
 def test_watch_once(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")  # the name of the folder may be long
     run = tmp_path / "run.jsonl"
-    assert fastclip_command("watch", run, "--once") == 1
+    for there in ("no such file yet", "no record yet"):
+        assert fastclip_command("watch", run, "--once") == 1
+        assert there in capsys.readouterr().out
+        run.touch()
     run.write_bytes(b"".join(recorded.run(100)))
     assert fastclip_command("watch", run, "--once") == 0
     text = capsys.readouterr().out
-    assert "no record yet" in text
     for words in ("100", "exploding", "h.0.bias", "1; NaN or Inf in 1", "!"):
         assert words in text
 
@@ -534,7 +539,7 @@ def test_watch_follows_a_run(tmp_path, monkeypatch):
     monkeypatch.setattr("fastclip.report.terminal.time.sleep", sleep)
     assert follow(path, console=console) == 0
     text = out.getvalue()
-    assert text.index("no record yet") < text.index("of 8 ") < text.index("of 58 ")
+    assert text.index("no such file yet") < text.index("of 8 ") < text.index("of 58 ")
 
 
 def test_watch_is_a_command_that_ends_when_interrupted(tmp_path):
