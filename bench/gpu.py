@@ -33,7 +33,7 @@ from fastclip.policies import AdaGC, Chain, GlobalNorm, Percentile, PerTensorNor
 from . import compare, machine, report, rows
 from .oracle import WrongResult
 from .rows import ADAMW_FUSED, CLIPPING, NOTHING_TO_CLIP, Contestant, Inputs
-from .workloads import GIBI, GIBI_BF16, GPT2, GPT2_BF16, KIBI, KIBI_MANY, LLAMA, LLAMA_BF16, Workload
+from .workloads import GIBI, GIBI_BF16, GPT2, GPT2_BF16, KIBI, KIBI_MANY, LLAMA, LLAMA_BF16, Workload, filled
 
 FORMAT = 1  # of the JSON
 HEAD_START = 10_000_000  # clock cycles, some 5 ms, that the device waits while the host launches what is timed
@@ -317,7 +317,7 @@ def _waits_for_nothing(inputs: Inputs) -> str:
         param.grad = torch.ones_like(param)
     mixed[1].grad = torch.ones(6, 8, device=device)[:, ::2]  # for the reference
     bound = torch.ones((), device=device)
-    lists = (inputs.params, mixed)
+    lists = (filled(inputs.params), mixed)
     clips = [functools.partial(fastclip.clip_grads_, params, rule) for params in lists for rule in _rules()]
     clips.append(functools.partial(fastclip.clip_grad_norm_, mixed, bound))
     optimizer = fastclip.ClippedOptimizer(torch.optim.AdamW(inputs.params, fused=True), CLIPPING)

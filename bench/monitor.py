@@ -121,7 +121,7 @@ def _wandb_watch(folder: Path) -> float:
 
 def step(folder: Path) -> dict[str, float]:
     """A step of AdamW over GPT-2's parameters, and what a monitor with its defaults adds to it; 2.5 GB."""
-    parameters = workloads.parameters(workloads.GPT2)
+    parameters = workloads.filled(workloads.parameters(workloads.GPT2))
     opt = fastclip.ClippedOptimizer(torch.optim.AdamW(parameters, lr=1e-5, fused=True), max_norm=1e6)
     monitor = fastclip.GradMonitor(opt, sinks=folder / "step.jsonl", census_every=1)
     (listen,) = opt._record.listeners

@@ -133,7 +133,7 @@ WORKLOADS: tuple[Workload, ...] = (
 def parameters(workload: Workload, seed: int = 0, device: str = "cpu") -> list[nn.Parameter]:
     """Parameters with their ``.grad`` set; the same seed gives the same gradients on the same type of device.
 
-    The parameters' own values are uninitialised, so that they take no memory.
+    The parameters' own values are uninitialised, so that they take no memory; see ``filled``.
     """
     generator = torch.Generator(device).manual_seed(seed)
     made = []
@@ -142,6 +142,14 @@ def parameters(workload: Workload, seed: int = 0, device: str = "cpu") -> list[n
         parameter.grad = _gradient(workload, shape, generator)
         made.append(parameter)
     return made
+
+
+def filled(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+    """The same, for work that reads them: as large as their gradients, whose deviation is that of GPT-2's weights."""
+    for parameter in parameters:
+        assert parameter.grad is not None
+        parameter.data.copy_(parameter.grad)
+    return parameters
 
 
 def _gradient(workload: Workload, shape: Shape, generator: torch.Generator) -> Tensor:

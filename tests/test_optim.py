@@ -187,7 +187,11 @@ def test_a_rule_that_asks_for_no_number_is_told_so(of, value):
     [
         (Decision(torch.ones(3)), {}, r"a clip_coef of shape \(3,\) for 4 gradients"),
         (Decision(torch.ones(4, 1)), {}, r"a clip_coef of shape \(4, 1\)"),
-        (Decision(torch.tensor([0.5, 1.0, math.nan, 1.0])), {}, "clip_coef=.*nan.*though all gradients are finite"),
+        (
+            Decision(torch.tensor([0.5, 1.0, math.nan, 1.0])),
+            {},
+            r"clip_coef=nan for 2\.weight, though all gradients are finite",
+        ),
         (Decision("half"), {}, "clip_coef='half', no number"),
         (Decision(None), {}, "clip_coef=None, no number"),
         (Decision(1.0, skip=torch.zeros(2)), {}, r"a skip of shape \(2,\)"),
@@ -195,7 +199,11 @@ def test_a_rule_that_asks_for_no_number_is_told_so(of, value):
         (Decision(1.0, unit_coefs=torch.ones(3)), {"units": "out"}, r"unit_coefs of shape \(3,\) for 7 units"),
         (Decision(1.0, clamp=0.1), {}, "a clamp, which needs clamps = True"),
         (Decision(1.0, clamp=0.1), {"extras": True}, "a clamp, which needs clamps = True"),
-        (Decision(1.0, unit_coefs=torch.full((7,), math.inf)), {"units": "out"}, "unit_coefs=.*inf.*though all"),
+        (
+            Decision(1.0, unit_coefs=torch.full((7,), math.inf)),
+            {"units": "out"},
+            "unit_coefs=inf for unit 0 of 0.weight, though all",
+        ),
         (Decision(np.float32(math.nan)), {}, "clip_coef=nan, though all"),
         (Decision(-1.0), {}, r"clip_coef=-1\.0, which would turn the gradients around"),
     ],
@@ -209,12 +217,24 @@ def test_what_a_rule_of_ones_own_gets_wrong_is_told(decision, request_, told):
             return decision
 
     model = small_model()
-    opt = ClippedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), policy=Own())
+    opt = ClippedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), policy=Own(), names=model)
     backward(model, 0)
     before, grads = flat(model), [p.grad.clone() for p in model.parameters()]
     with pytest.raises(ValueError, match=rf"Own\(\): decide\(\) gave {told}"):
         opt.step()
     assert torch.equal(flat(model), before)
+    assert all(map(torch.equal, grads, [p.grad for p in model.parameters()]))
+
+
+def test_weights_that_are_damaged_are_named():
+    model = small_model()
+    opt = ClippedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), policy=Unitwise(), names=model)
+    backward(model, 0)
+    with torch.no_grad():
+        model[0].weight[2, 1] = math.nan
+    grads = [p.grad.clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match=r"unit_coefs=nan for unit 2 of 0\.weight, whose weights have the norm nan"):
+        opt.step()
     assert all(map(torch.equal, grads, [p.grad for p in model.parameters()]))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
 from collections.abc import Callable
 from numbers import Real
@@ -166,7 +168,7 @@ def _what_is_wrong(decision: Decision, reading: Reading, clamps: bool) -> str:
             return f"clamp={clamp!r}, expected a number of at least 0"
     for name, factor in (("clip_coef", coef), ("unit_coefs", unit_coefs)):
         if factor is not None and not _is_finite(factor) and reading.found_inf is False:
-            return f"{name}={factor}, though all gradients are finite"
+            return f"{name}={_whose(factor, reading)}, though all gradients are finite"
     if not isinstance(coef, Tensor) and -math.inf < coef < 0:
         return f"clip_coef={coef}, which would turn the gradients around"
     return ""
@@ -178,6 +180,22 @@ def _is_finite(factor: float | Tensor) -> bool:
         return math.isfinite(factor)
     # the sum, one operation, tells but where it overflows itself
     return not known_to_host(factor) or math.isfinite(factor.sum()) or bool(factor.isfinite().all())
+
+
+def _whose(factor: float | Tensor, reading: Reading) -> str:
+    """A factor that isn't finite; of several the first, and whose it is."""
+    if not isinstance(factor, Tensor) or not factor.dim():
+        return str(float(factor))
+    first = int((~factor.isfinite()).nonzero()[0])
+    value, label = float(factor[first]), reading.plan.grads.label
+    if reading.units is None or len(factor) != sum(reading.units.counts):
+        return f"{value} for {label(first)}"
+    ends = list(itertools.accumulate(reading.units.counts))
+    index = bisect.bisect(ends, first)
+    unit = first - ends[index] + reading.units.counts[index]
+    norm = float(reading.units.weight_norms[first])
+    damaged = "" if math.isfinite(norm) else f", whose weights have the norm {norm}"
+    return f"{value} for unit {unit} of {label(index)}{damaged}"
 
 
 def coef_for(norm: Tensor, bound: Tensor | float, eps: float) -> Tensor:
