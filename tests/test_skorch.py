@@ -97,6 +97,26 @@ def test_further_training_goes_on_with_what_is_known():
     assert guard.steps == 2 * before
 
 
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ({"policy": policies.ZScore()}, {"policy": policies.GlobalNorm(0.0)}),
+        ({"policy": policies.ZScore()}, {"policy": None, "max_norm": 0.0}),
+        ({"max_norm": 1.0}, {"max_norm": None, "policy": policies.GlobalNorm(0.0)}),
+        ({"max_norm": 1.0, "backoff": fastclip.SpikeBackoff()}, {"max_norm": 0.0, "backoff": None}),
+    ],
+)
+def test_further_training_takes_another_rule(first, then):
+    estimator = fitted(net(callbacks=[("clip", Clip(**first))]))
+    before = [weight.clone() for weight in weights(estimator)]
+    estimator.set_params(**{f"callbacks__clip__{name}": value for name, value in then.items()})
+    estimator.partial_fit(INPUTS, LABELS)
+    assert all(map(torch.equal, weights(estimator), before))
+    estimator.set_params(callbacks__clip__skip_limit=7)
+    estimator.partial_fit(INPUTS, LABELS)
+    assert (reports_of(estimator.optimizer_).skip_limit, int(reports_of(estimator.optimizer_).steps)) == (7, 30)
+
+
 def test_the_history_tells():
     estimator = fitted(net(callbacks=[("clip", Clip(max_norm=MAX_NORM))]))
     batches = [batch for epoch in estimator.history for batch in epoch["batches"] if "train_loss" in batch]

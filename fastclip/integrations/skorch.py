@@ -28,11 +28,15 @@ class Clip(Callback):  # type: ignore[misc]
     each epoch ``clip_rate`` and ``skipped_steps``, in ``net.history``. An optimizer of the class form,
     ``optimizer=fastclip.clipped(torch.optim.SGD)``, clips by itself, and the callback only records. Its parameters can
     be cloned and searched over: ``callbacks__clip__max_norm``. With several optimizers those of the first are recorded.
+    Further training (``partial_fit``) goes on with what was learned and counted, but starts anew with both where
+    ``set_params`` has given another rule meanwhile.
 
     Args:
         max_norm, policy, nonfinite, skip_limit, backoff, rollback: as in :class:`fastclip.ClippedOptimizer`; each
             optimizer gets copies of the objects that learn.
     """
+
+    rule_: list[Any] | None = None  # of the latest training; skorch takes names without _ at the end for parameters
 
     def __init__(
         self,
@@ -51,14 +55,19 @@ class Clip(Callback):  # type: ignore[misc]
         self.rollback = rollback
 
     def on_train_begin(self, net: Any, X: Any = None, y: Any = None, **kwargs: Any) -> None:
+        rule = [self.max_norm, self.policy, self.backoff, self.rollback]
+        is_the_same = rule == self.rule_  # objects that learn are equal to none but themselves
         for name in net._optimizers:
             optimizer = getattr(net, f"{name}_")
-            if reports_of(optimizer) is None:
+            guard = reports_of(optimizer)
+            if isinstance(guard, Guard) and not is_the_same:
+                guard.remove()
+                guard = None
+            if guard is None:
                 attach(optimizer, **copy.deepcopy(self.get_params(deep=False)), names=_named_parameters(net))
-            elif isinstance(guard := reports_of(optimizer), Guard):  # further training, maybe after set_params
+            elif isinstance(guard, Guard):
                 guard.nonfinite, guard.skip_limit = self.nonfinite, self.skip_limit
-                if self.policy is None:
-                    guard.max_norm = 1.0 if self.max_norm is None else self.max_norm
+        self.rule_ = rule
 
     def on_batch_end(self, net: Any, batch: Any = None, training: bool | None = None, **kwargs: Any) -> None:
         if training:
