@@ -12,7 +12,7 @@ from torch import Tensor
 from fastclip import distributed
 from fastclip.backends import Plan, plan
 from fastclip.policies import Decision, Policy
-from fastclip.policies.base import decided
+from fastclip.policies.base import decided, requested
 from fastclip.reading import Reading, any_of, check_not_captured, read
 from fastclip.stats import GradStats, stats_of
 from fastclip.tensors import Grads, grads_among
@@ -147,7 +147,7 @@ def examine(
         NonFiniteGradientError: with "raise".
         RankError: other ranks can't go on.
     """
-    asked = [policy.request() for _, policy in shares]
+    asked = [requested(policy) for _, policy in shares]
     whole = [ties is not None and not policy.total_only for _, policy in shares]
     may_write = grad_scale is not None or nonfinite == "zero" or penalties is not None
     plans: list[Plan] = []

@@ -337,7 +337,14 @@ class GradMonitor:
         """Goes on after the step of ``state_dict``: records of later steps, which will be made again, leave the files.
 
         What the flags know is taken over only for the same tensors.
+
+        Raises:
+            ValueError: it isn't what ``state_dict`` of a monitor gave. Nothing was changed.
         """
+        if missing := {"step", "fold", "names", "flags"} - state_dict.keys():
+            raise ValueError(
+                f"this is no state of a GradMonitor: {', '.join(sorted(missing))} missing. Nothing was changed"
+            )
         self.flush()
         self.step, self._fold = int(state_dict["step"]), state_dict["fold"]
         if state_dict["names"] == self._names:

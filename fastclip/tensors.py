@@ -289,7 +289,10 @@ def named(names: Names) -> Mapping[Tensor, str]:
     for pair in pairs:
         is_pair = isinstance(pair, (tuple, list)) and len(pair) == 2
         if not is_pair or not isinstance(pair[0], str) or not isinstance(pair[1], Tensor):
-            raise TypeError("names: expected a module, or (name, parameter) pairs as of module.named_parameters()")
+            raise TypeError(
+                "names: expected a module, or (name, parameter) pairs as of module.named_parameters() or dict.items(); "
+                f"got {type(given).__name__} of {type(pair).__name__}"
+            )
     return WeakTensorKeyDictionary({parameter: name for name, parameter in pairs})
 
 

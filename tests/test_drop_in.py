@@ -742,7 +742,7 @@ def test_a_copy_has_other_parameters_and_none_of_the_names(copied):
     assert twin.last_stats.names[0] == "param_groups[0]['params'][0]"
 
 
-@pytest.mark.parametrize("names", [["weight"], 3, [("weight", 1.0)]])
+@pytest.mark.parametrize("names", [["weight"], 3, [("weight", 1.0)], {"weight": torch.zeros(1)}])
 def test_names_are_a_module_or_pairs(names):
     with pytest.raises(TypeError, match="names: expected a module"):
         ClippedOptimizer(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1), names=names)

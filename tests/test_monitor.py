@@ -549,6 +549,14 @@ def test_resuming_appends_without_duplicates(name, tmp_path):
         assert [line.get("resumed_at") for line in lines_of(path) if line["kind"] == "header"] == [None, 7, 7]
 
 
+def test_what_is_no_state_of_a_monitor_is_told():
+    monitor = GradMonitor(optimizer_of(model_of()))
+    monitor.step = 3
+    with pytest.raises(ValueError, match="no state of a GradMonitor: flags, fold, names missing"):
+        monitor.load_state_dict({"step": 7})
+    assert monitor.step == 3
+
+
 def test_a_resumed_run_flags_as_one_that_went_on(tmp_path):
     ends = []
     for pieces in ((60,), (25, 35)):

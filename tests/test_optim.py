@@ -226,6 +226,46 @@ def test_what_a_rule_of_ones_own_gets_wrong_is_told(decision, request_, told):
     assert all(map(torch.equal, grads, [p.grad for p in model.parameters()]))
 
 
+@pytest.mark.parametrize("chained", [False, True])
+@pytest.mark.parametrize(
+    ("asks", "told"),
+    [
+        (None, r"Own\(\): request\(\) must return a fastclip\.types\.Request, got None"),
+        (2.0, r"Own\(\): request\(\) must return a fastclip\.types\.Request, got 2\.0"),
+        (Request(units="rows"), "units must be one of out, in, tensor"),
+        (Request(units=(0, 0)), "units: expected different dimensions"),
+    ],
+)
+def test_what_is_no_request_is_told(asks, told, chained):
+    class Own(Policy):
+        def request(self):
+            return asks
+
+        def decide(self, reading):
+            return Decision()
+
+    model = small_model()
+    policy = Chain(Own(), GlobalNorm(1.0)) if chained else Own()
+    opt = ClippedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), policy=policy)
+    backward(model, 0)
+    before, grads = flat(model), [p.grad.clone() for p in model.parameters()]
+    with pytest.raises((TypeError, ValueError), match=told):
+        opt.step()
+    assert torch.equal(flat(model), before)
+    assert all(map(torch.equal, grads, [p.grad for p in model.parameters()]))
+
+
+def test_a_chain_tells_whose_state_it_was_given():
+    policies = fastclip.policies
+    chain = Chain(policies.ZScore(), GlobalNorm(1.0))
+    with pytest.raises(ValueError, match=r"of its policies ZScore at 0 learns; .* was learned at none"):
+        chain.load_state_dict({})
+    with pytest.raises(ValueError, match=r"of its policies none learns; .* was learned at 0"):
+        Chain(GlobalNorm(1.0), GlobalNorm(1.0)).load_state_dict(chain.state_dict())
+    with pytest.raises(ValueError, match=r"AdaGC knows .* it was saved by another policy"):
+        Chain(policies.AdaGC(), GlobalNorm(1.0)).load_state_dict(chain.state_dict())
+
+
 def test_weights_that_are_damaged_are_named():
     model = small_model()
     opt = ClippedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), policy=Unitwise(), names=model)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastclip.reading import Reading, flag
 from fastclip.types import TOTAL_NORM, Request, known_to_host, moved, wide_dtype
+from fastclip.units import check_units
 
 Bound: TypeAlias = float | Tensor | Callable[[int], float | Tensor]
 
@@ -122,6 +123,20 @@ class Policy:
         settings = {k: v for k, v in vars(self).items() if not k.startswith("_") and k not in self.learned}
         shown = (f"{k}={v:g}" if isinstance(v, float) else f"{k}={v!r}" for k, v in settings.items())
         return f"{type(self).__name__}({', '.join(shown)})"
+
+
+def requested(policy: Policy) -> Request:
+    """What the policy wants to know in this step.
+
+    Raises:
+        TypeError, ValueError: it is no request. Nothing was read.
+    """
+    request = policy.request()
+    if not isinstance(request, Request):
+        raise TypeError(f"{policy!r}: request() must return a fastclip.types.Request, got {request!r}")
+    if request.units is not None:
+        check_units(request.units)
+    return request
 
 
 def decided(policy: Policy, reading: Reading) -> Decision:

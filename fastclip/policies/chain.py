@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastclip.policies.base import Decision, Policy, decided
+from fastclip.policies.base import Decision, Policy, decided, requested
 from fastclip.reading import Reading, Units, any_of
 from fastclip.types import Request, on_device
 
@@ -47,7 +47,7 @@ class Chain(Policy):
         return any(policy.learns for policy in self.policies)
 
     def request(self) -> Request:
-        first, *others = self._requests = [policy.request() for policy in self.policies]
+        first, *others = self._requests = [requested(policy) for policy in self.policies]
         if any(request.units is not None for request in others):
             raise ValueError("Chain: a rule over units can only stand first. Nothing was written")
         extras, weights = (any(getattr(request, of) for request in self._requests) for of in ("extras", "weights"))
@@ -80,14 +80,15 @@ class Chain(Policy):
 
     def check_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As :meth:`Policy.check_state_dict`, for each of them."""
-        expected = {str(i) for i, policy in enumerate(self.policies) if policy.state_dict()}
-        if state_dict.keys() != expected:
+        learners = {str(i): policy for i, policy in enumerate(self.policies) if policy.state_dict()}
+        if state_dict.keys() != learners.keys():
+            here = ", ".join(f"{type(policy).__name__} at {i}" for i, policy in learners.items())
             raise ValueError(
-                f"Chain: policies {', '.join(sorted(expected))} of it learn, the state dict holds "
-                f"{', '.join(map(str, state_dict)) or 'nothing'}: it was saved by another policy. Nothing was changed"
+                f"Chain: of its policies {here or 'none'} learns; the state dict holds what was learned at "
+                f"{', '.join(map(str, state_dict)) or 'none'}: it was saved by another policy. Nothing was changed"
             )
-        for i in expected:
-            self.policies[int(i)].check_state_dict(state_dict[i])
+        for i, policy in learners.items():
+            policy.check_state_dict(state_dict[i])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.check_state_dict(state_dict)

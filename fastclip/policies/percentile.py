@@ -19,10 +19,8 @@ class Windowed(Policy):
 
     learned = ("ring", "counts")
 
-    def __init__(self, percentile: float, window: int) -> None:
-        self.percentile, self.window = number("percentile", percentile), whole("window", window, least=1)
-        if self.percentile > 100.0:
-            raise ValueError(f"percentile must be at most 100, got {percentile}")
+    def __init__(self, window: int) -> None:
+        self.window = whole("window", window, least=1)
         self._window: Window | None = None
 
     @property
@@ -63,6 +61,13 @@ class Windowed(Policy):
         return self._window
 
 
+def _percentile(percentile: float) -> float:
+    checked = number("percentile", percentile)
+    if checked > 100.0:
+        raise ValueError(f"percentile must be at most 100, got {percentile}")
+    return checked
+
+
 class Percentile(Windowed):
     """Clips by the joint norm; the bound is the ``percentile``-th percentile of the norms so far, this one included.
 
@@ -77,7 +82,8 @@ class Percentile(Windowed):
     total_only = True
 
     def __init__(self, percentile: float = 10.0, *, window: int = 10_000, eps: float = 1e-6) -> None:
-        super().__init__(percentile, window)
+        self.percentile = _percentile(percentile)
+        super().__init__(window)
         self.eps = number("eps", eps)
 
     def decide(self, reading: Reading) -> Decision:
@@ -102,7 +108,8 @@ class PerTensorPercentile(Windowed):
     per_tensor = True
 
     def __init__(self, percentile: float = 5.0, *, window: int = 100) -> None:
-        super().__init__(percentile, window)
+        self.percentile = _percentile(percentile)
+        super().__init__(window)
 
     def decide(self, reading: Reading) -> Decision:
         norms, columns = reading.rows[NORM], reading.columns

@@ -58,8 +58,9 @@ class SkipAboveMedian(Windowed):
     total_only = True
 
     def __init__(self, factor: float = 10.0, *, window: int = 128, warmup: int = 16) -> None:
-        super().__init__(50.0, window)
-        self.factor, self.warmup = positive("factor", factor), whole("warmup", warmup)
+        self.factor = positive("factor", factor)
+        super().__init__(window)
+        self.warmup = whole("warmup", warmup)
 
     def decide(self, reading: Reading) -> Decision:
         norm = total_norm(reading).reshape(1)
