@@ -185,7 +185,11 @@ def report(folder: Path, steps: int, tensors: int) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m fastclip.bench.monitor",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("what", nargs="*", help="host, step, report, long")
     parser.add_argument("--folder", type=Path, help="for the files; default: a temporary one")
     arguments = parser.parse_args(argv)

@@ -80,7 +80,7 @@ def train(run: Path, steps: int, lr: float = 0.02) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m fastclip.bench.monitored", description=__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--lr", type=float, default=0.02)
