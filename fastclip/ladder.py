@@ -200,7 +200,7 @@ class Rollback:
 
     A snapshot is taken between two steps, of parameters that are finite as far as the host knows; state that an
     optimizer keeps in its param groups (schedule-free ones) is not in it. It is not saved with the optimizer: a resumed
-    run takes its own at its first step. On an accelerator skips are known, and so answered, some steps late.
+    run takes its own at its first step. On an accelerator skips are answered two steps late.
 
     Attributes:
         snapshot: the latest one; ``snapshot.nbytes`` says its memory: parameters plus optimizer state.

@@ -190,11 +190,7 @@ class GradMonitor:
 
     def _collect(self, wait: bool) -> None:
         """Records what has arrived, or waits for all of it."""
-        while self._under_way:
-            if wait:
-                self._under_way[0].wait()
-            elif not self._under_way[0].has_arrived:
-                return
+        while self._under_way and (wait or self._under_way[0].has_arrived):
             shipment = self._under_way.popleft()
             batch = self._records_of(shipment)
             self._announce()

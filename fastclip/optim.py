@@ -95,7 +95,7 @@ class ClippedOptimizer(Reports, Optimizer):
         rollback: a :class:`fastclip.Rollback`: goes back to a snapshot of parameters and state.
         loss_watch: a :class:`fastclip.LossWatch` for :meth:`observe`; without one it minds only NaN and Inf.
         skip_limit: after so many skipped steps in a row ``SkipLimitError`` is raised; None never does. (On an
-            accelerator nothing is waited for, so it comes some steps late.)
+            accelerator, where nothing is waited for, it comes two steps late.)
         group: a process group, or a mesh of one dimension, whose other ranks step other parameters that count in the
             norm, as with pipeline stages. Sharded parameters (FSDP2, tensor parallel) and a
             ``ZeroRedundancyOptimizer`` around this one need none; FSDP1 needs ``model.process_group``.

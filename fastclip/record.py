@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -119,32 +120,53 @@ class Outcome:
     grad_scale: float | Tensor | None
 
 
-class Echo:
-    """Device values as the host came to know them a few steps ago: copied to pinned memory, never waited for."""
+LAG = 2  # steps
 
-    def __init__(self) -> None:
-        self._copy: Tensor | None = None
+
+class Sent:
+    """Values on their way to the host: copied to pinned memory, and an event after that. Those of the CPU are there."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._copy = values
         self._event: Any = None
-
-    def latest(self) -> list[int] | None:
-        """The values, once, after they have arrived."""
-        if self._copy is None or (self._event is not None and not self._event.query()):
-            return None
-        values = [int(value) for value in self._copy.tolist()]
-        self._copy = None
-        return values
-
-    def send(self, values: Tensor) -> None:
-        """Starts a copy, unless one is under way."""
-        if self._copy is not None:
-            return
         if values.device.type == "cpu":
-            self._copy, self._event = values.clone(), None
             return
         self._copy = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
         self._event = torch.Event(values.device)
         # by itself it would be on the stream of whichever device is the current one
         self._event.record(torch.accelerator.current_stream(values.device))
+
+    @property
+    def has_arrived(self) -> bool:
+        return self._event is None or bool(self._event.query())
+
+    def values(self) -> Tensor:
+        """Them, on the CPU. Waits until they have arrived."""
+        if not self.has_arrived:
+            self._event.synchronize()
+        return self._copy
+
+
+class Echo:
+    """What a device has counted, as the host acts on it: as it was LAG steps ago, so that neither depends on how fast
+    either of them is. All ranks of a group then do the same in the same step, and so does a run that is made again. The
+    host waits only where it is further than that ahead of the device; what the CPU counted it has at once."""
+
+    def __init__(self) -> None:
+        self._sent: deque[Sent] = deque()
+        self._is_far = False
+
+    def send(self, counts: Tensor) -> None:
+        """Those of one more step."""
+        self._is_far = counts.device.type != "cpu"
+        self._sent.append(Sent(counts))
+
+    def latest(self) -> list[int] | None:
+        """The counts, after each step once; None where those are not due yet."""
+        due = len(self._sent) - (LAG if self._is_far else 0)
+        for _ in range(due):  # several after a change of device
+            sent = self._sent.popleft()
+        return [int(count) for count in sent.values().tolist()] if due > 0 else None
 
 
 class Record:

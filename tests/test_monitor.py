@@ -996,5 +996,5 @@ def test_a_shipment_leaves_from_the_accelerator(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: f"stream of {device}")
     leaves = [torch.ones(()), None, torch.ones(3, device=far), 2.0, torch.ones(2, device=far, dtype=torch.float64)]
     sent = shipping.Shipment([SimpleNamespace(leaves=leaves)])
-    assert (sent._copy.values.device, len(sent._copy.values)) == (far, 6)
+    assert (sent._sent._copy.values.device, len(sent._sent._copy.values)) == (far, 6)
     assert recorded == [(far, "stream of meta")]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastclip.ladder import Event
 from fastclip.reading import read
-from fastclip.record import Outcome, Seen
+from fastclip.record import Outcome, Seen, Sent
 from fastclip.tensors import FLOAT8, dense
 from fastclip.types import ALWAYS_FIELDS, MAX_ABS, TOTAL_NORM, ZEROS, Request
 
@@ -114,35 +114,22 @@ class Shipment:
     def __init__(self, sightings: list[Sighting]) -> None:
         self.sightings = sightings
         aboard = [leaf for each in sightings for leaf in each.leaves if isinstance(leaf, Tensor)]
-        self._event: Any = None
         if not aboard:
-            self._copy = torch.empty(0)
+            self._sent = Sent(torch.empty(0))
             return
         # an accelerator where one of them lies on one: nothing is to be waited for on its way here
         home = next((leaf.device for leaf in aboard if leaf.device.type != "cpu"), aboard[0].device)
         here = [leaf if leaf.device == home else leaf.to(home, non_blocking=True) for leaf in aboard]
-        values = torch.cat([leaf.detach().reshape(-1) for leaf in here])
-        if home.type == "cpu":
-            self._copy = values
-            return
-        self._copy = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
-        self._event = torch.Event(home)
-        # by itself it would be on the stream of whichever device is the current one
-        self._event.record(torch.accelerator.current_stream(home))
+        self._sent = Sent(torch.cat([leaf.detach().reshape(-1) for leaf in here]))
 
     @property
     def has_arrived(self) -> bool:
-        return self._event is None or bool(self._event.query())
-
-    def wait(self) -> None:
-        """Until it has arrived."""
-        if self._event is not None:
-            self._event.synchronize()
+        return self._sent.has_arrived
 
     def unpack(self) -> list[list[Any]]:
-        """The leaves of each sighting as the host can use them, once they have arrived: numbers, and arrays for all
-        tensors but those with one element and no dimension."""
-        values: NDArray[Any] = self._copy.numpy()
+        """The leaves of each sighting as the host can use them: numbers, and arrays for all tensors but those with one
+        element and no dimension. Waits until they have arrived."""
+        values: NDArray[Any] = self._sent.values().numpy()
         at = 0
         unpacked = []
         for each in self.sightings:
