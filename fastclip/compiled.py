@@ -8,11 +8,12 @@ What Dynamo traces here is only the way from parameters to gradients; the operat
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo  # torch.compiler.disable, but without importing Dynamo now (2 s)
 
 from fastclip import clipping
 from fastclip.policies import GlobalNorm
@@ -20,8 +21,16 @@ from fastclip.stats import GradStats
 from fastclip.tensors import Grads, TensorOrTensors
 from fastclip.types import Request
 
+T = TypeVar("T")
+
 # Not in the graphs of mode="reduce-overhead": what a backend keeps for the next call would lie in their memory.
 OUTSIDE = (torch.Tag.cudagraph_unsafe,)
+
+
+@_disable_dynamo
+def outside(call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """The same call outside of the graph, which breaks here: no operator knows a rule, or which rank holds what."""
+    return call(*args, **kwargs)
 
 
 def clip_grad_norm_(parameters: TensorOrTensors, request: Request, nonfinite: str) -> Tensor:

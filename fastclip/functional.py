@@ -14,7 +14,7 @@ from fastclip.policies import GlobalNorm, Policy, Unitwise, policy_of
 from fastclip.reading import check_not_captured
 from fastclip.stats import GradStats
 from fastclip.tensors import TensorOrTensors, grads_among, grads_of, grads_or_parameters
-from fastclip.ties import process_group
+from fastclip.ties import any_marked, process_group
 from fastclip.types import Request
 
 
@@ -80,12 +80,15 @@ def clip_grad_norm_(
     nonfinite = nonfinite_rule(nonfinite, error_if_nonfinite)
     if group is not None and pp_mesh is not None:
         raise TypeError("group and pp_mesh are two names for the same; pass one of them")
-    group = process_group(pp_mesh if group is None else group)
+    group = pp_mesh if group is None else group
     if torch.compiler.is_compiling():
+        if group is not None or any_marked():
+            settings: Any = {"norm_type": norm_type, "eps": eps, "nonfinite": nonfinite, "group": group}
+            return compiled.outside(clip_grad_norm_, parameters, max_norm, **settings)
         request = Request(norm_type_number(norm_type), number("max_norm", max_norm), number("eps", eps))
         return compiled.clip_grad_norm_(parameters, request, nonfinite)
     policy = GlobalNorm(bound_of("max_norm", max_norm), norm_type=norm_type, eps=eps)
-    return clipping.clip_(grads_of(parameters), policy, nonfinite, group)
+    return clipping.clip_(grads_of(parameters), policy, nonfinite, process_group(group))
 
 
 def clip_grads_(
@@ -118,6 +121,8 @@ def clip_grads_(
         >>> p.grad
         tensor([3., 4.])
     """
+    if torch.compiler.is_compiling():
+        return compiled.outside(clip_grads_, parameters, policy, nonfinite=nonfinite, group=group)
     return clipping.clip_(grads_of(parameters), policy_of(policy), nonfinite_rule(nonfinite), process_group(group))
 
 
@@ -186,10 +191,12 @@ def get_total_norm(
     Returns:
         0-d float32 (float64 if a tensor is float64 or complex128), on the first tensor's device.
     """
-    request, group = Request(norm_type_number(norm_type)), process_group(group)
+    request = Request(norm_type_number(norm_type))
     if torch.compiler.is_compiling():
+        if group is not None or any_marked():
+            return compiled.outside(get_total_norm, tensors, norm_type, error_if_nonfinite, group=group)
         return compiled.get_total_norm(tensors, request, error_if_nonfinite)
-    return clipping.total_norm(grads_among(tensors), request, error_if_nonfinite, group)
+    return clipping.total_norm(grads_among(tensors), request, error_if_nonfinite, process_group(group))
 
 
 def clip_grads_with_norm_(
@@ -254,10 +261,13 @@ def grad_stats(
         'b'
     """
     request = Request(norm_type_number(norm_type), extras=extras, weights=weights)
-    group = process_group(group)
     if torch.compiler.is_compiling():
+        if group is not None or any_marked():
+            return compiled.outside(
+                grad_stats, params_or_grads, names, norm_type=norm_type, extras=extras, weights=weights, group=group
+            )
         return compiled.grad_stats(params_or_grads, names, request)
-    return clipping.grad_stats(grads_or_parameters(params_or_grads, names), request, group)
+    return clipping.grad_stats(grads_or_parameters(params_or_grads, names), request, process_group(group))
 
 
 def _read_now(name: str, value: float | Tensor) -> float:

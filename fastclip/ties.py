@@ -87,6 +87,11 @@ def mark_sharded(parameters: Tensor | Iterable[Tensor], group: Any) -> None:
     _marked.add(listed, process_group(group))
 
 
+def any_marked() -> bool:
+    """Whether :func:`mark_sharded` was ever told of a parameter."""
+    return _marked.groups is not None
+
+
 def process_group(group: Any) -> Any:
     """``group``, or that of a mesh of one dimension; None for None.
 

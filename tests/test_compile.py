@@ -42,6 +42,22 @@ def test_compiled_equals_eager(name, backend):
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(eager, traced, strict=True))
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda ps: fastclip.clip_grads_(ps, fastclip.policies.PerTensorNorm(0.5)),
+        lambda ps: fastclip.adaptive_clip_grad_(ps),
+    ],
+    ids=["clip_grads_", "adaptive_clip_grad_"],
+)
+def test_a_graph_breaks_at_a_rule(call):
+    torch._dynamo.reset()
+    eager, traced = parameters(), parameters()
+    expected = call(eager)
+    assert torch.compile(call, backend="eager")(traced) == expected
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(eager, traced, strict=True))
+
+
 def test_inductor_compiles_the_main_function():
     torch._dynamo.reset()
     eager, traced = parameters(), parameters()

@@ -12,7 +12,7 @@ from shards import counted, mesh_of, network, placed, sharded, whole, with_grad
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import fastclip
-from fastclip import distributed, policies
+from fastclip import distributed, policies, ties
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
@@ -67,6 +67,39 @@ def check_clipped(results, norm_type, max_norm):
 def test_every_placement_gives_the_norm_of_the_whole(world, shape, norm_type):
     max_norm = 1e-3
     check_clipped(ranks(world).run(clip_everywhere, shape, norm_type, max_norm), norm_type, max_norm)
+
+
+def compiled_over(how):
+    torch._dynamo.reset()
+    mesh = mesh_of(dist.get_world_size())
+    p = torch.nn.Parameter(torch.zeros(2))
+    p.grad = torch.tensor([3.0, 4.0]) if dist.get_rank() else torch.tensor([12.0, 0.0])
+    group = {"group": mesh.get_group(), "mesh": mesh, "pp_mesh": mesh, "marked": None}[how]
+    marked, ties._marked = ties._marked, ties._Marked()
+    if how == "marked":
+        fastclip.mark_sharded(p, mesh)
+
+    def call():
+        kwargs = {} if group is None else {"group": group}
+        first = fastclip.grad_stats([p], **kwargs).total_norm
+        second = fastclip.get_total_norm([p.grad], **kwargs) if group is not None else first
+        third = fastclip.clip_grad_norm_([p], 1.0, **({"pp_mesh": mesh} if how == "pp_mesh" else kwargs))
+        return first, second, third + 0.0
+
+    try:
+        return *torch.compile(call, backend="eager")(), p.grad.clone()
+    finally:
+        ties._marked = marked
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("how", ["group", "mesh", "pp_mesh", "marked"])
+def test_a_compiled_call_counts_what_is_on_other_ranks(how):
+    """Outside of the graph: its operators know of this rank alone."""
+    results = ranks(2).run(compiled_over, how)
+    for (*norms, grad), own in zip(results, (12.0, 5.0), strict=True):
+        assert [float(norm) for norm in norms] == [pytest.approx(13.0)] * 3
+        assert float(grad.norm()) == pytest.approx(own / 13.0)
 
 
 def train_stages(borders, dtype):
