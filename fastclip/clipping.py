@@ -282,7 +282,8 @@ def scale_by_norm_(grads: Grads, request: Request, total_norm: Tensor | float) -
 
 def bounded(grads: list[Tensor], max_norm: float, norm_type: float) -> list[Tensor]:
     """New tensors: the gradients, clipped by their joint norm unless that isn't finite."""
-    reading = read(plan(grads_among(grads)), Request(norm_type, max_norm))
+    each = [grad.view_as(grad) for grad in grads]  # the states of a sum are given one gradient, which counts for each
+    reading = read(plan(grads_among(each)), Request(norm_type, max_norm))
     norm, coef = reading.totals[TOTAL_NORM], reading.totals[CLIP_COEF]
     keep = (norm <= max_norm) | ~torch.isfinite(norm)
     wide = [torch.promote_types(grad.dtype, coef.dtype) for grad in grads]  # rounded once

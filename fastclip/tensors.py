@@ -335,10 +335,9 @@ def check_groups_disjoint(groups: list[dict[str, Any]]) -> None:
                 )
 
 
-def grads_among(tensors: TensorOrTensors, names: Iterable[str] | None = None, noun: str = "tensors") -> Grads:
+def grads_among(tensors: TensorOrTensors, noun: str = "tensors") -> Grads:
     """``tensors`` themselves as gradients; None entries are left out."""
-    listed = _listed(tensors, noun)
-    return _gathered(listed, False, noun, _names(names, len(listed)))
+    return _gathered(_listed(tensors, noun), False, noun)
 
 
 def grads_or_parameters(

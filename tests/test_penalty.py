@@ -323,6 +323,15 @@ def test_the_other_forms_take_it_too(form):
 # ---- clip_boundary
 
 
+def test_a_gradient_that_two_states_share_counts_for_each():
+    """As autograd hands it to those of a sum."""
+    h, c = (torch.ones(2, requires_grad=True) for _ in range(2))
+    a, b = clip_boundary((h, c), 1.0)
+    ((a + b) * torch.tensor([3.0, 4.0])).sum().backward()
+    assert float(torch.cat([h.grad, c.grad]).norm()) == pytest.approx(1.0)
+    assert torch.equal(h.grad, c.grad)
+
+
 class State(NamedTuple):
     h: torch.Tensor
     c: torch.Tensor
