@@ -98,8 +98,6 @@ class Guard(Reports):
         self._loss: Tensor | None = None  # for listeners
         self._penalty, self._watch = penalty, watch or LossWatch()
         self._ladder = Ladder(backoff, rollback)
-        if rollback is not None and not rollback.snapshot.fits(optimizer):
-            rollback.forget()
         self._lr_factor = 1.0  # of this step
         self._aboard: riding.aboard | None = None  # during it
         check_groups_disjoint(optimizer.param_groups)
@@ -107,6 +105,8 @@ class Guard(Reports):
         check_named(self.names, [p for group in optimizer.param_groups for p in group["params"]])
         self._own_rules: list[Any] = []  # of param groups, as they were looked at last
         ownership.claim(self)
+        if rollback is not None and not rollback.snapshot.fits(optimizer):
+            rollback.forget()
 
     @property
     def rungs(self) -> list[SpikeBackoff | Rollback | LossWatch]:
@@ -431,7 +431,8 @@ class Guard(Reports):
 
     def _parameters_are_finite(self) -> bool:
         """As far as the host knows without waiting."""
-        parameters = [p.detach() for group in self.optimizer.param_groups for p in group["params"]]
+        # themselves: what mark_sharded said, it said of them
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         return all_finite(grads_among(parameters), self.group)
 
     def state_dict(self) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from fastclip.monitoring.places import Tensors
 from fastclip.monitoring.records import FORMAT, VERSION, StepRecord, packed, spelled
 from fastclip.monitoring.shipping import Shipment, Sighting, sighting
 from fastclip.monitoring.sinks import Events, Sink, sink_of
-from fastclip.record import Outcome, Reports
+from fastclip.record import Outcome, Record, Reports
 from fastclip.tensors import GroupNames, Names, check_named, named
 from fastclip.version import __version__
 
@@ -113,7 +113,7 @@ class GradMonitor:
         self._sent_at = time.monotonic()
         self._resumed_at: int | None = None
         self._announced = -1  # tensors that the sinks know of; -1: not even the header
-        self._record = opt._record if isinstance(opt, Reports) else None
+        self._record: Record | None = None  # of what is watched
         self._sinks: list[Sink] = []
         try:
             for each in sinks if isinstance(sinks, (list, tuple)) else [sinks]:
@@ -130,16 +130,19 @@ class GradMonitor:
         self._at_exit = _at_the_end_of(self)
 
     def _watch(self, opt: Any, names: Names) -> None:
-        self._guarded = opt
+        """From now on it, instead of what was watched before."""
         guard = opt if isinstance(opt, Guard) else vars(opt).get(GUARD) if isinstance(opt, Reports) else None
         if not isinstance(guard, Guard):
             raise TypeError(
                 f"opt: expected a fastclip.ClippedOptimizer or what fastclip.attach returned, got {type(opt).__name__}"
             )
         own = named(names)
-        self._tensors = Tensors(self._include, own)
         known = GroupNames(list(enumerate(guard.optimizer.param_groups)), guard.names)
         check_named(own, known.parameters)
+        self._unwatch()
+        self._guarded = opt
+        self._flags = Flags(self._flags.rules)
+        self._tensors = Tensors(self._include, own)
         self._tensors.add(known.parameters, known)
         self._know_tensors()
         if self._include is not None and self._tensors.names and not self._names:
@@ -154,8 +157,7 @@ class GradMonitor:
         self._record.listeners.append(self._listen)
 
     def _unwatch(self) -> None:
-        assert self._record is not None
-        if self._listen in self._record.listeners:
+        if self._record is not None and self._listen in self._record.listeners:
             self._record.listeners.remove(self._listen)
 
     def _know_tensors(self) -> None:
@@ -166,6 +168,10 @@ class GradMonitor:
         self._names = [tensors.names[i] for i in tensors.included]
         sizes, dims = ([of[i] for i in tensors.included] for of in (tensors.sizes, tensors.dims))
         self._flags.know(self._names, sizes, dims)
+
+    def _check_open(self) -> None:
+        if not self._is_open:
+            raise RuntimeError("this GradMonitor is closed: make another one")
 
     @property
     def lost(self) -> dict[str, int]:
@@ -308,14 +314,13 @@ class GradMonitor:
             opt: the optimizer of the new fold, if it is another one.
             names: as for the monitor; of ``opt``.
         """
+        self._check_open()
         self.flush()
-        self._fold = None if fold is None else str(fold)
-        self._flags.reset()
         if opt is not None:
-            self._unwatch()
-            self._flags = Flags(self._flags.rules)
             self._watch(opt, names)
             self._announced = min(self._announced, 0)
+        self._fold = None if fold is None else str(fold)
+        self._flags.reset()
         for sink in self._sinks:
             sink.fold(self.step, self._fold or "")
 
@@ -336,15 +341,17 @@ class GradMonitor:
 
         Raises:
             ValueError: it isn't what ``state_dict`` of a monitor gave. Nothing was changed.
+            RuntimeError: the monitor is closed.
         """
+        self._check_open()
         if missing := {"step", "fold", "names", "flags"} - state_dict.keys():
             raise ValueError(
                 f"this is no state of a GradMonitor: {', '.join(sorted(missing))} missing. Nothing was changed"
             )
         self.flush()
-        self.step, self._fold = int(state_dict["step"]), state_dict["fold"]
         if state_dict["names"] == self._names:
             self._flags.history.load_state_dict(state_dict["flags"])
+        self.step, self._fold = int(state_dict["step"]), state_dict["fold"]
         self._resumed_at, self._announced = self.step, -1
         for sink in self._sinks:
             sink.forget(self.step)

@@ -23,6 +23,7 @@ from fastclip.types import wide_dtype
 FUSED_STEPS = ("torch.optim.adam", "torch.optim.adamw", "torch.optim.sgd", "torch.optim.adagrad")
 FUSED_KERNELS = {getattr(torch.ops.aten, f"_fused_{name}_") for name in ("adam", "adamw", "sgd", "adagrad")}
 RIDERS = ("grad_scale", "found_inf")
+SEVERAL = "_fastclip_several"  # attribute of a class whose ``parts`` are optimizers that step as one
 
 # Of gradients: from here on a step takes a GPU longer than it takes the host to launch it twice (bench/NOTES.md).
 TWICE_FROM_BYTES = 1 << 30
@@ -39,7 +40,9 @@ def rides(optimizer: Optimizer) -> bool:
 
 def parts_of(optimizer: Optimizer) -> list[Optimizer]:
     """The optimizers that step where several do it as one."""
-    parts: list[Optimizer] = vars(optimizer).get("parts", [optimizer])
+    parts: list[Optimizer] = (
+        getattr(optimizer, "parts", []) if getattr(type(optimizer), SEVERAL, False) else [optimizer]
+    )
     return parts
 
 

@@ -57,6 +57,8 @@ class Several(Optimizer):
         parts: the optimizers.
     """
 
+    _fastclip_several = True
+
     def __init__(self, parts: Iterable[Optimizer]) -> None:
         # Optimizer.__init__ is not called: it would build param_groups and state of its own.
         self.parts = list(parts)

@@ -259,7 +259,9 @@ class GroupNames(Sequence[str]):
     """
 
     def __init__(self, groups: list[tuple[int, dict[str, Any]]], own: Mapping[Tensor, str] = NAMELESS) -> None:
-        self._groups, self._own = groups, own
+        # as they are now: each group's index, its length and what it calls its parameters
+        self._groups = [(index, len(group["params"]), group.get("param_names")) for index, group in groups]
+        self._own = own
         # at every step, for thousands of them: in a third of a comprehension's time
         self.parameters: list[Tensor] = list(chain.from_iterable(group["params"] for _, group in groups))
 
@@ -270,13 +272,14 @@ class GroupNames(Sequence[str]):
         return len(self.parameters)
 
     def __getitem__(self, position: Any) -> Any:
-        for index, group in self._groups:
-            if position < len(group["params"]):
-                if (name := self._own.get(group["params"][position])) is not None:
-                    return name
-                names = group.get("param_names")
-                return names[position] if names else f"param_groups[{index}]['params'][{position}]"
-            position -= len(group["params"])
+        if (name := self._own.get(self.parameters[position])) is not None:
+            return name
+        for index, length, names in self._groups:
+            if position < length:
+                if names is not None and len(names) == length:
+                    return names[position]
+                return f"param_groups[{index}]['params'][{position}]"
+            position -= length
         raise IndexError("no such parameter")
 
 

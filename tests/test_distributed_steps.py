@@ -355,6 +355,25 @@ def rolled_back():
     return [e.kind for e in opt.events], taken, whole(model.parameters()), opt.lr_factor
 
 
+def snapshot_of_marked():
+    bad = dist.get_rank() == 1
+    p = torch.nn.Parameter(torch.full((2,), math.nan if bad else 1.0))
+    marked, ties._marked = ties._marked, ties._Marked()
+    try:
+        fastclip.mark_sharded(p, mesh_of(dist.get_world_size()))
+        rollback = fastclip.Rollback(every=1)
+        opt = fastclip.ClippedOptimizer(torch.optim.SGD([p], lr=0.1), rollback=rollback)
+        p.grad = torch.tensor([3.0, 4.0])
+        opt.step()
+    finally:
+        ties._marked = marked
+    return rollback.snapshot.taken_at
+
+
+def test_no_rank_takes_a_snapshot_where_ones_marked_parameters_are_not_finite():
+    assert ranks(2).run(snapshot_of_marked) == [None, None]
+
+
 def test_all_ranks_roll_back_and_cut_the_learning_rate_together():
     results = ranks(2).run(rolled_back)
     for kinds, *_, factor in results:

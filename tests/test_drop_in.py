@@ -742,6 +742,24 @@ def test_a_copy_has_other_parameters_and_none_of_the_names(copied):
     assert twin.last_stats.names[0] == "param_groups[0]['params'][0]"
 
 
+def test_names_are_those_of_the_step():
+    """Whatever became of the groups since."""
+    model = small_model()
+    names = [name for name, _ in model.named_parameters()]
+    opts = [
+        ClippedOptimizer(torch.optim.SGD(model.named_parameters(), lr=0.1)),
+        ClippedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), names=model),
+    ]
+    for opt in opts:
+        backward(model, 0)
+        opt.step()
+        params = opt.param_groups[0]["params"]
+        params[0], params[2] = params[2], params[0]
+        assert opt.last_stats.names == names
+        del params[0]
+        assert opt.last_stats.names == names
+
+
 @pytest.mark.parametrize("names", [["weight"], 3, [("weight", 1.0)], {"weight": torch.zeros(1)}])
 def test_names_are_a_module_or_pairs(names):
     with pytest.raises(TypeError, match="names: expected a module"):

@@ -701,6 +701,18 @@ def test_the_watch_continues_from_a_state_dict():
     assert identical(other.state_dict(), opt.state_dict())
 
 
+def test_a_refused_optimizer_leaves_anothers_snapshot():
+    rollback = Rollback(every=1)
+    model = small_model()
+    opt = sgd(model, rollback=rollback)
+    step(opt, model)
+    assert rollback.snapshot.nbytes > 0
+    with pytest.raises(ValueError, match="given to two"):
+        sgd(small_model(), rollback=rollback)
+    assert rollback.snapshot.taken_at == 0
+    assert rollback.snapshot.nbytes > 0
+
+
 @pytest.mark.parametrize("loss", [torch.ones(2), torch.ones(0), torch.ones(1, 3)])
 def test_a_loss_is_one_number(loss):
     with pytest.raises(TypeError, match=r"loss.*shape"):

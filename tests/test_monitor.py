@@ -557,6 +557,83 @@ def test_what_is_no_state_of_a_monitor_is_told():
     assert monitor.step == 3
 
 
+def test_a_monitor_that_was_refused_another_optimizer_goes_on(tmp_path):
+    parameters, path = model_of(), tmp_path / "run.jsonl"
+    opt = optimizer_of(parameters)
+    with GradMonitor(opt, sinks=path) as monitor:
+        for wrong in (torch.optim.SGD(parameters, lr=0.1), 3):
+            with pytest.raises(TypeError, match=r"expected a fastclip\.ClippedOptimizer"):
+                monitor.reset("second", wrong)
+        give(parameters, 0)
+        opt.step()
+    assert steps_of(path) == [1]
+    assert not any(line["kind"] == "fold" for line in lines_of(path))
+
+
+def test_a_closed_monitor_leaves_files_alone(tmp_path):
+    """Its descriptor may be that of another one by now."""
+    parameters = model_of()
+    state = run_on(parameters, [tmp_path / "first.jsonl"], 2)
+    closed = GradMonitor(optimizer_of(parameters), sinks=tmp_path / "second.jsonl")
+    closed.close()
+    run_on(parameters, [tmp_path / "third.jsonl"], 5)
+    opt = optimizer_of(parameters)
+    with GradMonitor(opt, sinks=tmp_path / "third.jsonl"):
+        for call in (lambda: closed.load_state_dict(state), closed.reset):
+            with pytest.raises(RuntimeError, match="closed: make another"):
+                call()
+    assert steps_of(tmp_path / "third.jsonl") == [1, 2, 3, 4, 5]
+
+
+def test_a_file_with_a_damaged_line_cannot_be_cut(tmp_path):
+    """As a power cut may leave it; what is resumed goes on, and says what it could not do."""
+    path, parameters = tmp_path / "run.jsonl", model_of()
+    at_2 = run_on(parameters, [path], 2)
+    before = path.stat().st_size
+    at_4 = run_on(parameters, [path], 2, at_2)
+    run_on(parameters, [path], 2, at_4)
+    content = bytearray(path.read_bytes())
+    content[before + 5 : before + 25] = bytes(20)
+    path.write_bytes(content)
+    with GradMonitor(optimizer_of(parameters), sinks=path) as monitor:
+        with pytest.warns(RuntimeWarning, match="not JSON"):
+            monitor.load_state_dict(at_2)
+        assert monitor.step == 2
+
+
+def test_a_last_record_without_its_step_is_no_file_to_go_on_with(tmp_path):
+    path, parameters = tmp_path / "run.jsonl", model_of()
+    run_on(parameters, [path], 2)
+    with path.open("ab") as file:
+        file.write(b'{"kind": "step"}\n')
+    with pytest.raises(ValueError, match="a record without its step"):
+        GradMonitor(optimizer_of(parameters), sinks=path)
+
+
+def test_flags_are_resumed_from_a_state_that_lies_elsewhere():
+    parameters = model_of()
+    opt = optimizer_of(parameters)
+    monitor = GradMonitor(opt)
+    for step in range(3):
+        give(parameters, step)
+        opt.step()
+    state = monitor.state_dict()
+    asked = []
+
+    class Elsewhere(torch.Tensor):
+        def numpy(self):
+            raise TypeError("can't convert a tensor on an accelerator to numpy")
+
+        def cpu(self):
+            asked.append(self.shape)
+            return self.as_subclass(torch.Tensor)
+
+    state["flags"] = {name: value.as_subclass(Elsewhere) for name, value in state["flags"].items()}
+    monitor.load_state_dict(state)
+    assert asked
+    monitor.close()
+
+
 def test_a_resumed_run_flags_as_one_that_went_on(tmp_path):
     ends = []
     for pieces in ((60,), (25, 35)):

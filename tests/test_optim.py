@@ -266,6 +266,19 @@ def test_a_chain_tells_whose_state_it_was_given():
         Chain(policies.AdaGC(), GlobalNorm(1.0)).load_state_dict(chain.state_dict())
 
 
+def test_an_optimizer_may_have_parts_of_its_own():
+    class Parted(torch.optim.SGD):
+        def __init__(self, params):
+            super().__init__(params, lr=0.1)
+            self.parts = ["encoder", "decoder"]
+
+    model = small_model()
+    opt = ClippedOptimizer(Parted(model.parameters()), 1.0)
+    backward(model, 0)
+    opt.step()
+    assert opt.clipped_steps == 1
+
+
 def test_weights_that_are_damaged_are_named():
     model = small_model()
     opt = ClippedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), policy=Unitwise(), names=model)

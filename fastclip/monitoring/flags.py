@@ -126,7 +126,7 @@ class History:
         return {**known, "in_block": torch.tensor(self.in_block)}
 
     def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
-        self._columns = {name: state_dict[name].numpy().copy() for name in self.START}
+        self._columns = {name: state_dict[name].cpu().numpy().copy() for name in self.START}
         self.in_block = int(state_dict["in_block"])
 
 

@@ -150,7 +150,7 @@ class File(Sink):
     def forget(self, step: int) -> None:
         try:
             self._cut_after(step)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # a full disk; a line that a power cut has damaged
             self.give_up(0, error)
         self.step = min(self.step, step)
 
@@ -218,7 +218,11 @@ class JsonLines(File):
 
     def _step_of(self, line: bytes) -> int | None:
         content = _json(line)
-        return int(content["step"]) if content.get("kind") == records.STEP else None
+        if content.get("kind") != records.STEP:
+            return None
+        if not isinstance(step := content.get("step"), int):
+            raise ValueError("a record without its step")
+        return step
 
 
 def _json(line: bytes) -> dict[str, Any]:
