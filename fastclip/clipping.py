@@ -272,7 +272,7 @@ def scale_by_norm_(grads: Grads, request: Request, total_norm: Tensor | float) -
     if isinstance(total_norm, Tensor):
         norm = total_norm.detach().reshape(()).to(wide_dtype(total_norm.device))
     else:
-        norm = torch.tensor(float(total_norm), dtype=torch.float64)
+        norm = torch.tensor(float(total_norm), dtype=torch.float64, device="cpu")
     clip_coef = torch.where(norm <= request.max_norm, 1.0, request.max_norm / (norm + request.eps))
     # a norm on a device is not waited for, a meta or fake one has no value
     on_host = known_to_host(clip_coef)

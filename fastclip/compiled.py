@@ -58,7 +58,9 @@ def get_total_norm(tensors: TensorOrTensors, request: Request, error_if_nonfinit
 def clip_grads_with_norm_(parameters: TensorOrTensors, request: Request, total_norm: Tensor | float) -> None:
     grads, positions = _gather(parameters, True)
     if grads:
-        norm = total_norm if isinstance(total_norm, Tensor) else torch.tensor(float(total_norm), dtype=torch.float64)
+        norm = total_norm
+        if not isinstance(norm, Tensor):
+            norm = torch.tensor(float(norm), dtype=torch.float64, device="cpu")
         _clip_grads_with_norm_(grads, positions, request.max_norm, request.eps, norm)
 
 

@@ -137,6 +137,7 @@ class Guard(Reports):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.group = group_named(state["group"])  # a group can't be copied, but called by its name
+        ownership.enlist(self)
 
     @property
     def can_unscale(self) -> bool:
@@ -456,7 +457,7 @@ class Guard(Reports):
         """Looks at the loss of the coming step, 0-d, unscaled: a bad one skips it. Nothing is waited for."""
         self._observes = True
         if not isinstance(loss, Tensor):
-            loss = torch.tensor(real("loss", loss), dtype=torch.float64)
+            loss = torch.tensor(real("loss", loss), dtype=torch.float64, device="cpu")
         if loss.numel() != 1:
             raise TypeError(f"loss: expected one element, got shape {tuple(loss.shape)}")
         self._observed = any_of([self._observed, self._watch.is_bad(loss)])

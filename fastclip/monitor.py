@@ -264,7 +264,8 @@ class GradMonitor:
         sighting, skipped = found.sighting, found.skipped
         clipped = found.clipped and not skipped
         total = found.total_norm
-        clipped_norm = None if skipped else found.clipped_norm if clipped else total
+        happened = not skipped and not sighting.rolled_back
+        clipped_norm = (found.clipped_norm if clipped else total) if happened else None
         zeros, subnormals = found.shares(self._sizes)
         names = self._tensors.names
         events = []
@@ -289,7 +290,7 @@ class GradMonitor:
             rolled_back=sighting.rolled_back,
             nans=found.nans,
             infs=found.infs,
-            worst=names[found.worst],
+            worst=None if found.worst is None else names[found.worst],
             max_abs=found.max_abs,
             zeros=zeros,
             subnormals=subnormals,

@@ -45,6 +45,11 @@ def claim(guard: Guard) -> None:
     _GUARDS.add(guard)
 
 
+def enlist(guard: Guard) -> None:
+    """A copy's, which has copies of all that learns."""
+    _GUARDS.add(guard)
+
+
 def begin(guard: Guard) -> None:
     """From now on what it has knows of its steps."""
     for learner in _learners(guard):

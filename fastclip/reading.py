@@ -163,6 +163,7 @@ class Reading(NamedTuple):
             unit_rows[NORM] *= unit_coefs
             units = Units(units.dims, units.counts, unit_rows, units.weight_norms)
             reference.join_units(unit_rows, units.counts, request, rows)
+            rows[MAX_ABS : SUM_ABS + 1] = math.nan  # only another read would tell
         elif isinstance(clip_coef, Tensor) or clip_coef != 1.0:
             map_magnitudes(rows, request, lambda magnitudes: magnitudes * clip_coef)
         return _finished(self.plan, request, rows, units, self.weight_rows, self.strengths)
@@ -219,7 +220,7 @@ class Reading(NamedTuple):
             return self.heads[HEAD_NORM]
         if self.on_host is None or self.on_host[TOTAL_NORM] > FLOAT32_MAX:
             return narrowed(self.totals[TOTAL_NORM], self.norm_dtype)
-        return torch.tensor(self.on_host[TOTAL_NORM], dtype=self.norm_dtype)
+        return torch.tensor(self.on_host[TOTAL_NORM], dtype=self.norm_dtype, device="cpu")
 
     @property
     def clip_coef(self) -> float | Tensor:
@@ -383,7 +384,7 @@ def penalties(weight_rows: Tensor, strengths: Strengths) -> Tensor:
     """``[n]``: what the penalty of each gradient adds to the loss, in the dtype of ``weight_rows``."""
     # their derivatives are sign(w) and w
     sums = torch.stack([weight_rows[WEIGHT_SUM_ABS], weight_rows[WEIGHT_NORM].square() / 2])
-    of_each = torch.tensor(strengths, dtype=sums.dtype).reshape(-1, 2).T.to(sums.device, non_blocking=True)
+    of_each = on_device(strengths, sums.dtype, sums.device).reshape(-1, 2).T
     return torch.where(of_each != 0.0, of_each * sums, 0.0).sum(dim=0)
 
 
@@ -426,7 +427,7 @@ def _read_penalised(
     plan: Plan, request: Request, grad_scale: float | Tensor | None, strengths: Strengths
 ) -> tuple[Tensor, Tensor]:
     """Adds the penalty to the gradients: rows of what that gives, and of the weights."""
-    scaled = torch.tensor([[of[k] for of in strengths] for k in (0, 1)], dtype=torch.float64)
+    scaled = torch.tensor([[of[k] for of in strengths] for k in (0, 1)], dtype=torch.float64, device="cpu")
     if isinstance(grad_scale, Tensor):
         device = grad_scale.device
         scaled = scaled.to(device, wide_dtype(device), non_blocking=True) * grad_scale.detach().reshape(())

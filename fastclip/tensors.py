@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
@@ -262,25 +263,32 @@ class GroupNames(Sequence[str]):
         # as they are now: each group's index, its length and what it calls its parameters
         self._groups = [(index, len(group["params"]), group.get("param_names")) for index, group in groups]
         self._own = own
+        self._names: list[str] | None = None
         # at every step, for thousands of them: in a third of a comprehension's time
         self.parameters: list[Tensor] = list(chain.from_iterable(group["params"] for _, group in groups))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_own": {}}  # a copy has other parameters
+        return {**self.__dict__, "_own": {}, "_names": None}  # a copy has other parameters
 
     def __len__(self) -> int:
         return len(self.parameters)
 
     def __getitem__(self, position: Any) -> Any:
-        if (name := self._own.get(self.parameters[position])) is not None:
-            return name
+        if self._names is None:
+            self._names = self._made()
+        return self._names[position]
+
+    def _made(self) -> list[str]:
+        """Two of one name, as several optimizers in a row may have, are called by their places."""
+        places: list[str] = []
+        called: list[str] = []
         for index, length, names in self._groups:
-            if position < length:
-                if names is not None and len(names) == length:
-                    return names[position]
-                return f"param_groups[{index}]['params'][{position}]"
-            position -= length
-        raise IndexError("no such parameter")
+            own = [f"param_groups[{index}]['params'][{i}]" for i in range(length)]
+            places += own
+            called += names if names is not None and len(names) == length else own
+        called = [self._own.get(parameter, name) for parameter, name in zip(self.parameters, called, strict=True)]
+        counts = Counter(called)
+        return [name if counts[name] == 1 else place for name, place in zip(called, places, strict=True)]
 
 
 def named(names: Names) -> Mapping[Tensor, str]:
@@ -444,9 +452,9 @@ def _shares_memory(grad: Tensor) -> bool:
         return False
     if grad.numel() == 0 or dims[0][0] == 0:
         return grad.numel() > 0
-    offsets = torch.zeros(1, dtype=torch.int64)
+    offsets = torch.zeros(1, dtype=torch.int64, device="cpu")
     for stride, size in dims:
-        offsets = (offsets[:, None] + stride * torch.arange(size)).flatten()
+        offsets = (offsets[:, None] + stride * torch.arange(size, device="cpu")).flatten()
     return len(set(offsets.tolist())) < grad.numel()
 
 

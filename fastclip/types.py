@@ -273,7 +273,7 @@ def moved(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
 
 def on_device(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Numbers of the host as a tensor there, without waiting for the device, as ``torch.tensor`` would."""
-    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+    return torch.tensor(values, dtype=dtype, device="cpu").to(device, non_blocking=True)
 
 
 @functools.cache

@@ -34,6 +34,26 @@ def test_views_stay_alive_after_loading(name):
     assert float(opt.inner.param_groups[0]["lr"]) == pytest.approx(rate * 0.1)
 
 
+def test_several_optimizers_have_parameters_of_one_name():
+    """Each is called by its place then, in what is saved, too: a checkpoint of other shapes doesn't pass."""
+
+    def group_of(width):
+        layers = torch.nn.Linear(width, 2), torch.nn.Linear(2, 1)
+        opts = [torch.optim.SGD(layer.named_parameters(), lr=0.1) for layer in layers]
+        group = fastclip.ClipGroup(opts, policy=AdaGC())
+        layers[1](layers[0](torch.ones(1, width))).sum().backward()
+        group.step()
+        return group
+
+    group = group_of(5)
+    places = [f"param_groups[{i}]['params'][{j}]" for i in range(2) for j in range(2)]
+    assert group.last_stats.names == places == list(group.last_stats.to_dict()["tensors"])
+    saved = group.state_dict()
+    with pytest.raises(ValueError, match=r"has \[2, 5\] there, \[2, 3\] here"):
+        group_of(3).load_state_dict(saved)
+    group_of(5).load_state_dict(saved)
+
+
 @every_maker
 def test_state_travels_between_plain_and_wrapped(name):
     """Wrapped for three steps, plain for three, wrapped again: one run, to the bit."""

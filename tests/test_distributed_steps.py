@@ -355,6 +355,23 @@ def rolled_back():
     return [e.kind for e in opt.events], taken, whole(model.parameters()), opt.lr_factor
 
 
+def watched_stage():
+    """The last rank has no parameters."""
+    p = torch.nn.Parameter(torch.zeros(2))
+    p.grad = torch.tensor([3.0, 4.0])
+    opts = [] if dist.get_rank() else [torch.optim.SGD([p], lr=0.1)]
+    opt, told = fastclip.ClipGroup(opts, group=mesh_of(dist.get_world_size())), []
+    with fastclip.GradMonitor(opt, sinks=told.append):
+        opt.step()
+    return [(record.total_norm, record.worst) for record in told]
+
+
+def test_a_monitor_on_a_rank_without_parameters():
+    first, last = ranks(2).run(watched_stage)
+    assert first == [(5.0, "param_groups[0]['params'][0]")]
+    assert last == [(5.0, None)]
+
+
 def snapshot_of_marked():
     bad = dist.get_rank() == 1
     p = torch.nn.Parameter(torch.full((2,), math.nan if bad else 1.0))

@@ -778,16 +778,21 @@ def test_the_step_that_goes_back_on_a_device_does_not_happen(late, name):
     """Also where its own gradients are good: they belong to the parameters that were just given up."""
     model = small_model()
     opt = ClippedOptimizer(INNER[name](model.parameters()), rollback=Rollback(every=2, after=3))
+    told = []
+    monitor = fastclip.GradMonitor(opt, sinks=told.append)
     trail = [flat(model)]
     for number in range(9):
         step(opt, model, number)
         trail.append(flat(model))
     number = 0
     while not any(event.kind == "roll back" for event in opt.events):
-        step(opt, model, number, bad=number < 3 + late)
+        step(opt, model, number, bad=number < 3)
         number += 1
         assert number < 12
     assert any(torch.equal(flat(model), there) for there in trail)
+    monitor.close()
+    assert told[-1].rolled_back
+    assert told[-1].clipped_norm is None  # whether its own gradients were good or not
 
 
 @pytest.mark.parametrize("name", ["adamw-fused", "sgd-momentum-fused", "adam"])

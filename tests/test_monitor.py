@@ -166,6 +166,7 @@ def test_a_roll_back_and_a_streak_that_raises(told):
         with pytest.raises(fastclip.SkipLimitError):
             opt.step()
     assert [record.rolled_back for record in told] == [False] * 4 + [True, False, True]
+    assert [record.clipped_norm is None for record in told] == [record.skipped or record.rolled_back for record in told]
     assert [event.kind for event in told[4].events] == ["non-finite", "skip", "roll back"]
     assert told[4].events[-1].reason == "2 bad steps; back to the snapshot of step 3"
 

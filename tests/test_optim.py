@@ -320,6 +320,41 @@ def test_what_learns_serves_one_optimizer(kind):
     fastclip.attach(inner, **{name: learner})
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda opt: pickle.loads(pickle.dumps(opt))])
+def test_what_a_copy_learns_with_serves_it_alone(copied):
+    opt = copied(ClippedOptimizer(torch.optim.SGD(small_model().parameters(), lr=0.1), policy="ZScore"))
+    with pytest.raises(ValueError, match=r"ZScore: it learns.*given to two"):
+        ClippedOptimizer(torch.optim.SGD(small_model().parameters(), lr=0.1), policy=opt.policy)
+
+
+def test_nothing_lands_on_torchs_default_device():
+    """What is of the host stays there; ``meta`` is the device that loses what it gets."""
+    model, twin = small_model(), small_model()
+    settings = {"l2": 0.1, "backoff": fastclip.SpikeBackoff(), "loss_watch": fastclip.LossWatch(3.0)}
+    opt = ClippedOptimizer(torch.optim.AdamW(model.parameters(), fused=True), 0.1, **settings)
+    settings = {"l2": 0.1, "backoff": fastclip.SpikeBackoff(), "loss_watch": fastclip.LossWatch(3.0)}
+    bare = ClippedOptimizer(torch.optim.AdamW(twin.parameters(), fused=True), 0.1, **settings)
+    seen = []
+    for each, m, place in ((opt, model, torch.device("meta")), (bare, twin, torch.device("cpu"))):
+        monitor = fastclip.GradMonitor(each, sinks=seen.append, census_every=1)
+        for number in range(3):
+            backward(m, number)
+            with place:
+                each.observe(1.0)
+                each.step()
+                assert (each.last_norm.device.type, each.penalty.device.type) == ("cpu", "cpu")
+                assert int(each.steps) == number + 1
+                total = fastclip.get_total_norm([p.grad for p in m.parameters()])
+                fastclip.clip_grads_with_norm_(m.parameters(), 0.01, 2.0)
+                fastclip.clip_grads_(m.parameters(), fastclip.policies.BlockRMS(0.1))
+                assert total.device.type == "cpu"
+        with place:
+            monitor.load_state_dict(monitor.state_dict())
+            monitor.close()
+    assert torch.equal(flat(model), flat(twin))
+    assert [record.subnormals for record in seen[:3]] == [record.subnormals for record in seen[3:]]
+
+
 def test_what_an_optimizer_had_may_serve_another():
     def made(policy=None, **settings):
         model = small_model()

@@ -53,7 +53,7 @@ from fastclip.policies import (
 )
 from fastclip.reading import Reading, read
 from fastclip.tensors import grads_of
-from fastclip.types import Request
+from fastclip.types import MAX_ABS, NORM, SUM_ABS, Request
 
 
 @pytest.fixture(params=["cpu", "reference", *(backend.name for backend in EMULATED)])
@@ -817,7 +817,39 @@ def test_a_policy_shows_its_settings(policy: Policy) -> None:
     assert repr(policy).startswith(f"{type(policy).__name__}(")
     clipped(policy, step_grads(0), weights())
     assert "tensor(" not in repr(policy)
-    assert policy.writes
+    assert policy.writes == (not isinstance(policy, (SkipLarge, SkipAboveMedian)))
+
+
+@pytest.mark.parametrize("rule", [SkipLarge, SkipAboveMedian, lambda: Chain(SkipLarge(), GlobalNorm(INF))])
+def test_rules_that_never_write_take_what_cannot_be_written(rule) -> None:
+    p = torch.nn.Parameter(torch.zeros(3))
+    p.grad = torch.ones(1).expand(3)
+    fastclip.clip_grads_([p], rule())
+    with pytest.raises(fastclip.UnsupportedGradientError):
+        fastclip.clip_grads_([p], Chain(rule(), GlobalNorm(1.0)))
+
+
+def test_what_is_left_of_units_has_no_known_magnitudes() -> None:
+    """But through another read; the norm is known."""
+    seen = []
+
+    class Asking(Policy):
+        def request(self):
+            return Request(2.0, extras=True)
+
+        def decide(self, reading):
+            seen.append(reading.rows.clone())
+            return Decision()
+
+    p = torch.nn.Parameter(torch.full((2, 4), 1e-3))
+    p.grad = torch.full((2, 4), 10.0)
+    fastclip.clip_grads_([p], Chain(Unitwise(0.01), Asking()))
+    (rows,) = seen
+    assert float(rows[NORM]) == pytest.approx(float(p.grad.norm()))
+    assert rows[MAX_ABS : SUM_ABS + 1].isnan().all()
+    p.grad = torch.full((2, 4), 10.0)
+    fastclip.clip_grads_([p], Chain(Unitwise(0.01), Value(5e-6)))
+    assert float(p.grad.max()) == pytest.approx(5e-6)
 
 
 @pytest.mark.parametrize("norm_type", ["inf", 1, INF, 3.0])
@@ -845,8 +877,9 @@ def test_a_policy_of_ones_own(backend: str) -> None:
     other = Loudest()
     other.load_state_dict(policy.state_dict())
     assert float(other.record) == pytest.approx(4.0)
-    with pytest.raises(NotImplementedError, match="decide"):
-        series(Policy(), [1.0])
+    for none in (Policy(), fastclip.LossWatch()):
+        with pytest.raises(TypeError, match=rf"{type(none).__name__} is no rule for gradients: it has no decide\(\)"):
+            series(none, [1.0])
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)

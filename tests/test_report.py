@@ -521,6 +521,37 @@ def test_a_tail_gives_each_whole_line_once(tmp_path):
     assert list(tail.lines()) == lines[:5]
 
 
+@pytest.mark.parametrize("steps", [5, 60])
+def test_watch_follows_a_run_that_was_cut(tmp_path, steps):
+    """As a resumed one is, and then grows again, past where it was, too, between two looks."""
+    path = tmp_path / "run.jsonl"
+    path.write_bytes(b"".join(recorded.run(20)))
+    view = View(path)
+    view.look()
+    assert view.rows[-1].step == 20
+    path.write_bytes(b"".join(recorded.run(steps, names=("another", "b", "c", "d"))))
+    view.look()
+    assert [row.step for row in view.rows] == list(range(1, steps + 1))
+    assert (view.records, view.reader.problems()) == (steps, [])
+
+
+@pytest.mark.parametrize("columns", [[0.5, 1.0], ["0", "1"], [True, [0]]])
+def test_columns_that_are_no_numbers_of_tensors_are_told(columns):
+    header, tensors, step, *_ = recorded.run(5)
+    record = {
+        **json.loads(step),
+        "columns": columns,
+        "tensor_norms": records.encoded(records.packed(np.array([1.0, 2.0]))),
+    }
+    lines = [header, tensors, json.dumps(record).encode() + b"\n"]
+    assert problems_of(lines) == (0, "records that are damaged (line 3)")
+
+
+def test_all_folds_together_have_a_worst_tensor():
+    digest = digest_from(recorded.run(100, folds=2))
+    assert {fold.worst for fold in digest.folds.values()} == {digest.totals.worst} != {""}
+
+
 def test_watch_follows_a_run(tmp_path, monkeypatch):
     import rich.console
 
@@ -571,9 +602,11 @@ def test_sparklines():
     assert sparkline([1.0, math.nan, 0.0, 2.0], 4) == "▁! █"
 
 
-def test_a_view_forgets_old_records():
-    view = View("run")
-    view.take(iter(recorded.run(2000)))
+def test_a_view_forgets_old_records(tmp_path):
+    path = tmp_path / "run.jsonl"
+    path.write_bytes(b"".join(recorded.run(2000)))
+    view = View(path)
+    view.look()
     assert view.records == 2000
     assert len(view.rows) <= 512
     assert isinstance(view.reader, Reader)

@@ -123,7 +123,7 @@ class History:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         known = {name: torch.from_numpy(values.copy()) for name, values in self._columns.items()}
-        return {**known, "in_block": torch.tensor(self.in_block)}
+        return {**known, "in_block": torch.tensor(self.in_block, device="cpu")}
 
     def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
         self._columns = {name: state_dict[name].cpu().numpy().copy() for name in self.START}

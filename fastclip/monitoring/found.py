@@ -91,8 +91,10 @@ class Found:
         return known[0] if len(known) == 1 else self._joined(np.array(known))
 
     @property
-    def worst(self) -> int:
-        """NaN first, then Inf, then the largest norm."""
+    def worst(self) -> int | None:
+        """NaN first, then Inf, then the largest norm; None where this rank has no parameters."""
+        if not len(self.norms):
+            return None
         for which in (self._has_nan, self.bad):
             if which is not None and which.any():
                 return int(which.argmax())

@@ -31,8 +31,8 @@ class StepRecord:
         step: number of the step, from 1.
         time: seconds since 1970, when the gradients were looked at.
         total_norm: norm of all gradients before clipping.
-        clipped_norm: norm that the optimizer stepped with; None for a skipped step, and after a clamp of elements,
-            whose norm nobody knows.
+        clipped_norm: norm that the optimizer stepped with; None for a step that was skipped, or replaced by a roll
+            back, and after a clamp of elements, whose norm nobody knows.
         max_norm: bound of the norm in this step; None if there is none, or a policy keeps it to itself.
         clip_coef: the smallest multiplier that a gradient got; 1 if none was clipped.
         clipped, skipped: whether the step was. A skipped one did not happen, and doesn't count as clipped.

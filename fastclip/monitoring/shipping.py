@@ -13,7 +13,7 @@ from fastclip.ladder import Event
 from fastclip.reading import read
 from fastclip.record import Outcome, Seen, Sent
 from fastclip.tensors import FLOAT8, dense
-from fastclip.types import ALWAYS_FIELDS, MAX_ABS, TOTAL_NORM, ZEROS, Request
+from fastclip.types import ALWAYS_FIELDS, MAX_ABS, TOTAL_NORM, ZEROS, Request, on_device
 
 PER_READING = 7  # leaves
 SAMPLE = 4096  # elements of a gradient among which subnormal ones are counted
@@ -95,12 +95,11 @@ def subnormal_shares(grads: Sequence[Tensor], like: Tensor) -> Tensor:
         values = values.to(torch.float32) if dtype in FLOAT8 else values
         size = values.abs()
         counts = ((size > 0) & (size < torch.finfo(dtype).smallest_normal)).sum(dim=1).cumsum(0)
-        ends = torch.tensor([len(sample) for sample in samples]).cumsum(0)
+        ends = torch.tensor([len(sample) for sample in samples], device="cpu").cumsum(0)
         at_ends = counts[(ends - 1).to(device, non_blocking=True)]
         own = at_ends.diff(prepend=at_ends.new_zeros(1)).to(like)
-        lengths = torch.tensor([len(sample) * values.shape[1] for sample in samples], dtype=like.dtype)
-        places = torch.tensor(members).to(like.device, non_blocking=True)
-        shares[places] = own / lengths.to(like.device, non_blocking=True)
+        lengths = on_device([len(sample) * values.shape[1] for sample in samples], like.dtype, like.device)
+        shares[on_device(members, torch.int64, like.device)] = own / lengths
     return shares
 
 
@@ -115,7 +114,7 @@ class Shipment:
         self.sightings = sightings
         aboard = [leaf for each in sightings for leaf in each.leaves if isinstance(leaf, Tensor)]
         if not aboard:
-            self._sent = Sent(torch.empty(0))
+            self._sent = Sent(torch.empty(0, device="cpu"))
             return
         # an accelerator where one of them lies on one: nothing is to be waited for on its way here
         home = next((leaf.device for leaf in aboard if leaf.device.type != "cpu"), aboard[0].device)

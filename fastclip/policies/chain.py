@@ -50,6 +50,7 @@ class Chain(Policy):
         first, *others = self._requests = [requested(policy) for policy in self.policies]
         if any(request.units is not None for request in others):
             raise ValueError("Chain: a rule over units can only stand first. Nothing was written")
+        self.writes = any(policy.writes for policy in self.policies)  # a bound may have been set since
         extras, weights = (any(getattr(request, of) for request in self._requests) for of in ("extras", "weights"))
         return Request(self.norm_type, first.max_norm, first.eps, extras, first.units, weights)
 

@@ -26,7 +26,7 @@ class SkipLarge(Learner):
     Source: Chen et al. 2018 (RNMT+), arXiv:1804.09849.
     """
 
-    total_only = True
+    total_only, writes = True, False
 
     def __init__(self, k: float = 4.0, *, alpha: float = 0.97, warmup: int = 25, floor: float = 0.05) -> None:
         super().__init__(alpha, warmup)
@@ -55,7 +55,7 @@ class SkipAboveMedian(Windowed):
     Source: the rule of OLMo-core's skip-step optimizers, which keep NaN in their window.
     """
 
-    total_only = True
+    total_only, writes = True, False
 
     def __init__(self, factor: float = 10.0, *, window: int = 128, warmup: int = 16) -> None:
         self.factor = positive("factor", factor)

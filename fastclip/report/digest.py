@@ -185,9 +185,13 @@ class Digest:
 
     @property
     def totals(self) -> Fold:
-        folds = self.folds.values()
-        names = ("steps", "clipped", "skipped", "nonfinite", "spikes")
-        return Fold(*(sum(getattr(fold, name) for fold in folds) for name in names))
+        total = Fold()
+        for fold in self.folds.values():
+            for name in ("steps", "clipped", "skipped", "nonfinite", "spikes"):
+                setattr(total, name, getattr(total, name) + getattr(fold, name))
+            total.flagged.update(fold.flagged)
+            total.largest.update(fold.largest)
+        return total
 
     def _join_block(self) -> None:
         rows, self._block = self._block, []

@@ -155,7 +155,8 @@ class Reader:
                 raise ValueError("more norms than tensors")
             places = None if self._places is None else self._places[: len(norms)]
         else:
-            if len(columns) != len(norms) or not all(0 <= column < self._listed for column in columns):
+            fits = all(isinstance(column, int) and 0 <= column < self._listed for column in columns)
+            if len(columns) != len(norms) or not fits:
                 raise ValueError("columns that don't fit the norms")
             places = [column if self._places is None else self._places[column] for column in columns]
         step, fold = int(number(content["step"])), str(content.get("fold", ""))

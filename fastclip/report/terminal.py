@@ -6,6 +6,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
@@ -30,24 +31,30 @@ COLOURS = {
 
 
 class Tail:
-    """What is appended to a file, line by line; an unfinished line waits for its end."""
+    """What is appended to a file, line by line; an unfinished line waits for its end.
+
+    Attributes:
+        cuts: how often the file was found to be another one: cut by a run that was resumed, or begun anew.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._at = 0
+        self._at, self._last = 0, b""
+        self.cuts = 0
 
     def lines(self) -> Iterator[bytes]:
-        """The lines that have come since the last call; from the start where the file has become shorter."""
+        """The lines that have come since the last call; from the start after a cut."""
         if not self._path.exists():
             return
         with self._path.open("rb") as file:
-            if file.seek(0, 2) < self._at:
-                self._at = 0
-            file.seek(self._at)
+            file.seek(self._at - len(self._last))
+            if file.read(len(self._last)) != self._last:
+                self._at, self._last = file.seek(0), b""
+                self.cuts += 1
             for line in file:
                 if not line.endswith(b"\n"):
                     return
-                self._at += len(line)
+                self._at, self._last = self._at + len(line), line
                 yield line
 
 
@@ -56,13 +63,23 @@ class View:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._tail = Tail(path)
+        self._begin()
+
+    def _begin(self) -> None:
         self.reader = Reader()
         self.rows: deque[Row] = deque(maxlen=WINDOW)
         self.events: deque[Event] = deque(maxlen=8)
         self.records = self.clipped = self.skipped = self.nonfinite = 0
 
-    def take(self, lines: Iterator[bytes]) -> None:
-        for row in self.reader.rows(lines):
+    def look(self) -> None:
+        """Takes in what has come."""
+        cuts = self._tail.cuts
+        lines = self._tail.lines()
+        first = next(lines, None)
+        if self._tail.cuts > cuts:
+            self._begin()
+        for row in self.reader.rows(lines if first is None else chain([first], lines)):
             self.rows.append(row)
             self.events.extend(row.events)
             self.records += 1
@@ -123,15 +140,15 @@ def sparkline(values: list[float], width: int) -> str:
 def follow(path: Path, once: bool = False, console: Console | None = None) -> int:
     """Shows the run until the user interrupts; 1 if there is nothing to show ``once``."""
     console = console or Console()
-    tail, view = Tail(path), View(path)
+    view = View(path)
     if once:
-        view.take(tail.lines())
+        view.look()
         console.print(view.render(console.width))
         return 0 if view.records else 1
     try:
         with Live(view.render(console.width), console=console, auto_refresh=False) as live:
             while True:
-                view.take(tail.lines())
+                view.look()
                 live.update(view.render(console.width), refresh=True)
                 time.sleep(SECONDS)
     except KeyboardInterrupt:
