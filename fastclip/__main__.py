@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.command == "bench":
         from fastclip.bench import compare
 
-        return int(compare.main(rest or ["--quick"]))
+        return int(compare.main(["--quick", *rest]))
     if arguments.command in ("report", "watch"):
         from fastclip.report import command
 

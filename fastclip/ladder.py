@@ -16,6 +16,8 @@ from fastclip.checks import number, positive, real, whole
 from fastclip.policies.moments import Learner
 from fastclip.tensors import local
 
+EVENTS = 1000  # that are kept
+
 
 class Event(NamedTuple):
     """One line of the log.
@@ -25,7 +27,8 @@ class Event(NamedTuple):
         kind: ``"skip"``, ``"lr cut"``, ``"lr restored"``, ``"roll back"``; a monitor also tells of ``"non-finite"``,
             ``"exploding"``, ``"vanishing"`` and ``"dead"`` gradients.
         reason: why, in words.
-        tensors: names of the gradients that held NaN or Inf, if that was the reason and the host knew it at once.
+        tensors: names of the gradients that held NaN or Inf, if that was the reason and the host knew it at once; of
+            those that a monitor has flagged.
     """
 
     step: int
@@ -270,9 +273,9 @@ class LossWatch(Learner):
 class Ladder:
     """Feeds what the host learns of skipped steps to the rungs, in order, and logs what they do."""
 
-    def __init__(self, backoff: SpikeBackoff | None, rollback: Rollback | None, log_length: int = 1000) -> None:
+    def __init__(self, backoff: SpikeBackoff | None, rollback: Rollback | None) -> None:
         self.backoff, self.rollback = backoff, rollback
-        self.events: deque[Event] = deque(maxlen=log_length)
+        self.events: deque[Event] = deque(maxlen=EVENTS)
         self.latest: list[Event] = []  # what the latest climb did, but for the skips
         self._steps, self._skipped = 0, 0
 

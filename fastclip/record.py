@@ -302,7 +302,7 @@ class Reports:
 
     @property
     def events(self) -> list[Event]:
-        """The latest skips, cuts of the learning rate, and roll backs, oldest first."""
+        """The latest skips, learning rates cut and restored, and roll backs, oldest first."""
         return list(self._ladder.events)
 
     @property

@@ -1,4 +1,4 @@
-"""Parameters -> gradients. The only file that touches ``p.grad``, sparse layouts and subclasses."""
+"""Parameters -> gradients: the place for sparse layouts, subclasses, and what is listed twice."""
 
 from __future__ import annotations
 

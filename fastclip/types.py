@@ -95,8 +95,8 @@ class Table(Protocol):
 class Backend(Protocol):
     """The contract of all backends: a module with these names and nothing more.
 
-    The caller allocates. A backend keeps nothing between calls, never synchronises with the host,
-    works on the current stream, and accepts an empty table.
+    The caller allocates what comes back; a workspace a backend may keep. It never synchronises with the host, works on
+    the current stream, and accepts an empty table.
     """
 
     @property

@@ -135,8 +135,10 @@ def second_look(address, unit_size, size, units, p, UNITS: tl.constexpr, DTYPE: 
     if p != 0.0:
         dominant = tl.where(p > 0.0, largest, smallest)
         norm = dominant
-        if (p != INF) & (p != -INF):
-            ordinary = (dominant > 0.0) & (dominant < INF) & (nans == 0.0)
+        ordinary = (dominant > 0.0) & (dominant < INF) & (nans == 0.0)
+        if p == 1.0:  # which the survey has summed
+            norm = tl.where(ordinary, tl.where(total <= LARGEST, total, LARGEST), dominant)
+        elif (p != INF) & (p != -INF):
             unit_dominant = tl.where(ordinary, dominant, 1.0)
             scale = unit_scale(unit_dominant)
             b_powers = tl.full((UNITS, TILE), 0, tl.float64)
@@ -145,15 +147,10 @@ def second_look(address, unit_size, size, units, p, UNITS: tl.constexpr, DTYPE: 
                 x = magnitudes(p_reals, unit * unit_size + (first + columns), mask, DTYPE)
                 if p == 2.0:
                     b_powers += x * scale[:, None] * (x * scale[:, None])
-                elif p == 1.0:
-                    b_powers += x / unit_dominant[:, None]
                 else:
                     b_powers += tl.where(mask, power(x / unit_dominant[:, None], p), 0.0)
             powers = tl.sum(b_powers, axis=1)
-            if p == 1.0:
-                norm = tl.where(ordinary, tl.where(total <= LARGEST, total, LARGEST), dominant)
-            else:
-                norm = tl.where(ordinary, finished_norm(powers, unit_dominant, scale, p), dominant)
+            norm = tl.where(ordinary, finished_norm(powers, unit_dominant, scale, p), dominant)
         norm = tl.where(nans > 0.0, float("nan"), norm)
     largest = tl.where(nans > 0.0, float("nan"), largest)
     total = tl.where(nans > 0.0, float("nan"), total)
@@ -162,7 +159,8 @@ def second_look(address, unit_size, size, units, p, UNITS: tl.constexpr, DTYPE: 
 
 @triton.jit
 def stats_of(address, unit_size, size, units, aligned, p, ALL: tl.constexpr, UNITS: tl.constexpr, DTYPE: tl.constexpr):
-    """-> norm, nans, infs, max_abs, sum_abs, zeros; ``ALL``: every field, for any p, else p is 2 and the last three 0.
+    """-> norm, nans, infs, max_abs, sum_abs, zeros; ``ALL``: every field, for any p, else p is 2 and the last three are
+    the norm again, which nobody asks for.
 
     Args:
         address: of the first element of the first unit.

@@ -17,7 +17,6 @@ from fastclip.monitoring.records import Floats
 
 Bools = NDArray[np.bool_]
 NONFINITE, EXPLODING, VANISHING, DEAD = "non-finite", "exploding", "vanishing", "dead"
-FLAGS = (NONFINITE, EXPLODING, VANISHING, DEAD)
 BACK = math.log(10.0)  # what vanished is back when its norm is ten times what made it vanish, or it would come and go
 BLOCK = 16  # records that are judged by the same history
 

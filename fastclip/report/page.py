@@ -16,19 +16,11 @@ from typing import Any
 import numpy as np
 
 from fastclip.report.digest import EVENTS, HIGHEST, INF, LOWEST, NAN, ZERO, Digest, Floats, Tensor
+from fastclip.report.reading import GRAVE
 from fastclip.version import __version__
 
 SHOWN = 12  # tensors of the table, until the reader wants more
 MOST = 1000  # tensors of the table
-GRAVE = {
-    "non-finite": "bad",
-    "skip": "bad",
-    "roll back": "bad",
-    "lr cut": "warn",
-    "exploding": "warn",
-    "vanishing": "warn",
-    "dead": "warn",
-}
 
 
 def page_of(digest: Digest) -> str:

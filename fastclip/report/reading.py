@@ -12,7 +12,15 @@ from fastclip.monitoring import records
 from fastclip.monitoring.records import Packed, decoded, number
 
 LONGEST = 1 << 26  # bytes of a line; the norms of ten million tensors
-NAMED = 3  # line numbers that are told of each problem
+GRAVE = {  # kinds of events
+    "non-finite": "bad",
+    "skip": "bad",
+    "roll back": "bad",
+    "lr cut": "warn",
+    "exploding": "warn",
+    "vanishing": "warn",
+    "dead": "warn",
+}
 
 
 class Event(NamedTuple):
@@ -70,7 +78,7 @@ class Reader:
     _latest: int = 0
     _lines: int = 0
     _wrong: Counter[str] = field(default_factory=Counter)
-    _where: dict[str, list[int]] = field(default_factory=dict)
+    _where: dict[str, int] = field(default_factory=dict)  # the first line of each
 
     def rows(self, lines: Iterable[bytes]) -> Iterator[Row]:
         """The records among the lines."""
@@ -91,7 +99,7 @@ class Reader:
         told = []
         for what, count in self._wrong.items():
             where = self._where[what]
-            lines = f"line {where[0]:,}" if count == 1 else f"{count:,} lines, the first of them {where[0]:,}"
+            lines = f"line {where:,}" if count == 1 else f"{count:,} lines, the first of them {where:,}"
             told.append(f"{what} ({lines})")
         if self.lost:
             told.append(f"the monitor could not write {self.lost:,} records (a full disk?); they are missing here")
@@ -101,8 +109,7 @@ class Reader:
 
     def _note(self, what: str) -> None:
         self._wrong[what] += 1
-        self._where.setdefault(what, []).append(self._lines)
-        del self._where[what][NAMED:]
+        self._where.setdefault(what, self._lines)
 
     def _row(self, content: Any) -> Row | None:
         if not isinstance(content, dict):

@@ -15,19 +15,12 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from fastclip.report.reading import Event, Reader, Row
+from fastclip.report.reading import GRAVE, Event, Reader, Row
 
 SECONDS = 0.5  # between two looks at the file
 WINDOW = 512  # records that the view tells of
 BARS = "▁▂▃▄▅▆▇█"
-COLOURS = {
-    "non-finite": "red",
-    "skip": "red",
-    "roll back": "red",
-    "lr cut": "yellow",
-    "exploding": "yellow",
-    "vanishing": "yellow",
-}
+COLOURS = {"bad": "red", "warn": "yellow", "": ""}
 
 
 class Tail:
@@ -112,7 +105,7 @@ class View:
         for event in self.events:
             which = f" ({', '.join(event.tensors[:2])}{', ...' if event.of > 2 else ''})" if event.tensors else ""
             text = Text(f"{event.step:>9,}  ", style="dim")
-            text.append(f"{event.kind:<10}", style=COLOURS.get(event.kind, ""))
+            text.append(f"{event.kind:<10}", style=COLOURS[GRAVE.get(event.kind, "")])
             text.append(f"  {event.reason}{which}")
             parts.append(text)
         parts += [Text(problem, style="dim") for problem in self.reader.problems()]
