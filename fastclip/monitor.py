@@ -366,7 +366,7 @@ class GradMonitor:
         self._unwatch()
         self.flush()
         for sink in self._sinks:
-            sink.close()
+            sink.end()
 
     def __enter__(self) -> GradMonitor:
         return self

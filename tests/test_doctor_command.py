@@ -47,6 +47,28 @@ nothing = lambda: None
 two = lambda: (1, 2)
 misspelt = lambda: {"model": healthy()[0], "loss": 3}
 modelless = lambda: {"step": 3}
+def ends():
+    raise SystemExit(0)
+
+
+class Ends(nn.Linear):
+    def forward(self, x):
+        raise SystemExit(0)
+
+
+def ends_in_forward():
+    return Ends(3, 1), (torch.ones(2, 3), torch.ones(2, 1)), nn.MSELoss()
+
+
+class Odd(nn.Linear):
+    def named_parameters(self, *args, **kwargs):
+        return iter([("bias", self.bias)])
+
+
+def odd():
+    return Odd(3, 1), (torch.ones(2, 3), torch.ones(2, 1)), nn.MSELoss()
+
+
 broken = lambda: (nn.Linear(3, 1), (torch.ones(2, 2), torch.ones(2, 1)), nn.MSELoss())
 """
 
@@ -100,6 +122,13 @@ def test_what_is_wrong_is_said(factories, capsys, path, message):
     said = capsys.readouterr()
     assert message in said.err
     assert not said.out
+
+
+@pytest.mark.parametrize("path", ["ends.py:healthy", "of_a_user:ends", "of_a_user:ends_in_forward", "of_a_user:odd"])
+def test_what_ends_by_itself_was_not_checked(factories, capsys, path):
+    (factories / "ends.py").write_text("import sys\nsys.exit(0)\n")
+    assert command.main(["check", path]) == 2
+    assert "Traceback" in capsys.readouterr().err
 
 
 def test_usage(factories, capsys):

@@ -34,6 +34,44 @@ def test_too_high_and_too_low_are_told(case, kind):
         assert low < diagnosis.lr.suggested < high
 
 
+def test_the_rate_of_a_warmup_from_0_is_the_one_that_it_warms_up_to():
+    for lr, codes in ((1e-3, set()), (100.0, {"lr-too-high"})):
+        model = mlp(nn.ReLU, 2)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 100))
+        diagnosis = fastclip.check(model, classes(), nn.CrossEntropyLoss(), optimizer)
+        assert {code for code in diagnosis.codes if code.startswith("lr-")} == codes
+        assert diagnosis.lr.used == lr
+
+
+def test_a_group_that_stands_still_is_not_the_one_to_judge_by():
+    model = mlp(nn.ReLU, 2)
+    first, *others = model.parameters()
+    optimizer = torch.optim.AdamW([{"params": [first], "lr": 0.0}, {"params": others, "lr": 1e-3}])
+    diagnosis = fastclip.check(model, classes(), nn.CrossEntropyLoss(), optimizer)
+    assert diagnosis.lr.used == 1e-3
+    assert not any(code.startswith("lr-") for code in diagnosis.codes)
+
+
+def test_what_is_maximized_has_no_loss_to_judge_by():
+    model, (x, _) = mlp(nn.ReLU, 2), classes()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, maximize=True)
+    diagnosis = fastclip.check(model, step=lambda m: m(x).mean(), optimizer=optimizer)
+    assert diagnosis.lr is None
+    assert any("maximizes" in note for note in diagnosis.notes)
+
+
+def test_steps_are_made_inside_of_an_autocast_of_the_callers():
+    """Which keeps the weights that it has cast until it ends."""
+    model = mlp(nn.ReLU, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        diagnosis = fastclip.check(
+            model, classes(), nn.CrossEntropyLoss(), torch.optim.Adam(model.parameters(), lr=100.0)
+        )
+    assert "lr-too-high" in diagnosis.codes
+    assert len(set(diagnosis.lr.losses)) > 5
+
+
 def test_the_suggested_rate_brings_the_loss_down():
     diagnosis = fastclip.check(mlp(nn.ReLU, 2), classes(), nn.CrossEntropyLoss())
     assert diagnosis.trial.lr == diagnosis.lr.suggested

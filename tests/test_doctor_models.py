@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
 from torch.utils.checkpoint import checkpoint
 
 import fastclip
+from fastclip.doctor.sequences import _from_the_end
 
 CE, MSE = nn.CrossEntropyLoss(), nn.MSELoss()
 
@@ -150,6 +151,54 @@ def test_packed_sequences_are_aligned_at_their_ends():
     padded = nn.utils.rnn.pad_sequence(sequences)
     again = pack_padded_sequence(padded, torch.tensor(lengths))
     assert check(model, (again, y), MSE).curves[0].norms == pytest.approx(curve.norms, rel=1e-5)
+
+
+def test_packed_sequences_under_another_default_device():
+    """torch keeps their sizes on the CPU."""
+    packed = pack_sequence([torch.arange(length) for length in (4, 2, 1)])
+    with torch.device("meta"):
+        rows = _from_the_end(packed.data, packed.batch_sizes)
+    assert [row.tolist() for row in rows] == [[0], [1], [0, 2], [0, 1, 3]]
+
+
+class Heads(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).view(len(x), -1, 4).flatten(1)[:, :12].view(len(x), -1, 4)
+
+
+class Embedding(nn.LSTM):
+    """Embeds by itself, and takes its input by another name."""
+
+    def __init__(self):
+        super().__init__(4, 8, batch_first=True)
+        self.table = nn.Embedding(8, 4)
+
+    def forward(self, ids):
+        return super().forward(self.table(ids))[0][:, -1]
+
+
+def test_layers_of_ones_own_may_take_and_give_what_they_like():
+    heads = nn.Sequential(Heads(8, 12), nn.Flatten(), nn.Linear(12, 3))
+    embedding = nn.Sequential(Embedding(), nn.Linear(8, 3))
+    for model, inputs in ((heads, torch.randn(40, 8)), (embedding, torch.randint(8, (40, 9)))):
+        diagnosis = check(model, (inputs, torch.randint(3, (40,))), CE)
+        assert diagnosis.rows
+        assert all(finding.severity != "error" for finding in diagnosis.findings)
+
+
+def test_what_follows_a_nan_is_not_judged_by_it():
+    model = nn.Sequential(nn.Linear(8, 3), nn.LogSoftmax(1))
+    x, y = torch.randn(40, 8), torch.randint(3, (40,))
+    x[3, 2] = math.nan
+    assert "nll-without-log" not in check(model, (x, y), nn.NLLLoss()).codes
+
+
+def test_a_parameter_without_elements_has_no_gradient_that_is_missed():
+    model = nn.Linear(8, 3)
+    model.empty = nn.Parameter(torch.zeros(0))
+    batch = torch.randn(40, 8), torch.randint(3, (40,))
+    diagnosis = check(model, step=lambda m: CE(m(batch[0]), batch[1]) + m.empty.sum())
+    assert "zero-gradient" not in diagnosis.codes
 
 
 def test_padding_behind_the_last_step_is_no_trend():

@@ -36,6 +36,24 @@ class Stateful(nn.Module):
         return self.b(x)
 
 
+def test_tensors_that_begin_at_one_address():
+    """In storages of their own, as torch.from_numpy gives them: one is a part of the other."""
+
+    class Views(nn.Module):
+        def __init__(self):
+            super().__init__()
+            rows = np.random.default_rng(0).normal(size=(64, 16)).astype("float32")
+            self.a, self.b = nn.Parameter(torch.from_numpy(rows[:8])), nn.Parameter(torch.from_numpy(rows))
+            self.out = nn.Linear(72, 3)
+
+        def forward(self, x):
+            return self.out(torch.cat([x @ self.a.T, x @ self.b.T], 1))
+
+    model, batch, loss_fn = Views(), (torch.randn(40, 16), torch.randint(3, (40,))), nn.CrossEntropyLoss()
+    diagnosis = fastclip.check(model, batch, loss_fn, max_seconds=0)
+    assert diagnosis.loss == pytest.approx(float(loss_fn(model(batch[0]), batch[1]).detach()))
+
+
 def tied():
     model = nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 8), nn.Linear(8, 11, bias=False))
     model[2].weight = model[0].weight

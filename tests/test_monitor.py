@@ -550,6 +550,44 @@ def test_resuming_appends_without_duplicates(name, tmp_path):
         assert [line.get("resumed_at") for line in lines_of(path) if line["kind"] == "header"] == [None, 7, 7]
 
 
+def test_a_fold_before_the_first_step_leaves_a_file_to_go_on_with(tmp_path):
+    path, parameters = tmp_path / "run.jsonl", model_of()
+    opt = optimizer_of(parameters)
+    with GradMonitor(opt, sinks=path) as monitor:
+        monitor.reset(fold="first")
+        give(parameters, 0)
+        opt.step()
+    assert [line["kind"] for line in lines_of(path)] == ["header", "tensors", "fold", "step"]
+    with GradMonitor(opt, sinks=path) as monitor:
+        assert monitor.step == 1
+
+
+def test_a_sink_that_cannot_be_closed_stops_no_other(tmp_path):
+    from torch.utils.tensorboard import SummaryWriter
+
+    class Writer(SummaryWriter):
+        def __init__(self):
+            pass
+
+        def add_scalar(self, *args, **kwargs):
+            pass
+
+        add_text = add_scalar
+
+        def flush(self):
+            raise OSError(28, "no space left")
+
+    parameters, path = model_of(), tmp_path / "run.jsonl"
+    opt = optimizer_of(parameters)
+    monitor = GradMonitor(opt, sinks=[Writer(), path])
+    give(parameters, 0)
+    opt.step()
+    with pytest.warns(RuntimeWarning, match="TensorBoard: OSError: .*no space left"):
+        monitor.close()
+    with GradMonitor(opt, sinks=path) as monitor:  # which is free again
+        assert monitor.step == 1
+
+
 def test_what_is_no_state_of_a_monitor_is_told():
     monitor = GradMonitor(optimizer_of(model_of()))
     monitor.step = 3

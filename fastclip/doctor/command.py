@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
     except DoctorError as error:
         print(f"fastclip check: {error}", file=sys.stderr)
         return USAGE
-    except Exception:  # of the user's own code, for which its traceback is what helps; nothing was checked
+    except (Exception, SystemExit):  # of the user's own code, for which its traceback is what helps
         traceback.print_exc()
         return USAGE
     try:
@@ -54,6 +54,9 @@ def main(argv: list[str]) -> int:
         diagnosis = check(**asked)
     except (DoctorError, TypeError, ValueError) as error:
         print(f"fastclip check: {error}", file=sys.stderr)
+        return USAGE
+    except (Exception, SystemExit):  # as above; nothing was checked
+        traceback.print_exc()
         return USAGE
     print(diagnosis.to_json(indent=2) if arguments.json else diagnosis)
     if arguments.picture is not None:

@@ -16,6 +16,12 @@ from fastclip.doctor.watching import Listener
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 AFFINE = (nn.Linear, *CONVOLUTIONS)  # output = weight applied to input, plus bias
+RECURRENT = (nn.RNN, nn.LSTM, nn.GRU)
+
+
+def runs_as(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
+    """Whether it is one of them, and takes and gives what they do: a subclass with a ``forward`` of its own may not."""
+    return any(type(module).forward is kind.forward for kind in kinds)
 
 
 @dataclass(frozen=True)
@@ -147,12 +153,12 @@ class Layers(Listener):
 def _gain(module: nn.Module, given: Moments | None, output: Tensor) -> float:
     """Of the weight alone: the bias would make a small input look like a large gain."""
     output, before = output.detach(), math.nan if given is None else given.rms
-    if isinstance(module, nn.RNNBase):
+    if isinstance(module, nn.RNNBase) and runs_as(module, RECURRENT):
         recurrent: Any = module.weight_hh_l0
         weight: Tensor = recurrent.detach()
         states = output[..., : weight.shape[1]].reshape(-1, weight.shape[1])  # of both directions, the first
         made, before = states.to(weight.dtype) @ weight.T, norm_of([states]) / math.sqrt(max(states.numel(), 1))
-    elif isinstance(module, AFFINE):
+    elif isinstance(module, AFFINE) and runs_as(module, AFFINE):
         bias, made = module.bias, output
         if bias is not None:
             spatial = 0 if isinstance(module, nn.Linear) else len(module.kernel_size)

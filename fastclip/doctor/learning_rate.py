@@ -59,7 +59,7 @@ class Trainer:
         self._groups = _groups(optimizer, self._parameters)
         self._guard: Guard | None = None if subject.optimizer is None else vars(subject.optimizer).get(GUARD)
         self.kind: str = f"{'' if self._guard is None else 'clipped '}{self._class.__name__}"
-        self.used = math.nan if optimizer is None else float(self._groups[0]["lr"])
+        self.used = math.nan if optimizer is None else next(filter(None, (group["lr"] for group in self._groups)), 0.0)
         self.late = False
 
     def run(self, lrs: list[float], progress: Any, share: float = 1.0) -> tuple[list[float], list[float]]:
@@ -79,6 +79,7 @@ class Trainer:
             if self._guard is not None:
                 self._guard.attach_like_to(optimizer)
         base = [float(group["lr"]) for group in optimizer.param_groups]
+        first = next(filter(None, base), 0.0)  # a group may stand still
         losses: list[float] = []
         norms: list[float] = []
         for lr in lrs:
@@ -95,7 +96,7 @@ class Trainer:
             for parameter, grad in zip(self._parameters, grads, strict=True):
                 parameter.grad = grad
             for group, own in zip(optimizer.param_groups, base, strict=True):
-                group["lr"] = lr * own / base[0] if base[0] > 0 else lr
+                group["lr"] = lr * own / first if first > 0 else lr
             with during(f"a step of {self.kind}"):
                 optimizer.step()
         return losses, norms
@@ -111,7 +112,8 @@ def _groups(optimizer: torch.optim.Optimizer | None, parameters: list[Any]) -> l
         own = [parameter for parameter in group["params"] if id(parameter) in checked]
         if own:
             settings = {k: v for k, v in group.items() if k not in ("params", "param_names", "lr")}
-            groups.append({**settings, "params": own, "lr": float(group["lr"])})
+            lr = float(group["lr"]) or float(group.get("initial_lr", 0.0))  # of a schedule that warms up from 0
+            groups.append({**settings, "params": own, "lr": lr})
     return groups
 
 
@@ -123,6 +125,8 @@ def can_try(subject: Subject) -> str:
         return "in float16 the eps of AdamW, which would be tried, is 0" if half else ""
     if isinstance(optimizer, torch.optim.LBFGS):
         return "LBFGS finds its steps by itself"
+    if any(group.get("maximize") for group in optimizer.param_groups):
+        return f"{type(optimizer).__name__} maximizes what comes back, and what is told of learning rates is of losses"
     if any(group.get("lr") is None for group in optimizer.param_groups):
         return f"{type(optimizer).__name__} has no lr in its groups"
     if not _groups(optimizer, list(subject.parameters.values())):

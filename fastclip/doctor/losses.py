@@ -145,7 +145,7 @@ def _divergence(call: LossCall) -> Iterator[Finding]:
 def _log_classes(call: LossCall) -> Iterator[Finding]:
     if call.made_of == "softmax" and call.logs_sum_to_one:
         yield _softmax_inside(call)
-    if call.given is not None and call.classes > 1 and not call.logs_sum_to_one:
+    if call.given is not None and call.given.finite and call.classes > 1 and not call.logs_sum_to_one:
         what = "probabilities" if call.sums_to_one else "numbers that are no logarithms of probabilities"
         yield Finding(
             "nll-without-log",

@@ -66,7 +66,7 @@ class Seen:
         if self.grads is None or self.grads.zeros is None:
             return ()
         zeros = zip(self.grads.names, self.grads.zeros.tolist(), self.grads.sizes, strict=True)
-        return tuple(name for name, count, size in zeros if count == size)
+        return tuple(name for name, count, size in zeros if count == size > 0)
 
     @property
     def bad(self) -> tuple[str, ...]:

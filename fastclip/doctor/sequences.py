@@ -7,6 +7,7 @@ the gradient with respect to what each call made.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 import fastclip.functional as functional
 from fastclip.doctor.diagnosis import Curve
-from fastclip.doctor.layers import Call
+from fastclip.doctor.layers import RECURRENT, Call, runs_as
 from fastclip.doctor.watching import Listener
 
 MIN_STEPS = 8  # a trend over fewer time steps, or calls of one layer, is no trend
@@ -36,7 +37,7 @@ class Sequences(Listener):
         return [given.data if isinstance(given, PackedSequence) else given for _, _, given in self._held]
 
     def entered(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not isinstance(module, nn.RNNBase):
+        if not isinstance(module, nn.RNNBase) or not runs_as(module, RECURRENT):
             return None
         given = args[0] if args else kwargs["input"]
         if isinstance(given, PackedSequence):
@@ -67,9 +68,10 @@ class Sequences(Listener):
 def _from_the_end(data: Tensor, batch_sizes: Tensor) -> list[Tensor]:
     """The rows of a packed sequence by their distance from the end of their own sequence, the farthest first."""
     steps = len(batch_sizes)
-    time = torch.repeat_interleave(torch.arange(steps), batch_sizes)
-    sequence = torch.cat([torch.arange(int(size)) for size in batch_sizes])
-    lengths = (batch_sizes[:, None] > torch.arange(int(batch_sizes[0]))).sum(dim=0)
+    arange = functools.partial(torch.arange, device="cpu")  # where torch keeps the sizes
+    time = torch.repeat_interleave(arange(steps), batch_sizes)
+    sequence = torch.cat([arange(int(size)) for size in batch_sizes])
+    lengths = (batch_sizes[:, None] > arange(int(batch_sizes[0]))).sum(dim=0)
     left = (lengths[sequence] - 1 - time).to(data.device)
     return [data[left == distance] for distance in reversed(range(steps))]
 

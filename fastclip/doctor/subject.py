@@ -103,6 +103,7 @@ class Subject:
         Raises:
             DoctorError: the model or the loss failed, or what came back is not one number.
         """
+        torch.clear_autocast_cache()  # around the check it would keep the first pass's weights
         with during("the forward pass"):
             loss = self.step()
         if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.is_complex():

@@ -12,6 +12,7 @@ import random
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
+from itertools import compress
 from types import TracebackType
 from typing import Any
 
@@ -115,17 +116,21 @@ def _tensors(modules: list[nn.Module]) -> list[Tensor]:
 
 def _copies(tensors: list[Tensor]) -> list[Tensor]:
     """Copies that share memory with each other exactly where the tensors do."""
-    storages: dict[int, torch.UntypedStorage] = {}
+    whole: dict[int, torch.UntypedStorage] = {}  # of those that begin at one address, as numpy's may, the largest
+    plain = [type(tensor) is Tensor and tensor.layout == torch.strided for tensor in tensors]
+    for tensor in compress(tensors, plain):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in whole or storage.nbytes() > whole[storage.data_ptr()].nbytes():
+            whole[storage.data_ptr()] = storage
+    cloned = {address: storage.clone() for address, storage in whole.items()}  # type: ignore[no-untyped-call]
     copies = []
-    for tensor in tensors:
-        if type(tensor) is not Tensor or tensor.layout != torch.strided:
+    for tensor, is_strided in zip(tensors, plain, strict=True):
+        if not is_strided:
             copies.append(tensor.clone())
             continue
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in storages:
-            storages[storage.data_ptr()] = storage.clone()  # type: ignore[no-untyped-call]
+        storage = cloned[tensor.untyped_storage().data_ptr()]
         copy = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-        copies.append(copy.set_(storages[storage.data_ptr()], tensor.storage_offset(), tensor.size(), tensor.stride()))
+        copies.append(copy.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride()))
     return copies
 
 

@@ -61,6 +61,13 @@ class Sink:
         except Exception as error:  # whatever a network, a disk or a user's function raises: training must go on
             self.give_up(len(batch), error)
 
+    def end(self) -> None:
+        """Closes it, as far as it lets itself be closed."""
+        try:
+            self.close()
+        except Exception as error:  # as above: what comes after the training is not to fail either
+            self.give_up(0, error)
+
     def give_up(self, count: int, error: Exception) -> None:
         self.lost += count
         if not self._warned:
@@ -186,24 +193,24 @@ class JsonLines(File):
     """A file of the documented format."""
 
     def __init__(self, path: Path) -> None:
-        self._ahead = b""  # lines that must come before the next record
+        self._beginning, self._folds = b"", b""  # lines that must come before the next record
         self._untold = 0  # of the lost records, those that the file doesn't tell of yet
         super().__init__(path)
 
     def start(self, header: dict[str, Any], names: Sequence[str], sizes: Sequence[int]) -> None:
         if header:
-            self._ahead += records.line(records.HEADER, **header)
-        self._ahead += records.line(records.TENSORS, names=list(names), sizes=list(sizes))
+            self._beginning = records.line(records.HEADER, **header)
+        self._beginning += records.line(records.TENSORS, names=list(names), sizes=list(sizes))
 
     def fold(self, step: int, fold: str) -> None:
-        self._ahead += records.line(records.FOLD, step=step, fold=fold)
+        self._folds += records.line(records.FOLD, step=step, fold=fold)
 
     def write(self, batch: list[StepRecord]) -> None:
         content = b"".join(map(records.step_line, batch))
         if self._untold:
             content = records.line(records.LOST, records=self._untold) + content
-        self.append(self._ahead + content)
-        self._ahead, self._untold = b"", 0
+        self.append(self._beginning + self._folds + content)
+        self._beginning, self._folds, self._untold = b"", b"", 0
 
     def give_up(self, count: int, error: Exception) -> None:
         self._untold += count

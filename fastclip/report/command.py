@@ -31,7 +31,7 @@ def report(argv: list[str]) -> int:
         if not digest.records:
             print(f"{arguments.run}: no record of a monitor is in it; no page was written", file=sys.stderr)
             return 1
-        output.write_text(page_of(digest), encoding="utf-8")
+        output.write_text(page_of(digest), encoding="utf-8", errors="replace")
     except OSError as error:
         parser.error(str(error))
     print(f"{output}: {digest.records:,} records of {len(digest.reader.names):,} tensors")

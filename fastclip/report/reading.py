@@ -162,7 +162,7 @@ class Reader:
                 raise ValueError("more norms than tensors")
             places = None if self._places is None else self._places[: len(norms)]
         else:
-            fits = all(isinstance(column, int) and 0 <= column < self._listed for column in columns)
+            fits = all(type(column) is int and 0 <= column < self._listed for column in columns)
             if len(columns) != len(norms) or not fits:
                 raise ValueError("columns that don't fit the norms")
             places = [column if self._places is None else self._places[column] for column in columns]
