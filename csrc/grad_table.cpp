@@ -250,6 +250,14 @@ GradTable split(const GradTable& table, const std::vector<std::int64_t>& counts)
   return pieces;
 }
 
+// Whether the memory holds the negative of each number, which DLPack doesn't tell. Reads and multiplications don't mind.
+static bool is_negative(PyObject* tensor) {
+  static PyObject* const name = PyUnicode_InternFromString("is_neg");
+  const auto answer = py::reinterpret_steal<py::object>(PyObject_CallMethodObjArgs(tensor, name, nullptr));
+  if (!answer) throw py::error_already_set();
+  return answer.ptr() == Py_True;
+}
+
 GradTable partners(const GradTable& table, const py::list& weights) {
   if (static_cast<std::size_t>(PyList_GET_SIZE(weights.ptr())) != table.tensors.size())
     throw py::value_error("one weight per gradient is needed");
@@ -268,6 +276,8 @@ GradTable partners(const GradTable& table, const py::list& weights) {
       else if (ref.dtype > DType::f16) reason = "a dtype without a kernel for penalties";
       else if (!lie_alike(PyList_GET_ITEM(weights.ptr(), i), PyList_GET_ITEM(table.grads.ptr(), i)))
         reason = "in another memory order than its gradient";
+      else if (is_negative(PyList_GET_ITEM(weights.ptr(), i)) || is_negative(PyList_GET_ITEM(table.grads.ptr(), i)))
+        reason = "kept as the negative of what it is, or its gradient";
     }
     if (*reason != '\0') {
       found.refused[py::int_(i)] = py::str(reason);

@@ -40,7 +40,10 @@ def _load() -> tuple[Any, str]:
             raise ImportError(f"No module named 'fastclip._C' in {HERE}, only in {_C.__file__}")
     except ImportError as error:
         return None, _why_missing(error)
-    _C.bind(torch.Tensor, torch.nn.Parameter)
+    try:
+        _C.bind(torch.Tensor, torch.nn.Parameter)
+    except (AttributeError, RuntimeError) as error:  # older than 2.10, or with another DLPack
+        return None, f"the extension doesn't fit torch {torch.__version__}: {error}"
     return _C, ""
 
 

@@ -26,7 +26,7 @@ def number(name: str, value: float | Tensor) -> float:
     bound = real(name, value)
     if not bound >= 0:
         raise ValueError(f"{name} must be at least 0, got {bound}")
-    return bound
+    return bound + 0.0  # a kernel that compares bits would take -0.0 for the largest of all
 
 
 def bound_of(name: str, value: float | Tensor) -> float | Tensor:

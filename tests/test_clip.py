@@ -374,3 +374,10 @@ def test_inference_mode_clips(route: str) -> None:
         torch.testing.assert_close(p.grad, torch.tensor([1.5, 2.0]))
         fastclip.clip_grad_value_([p], 1.0)
         assert p.grad.tolist() == [1.0, 1.0]
+
+
+def test_a_bound_of_minus_zero_is_zero(backend: str) -> None:
+    p = torch.nn.Parameter(torch.zeros(2))
+    p.grad = torch.tensor([1.0, -2.0])
+    fastclip.clip_grad_value_([p], -0.0)
+    assert not p.grad.any()

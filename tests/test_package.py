@@ -236,3 +236,12 @@ def test_version_has_one_place():
         if re.search(rf'["\']{re.escape(fastclip.__version__)}["\']', path.read_text())
     ]
     assert [path.name for path in found] == ["version.py"]
+
+
+def test_a_torch_that_the_extension_does_not_fit_leaves_the_reference():
+    code = (
+        "import torch; del torch.Tensor.__dlpack_c_exchange_api__; import fastclip; print(fastclip.backends.explain())"
+    )
+    told = run(code)
+    assert "the extension doesn't fit torch" in told
+    assert "reference: available" in told

@@ -320,6 +320,24 @@ def test_the_other_forms_take_it_too(form):
         torch.testing.assert_close(p.grad.double(), grad, rtol=1e-5, atol=1e-5)
 
 
+def test_a_gradient_that_is_kept_as_its_negative():
+    """By torch's bit, as autograd gives it to a parameter of one element; the memory holds the other sign."""
+    weights = []
+    for l2 in (0.0, 0.5):
+        x, y = (torch.nn.Parameter(torch.tensor([value])) for value in (1.0, 2.0))
+        bare = torch.optim.SGD([x, y], lr=0.1, weight_decay=0.5 - l2)
+        opt = bare if l2 == 0.0 else ClippedOptimizer(bare, max_norm=1e9, l2=l2)
+        torch.view_as_real(torch.complex(x, y).conj().resolve_conj()).sum().backward()
+        assert y.grad.is_neg()
+        opt.step()
+        weights.append((x.item(), y.item()))
+    assert weights[1] == pytest.approx(weights[0])
+    p = torch.nn.Parameter(torch.ones(6))
+    p.grad = torch._neg_view(torch.full((6,), 2.0))
+    ClippedOptimizer(torch.optim.SGD([p], lr=0.1), max_norm=1e9, l2=0.5).step()
+    assert p.tolist() == pytest.approx([1.0 - 0.1 * (-2.0 + 0.5)] * 6)
+
+
 # ---- clip_boundary
 
 

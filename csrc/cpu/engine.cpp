@@ -1,6 +1,9 @@
 #include "engine.h"
 
 #include <pthread.h>
+#if defined(FASTCLIP_X86)
+#include <cpuid.h>
+#endif
 
 #include <atomic>
 #include <cmath>
@@ -17,7 +20,9 @@ std::vector<const Kernels*> runnable() {
   std::vector<const Kernels*> found;
 #if defined(FASTCLIP_X86)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  unsigned eax, ebx, ecx, edx;  // f16c has a name in newer compilers only; that the system saves AVX's registers avx2 says
+  const bool f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c;
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (avx512) found.push_back(&kernels_avx512());

@@ -115,6 +115,8 @@ def partners(table: Any, weights: list[Tensor]) -> Any:
                 reason = "a dtype without a kernel for penalties"
             elif not _lie_alike(weight, grad):
                 reason = "in another memory order than its gradient"
+            elif weight.is_neg() or grad.is_neg():  # torch's bit; reads and multiplications don't mind
+                reason = "kept as the negative of what it is, or its gradient"
         if reason:
             found.refused[position] = reason
         found.numbers += (
