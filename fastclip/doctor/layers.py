@@ -16,7 +16,7 @@ from fastclip.doctor.watching import Listener
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 AFFINE = (nn.Linear, *CONVOLUTIONS)  # output = weight applied to input, plus bias
-RECURRENT = (nn.RNN, nn.LSTM, nn.GRU)
+OVER_TIME = (nn.RNN, nn.LSTM, nn.GRU)
 
 
 def runs_as(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
@@ -153,7 +153,7 @@ class Layers(Listener):
 def _gain(module: nn.Module, given: Moments | None, output: Tensor) -> float:
     """Of the weight alone: the bias would make a small input look like a large gain."""
     output, before = output.detach(), math.nan if given is None else given.rms
-    if isinstance(module, nn.RNNBase) and runs_as(module, RECURRENT):
+    if isinstance(module, nn.RNNBase) and runs_as(module, OVER_TIME):
         recurrent: Any = module.weight_hh_l0
         weight: Tensor = recurrent.detach()
         states = output[..., : weight.shape[1]].reshape(-1, weight.shape[1])  # of both directions, the first

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 import fastclip.functional as functional
 from fastclip.doctor.diagnosis import Curve
-from fastclip.doctor.layers import RECURRENT, Call, runs_as
+from fastclip.doctor.layers import OVER_TIME, Call, runs_as
 from fastclip.doctor.watching import Listener
 
 MIN_STEPS = 8  # a trend over fewer time steps, or calls of one layer, is no trend
@@ -37,7 +37,7 @@ class Sequences(Listener):
         return [given.data if isinstance(given, PackedSequence) else given for _, _, given in self._held]
 
     def entered(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not isinstance(module, nn.RNNBase) or not runs_as(module, RECURRENT):
+        if not isinstance(module, nn.RNNBase) or not runs_as(module, OVER_TIME):
             return None
         given = args[0] if args else kwargs["input"]
         if isinstance(given, PackedSequence):

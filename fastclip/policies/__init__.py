@@ -39,7 +39,7 @@ def policy_of(value: Any, name: str = "policy") -> Policy:
         TypeError: neither a policy nor a name.
     """
     if isinstance(value, Policy):
-        if type(value).decide is Policy.decide:
+        if getattr(value.decide, "__func__", None) is Policy.decide:
             raise TypeError(f"{name}: {type(value).__name__} is no rule for gradients: it has no decide()")
         return value
     if isinstance(value, str):
