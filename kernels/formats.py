@@ -20,6 +20,8 @@ F8_E5M2 = tl.constexpr(8)
 F8_E5M2FNUZ = tl.constexpr(9)
 DTYPES = tl.constexpr(10)
 
+LARGEST = tl.constexpr(1.7976931348623157e308)
+
 ELEMENT_BYTES = (8, 4, 2, 2, 16, 8, 1, 1, 1, 1)
 
 
@@ -43,6 +45,13 @@ def joined_reals(DTYPE):
 def tile_of(DTYPE, tile_bytes):
     """Reals of a tile; of 8-bit ones half as many, or they would fill the registers."""
     return tile_bytes // (8, 4, 2, 2, 8, 4, 2, 2, 2, 2)[DTYPE]
+
+
+@triton.constexpr_function
+def largest(DTYPE):
+    """The largest number of the reals that are written."""
+    wide, narrow = 1.7976931348623157e308, 3.4028234663852886e38
+    return (wide, narrow, 255 * 2.0**120, 65504.0, wide, narrow)[DTYPE]
 
 
 @triton.constexpr_function
@@ -140,6 +149,12 @@ def as_double(bits):
 
 
 @triton.jit
+def saturated(norm):
+    """Finite elements never give an infinite norm: past the largest number it stays there."""
+    return tl.where(norm > LARGEST, LARGEST, norm)
+
+
+@triton.jit
 def unit_scale(x):
     """A power of two that brings ``x`` >= 0 near 1, as far as it and its inverse are normal numbers."""
     exponent = ((x.to(tl.int64, bitcast=True) >> 52) & 0x7FF) - 1023
@@ -162,6 +177,7 @@ def magnitudes(p_reals, o_elements, mask, DTYPE: tl.constexpr):
             ordinary = (larger > 0) & (larger < float("inf"))
             scale = unit_scale(tl.where(ordinary, larger, 1.0))
             length = tl.sqrt(re * scale * (re * scale) + im * scale * (im * scale)) / scale
-            return tl.where(nan, float("nan"), tl.where(ordinary, length, larger))
+            # past the largest number a finite one stays there: Inf always means that a part is Inf
+            return tl.where(nan, float("nan"), tl.where(ordinary, saturated(length), larger))
     else:
         return tl.abs(widened(tl.load(p_reals + o_elements, mask=mask, other=0), DTYPE).to(tl.float64))

@@ -8,10 +8,9 @@ import triton
 from triton import language as tl
 
 from .blocks import JOIN, JOIN_PLAIN
-from .formats import unit_scale
+from .formats import saturated, unit_scale
 
 INF = tl.constexpr(float("inf"))
-LARGEST = tl.constexpr(1.7976931348623157e308)
 LARGEST_FLOAT = tl.constexpr(3.4028234663852886e38)
 LEAST_JOINED = tl.constexpr(2.0**-475)  # a plain sum of squares from the square of it on lost nothing to underflow
 
@@ -20,12 +19,6 @@ LEAST_JOINED = tl.constexpr(2.0**-475)  # a plain sum of squares from the square
 def power(x, p):
     """x^p in float64 for x >= 0."""
     return tl.exp2(p * tl.log2(x))
-
-
-@triton.jit
-def saturated(norm):
-    """Finite elements never give an infinite norm: past the largest number it stays there."""
-    return tl.where(norm > LARGEST, LARGEST, norm)
 
 
 @triton.jit

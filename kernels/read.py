@@ -16,8 +16,8 @@ from .chunks import (
     chunk_of,
     stretch_of,
 )
-from .formats import DTYPES, F8_E4M3FN, as_double
-from .joins import INF, LARGEST, LARGEST_FLOAT, LEAST_JOINED, join_max, join_norms, join_squares, join_sum
+from .formats import DTYPES, F8_E4M3FN, LARGEST, as_double
+from .joins import INF, LARGEST_FLOAT, LEAST_JOINED, join_max, join_norms, join_squares, join_sum
 from .penalty import penalise
 from .stats import stats_of
 

@@ -9,18 +9,20 @@ from triton import language as tl
 
 from .blocks import CHUNK, COLUMNS, LOOK, TILE_BYTES
 from .formats import (
+    LARGEST,
     bytes_of_real,
     joined_reals,
     least_trusted,
     magnitudes,
     pointer_to,
     reals_of_element,
+    saturated,
     tile_of,
     unit_scale,
     widened,
     without_sign,
 )
-from .joins import INF, LARGEST, finished_norm, power
+from .joins import INF, finished_norm, power
 
 
 @triton.jit
@@ -137,7 +139,7 @@ def second_look(address, unit_size, size, units, p, UNITS: tl.constexpr, DTYPE: 
         norm = dominant
         ordinary = (dominant > 0.0) & (dominant < INF) & (nans == 0.0)
         if p == 1.0:  # which the survey has summed
-            norm = tl.where(ordinary, tl.where(total <= LARGEST, total, LARGEST), dominant)
+            norm = tl.where(ordinary, saturated(total), dominant)
         elif (p != INF) & (p != -INF):
             unit_dominant = tl.where(ordinary, dominant, 1.0)
             scale = unit_scale(unit_dominant)

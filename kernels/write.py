@@ -9,10 +9,10 @@ from .formats import (
     C64,
     C128,
     DTYPES,
-    F32,
     F64,
     as_double,
     bytes_of_real,
+    largest,
     narrowed,
     pointer_to,
     reals_of_element,
@@ -39,30 +39,28 @@ def any_of(tiny):
 @triton.jit
 def scaled(b_bits, factor, DTYPE: tl.constexpr):
     """``factor``: float64, one or [UNITS, 1]. One below float32's normal range, from a norm above 1e38, would lose its
-    bits as a float: it is taken in two steps, of which the first is a power of two, or in float64."""
+    bits as a float: the product is taken in float64."""
     x = widened(b_bits, DTYPE)
     if DTYPE == F64 or DTYPE == C128:
         return narrowed(x * factor, DTYPE)
     else:
         tiny = (tl.abs(factor) < SMALLEST_FLOAT) & (factor != 0.0)
-        if DTYPE == F32 or DTYPE == C64:
-            product = x * factor.to(tl.float32)
-            if any_of(tiny):
-                product = tl.where(tiny, (x.to(tl.float64) * factor).to(tl.float32), product)
-        else:
-            first = tl.where(tiny, 2.0**-64, 1.0).to(tl.float32)
-            product = x * first * tl.where(tiny, factor * 2.0**64, factor).to(tl.float32)
+        product = x * factor.to(tl.float32)
+        if any_of(tiny):
+            product = tl.where(tiny, (x.to(tl.float64) * factor).to(tl.float32), product)
         return narrowed(product, DTYPE)
 
 
 @triton.jit
 def clamped(b_bits, bound, DTYPE: tl.constexpr):
-    """|x| > bound becomes sign(x) * bound, in the format's own numbers; NaN stays."""
+    """|x| > bound becomes sign(x) * bound, in the format's own numbers; NaN stays. A bound past the largest of them
+    leaves all as it is."""
     x = widened(b_bits, DTYPE)
     if DTYPE == F64 or DTYPE == C128:
         own = bound
     else:
         own = widened(narrowed(bound.to(tl.float32), DTYPE), DTYPE)
+        own = tl.where(bound > largest(DTYPE), float("inf"), own)
     return narrowed(tl.where(x > own, own, tl.where(x < -own, -own, x)), DTYPE)
 
 

@@ -427,6 +427,43 @@ def test_flush_to_zero_changes_nothing_for_normal_numbers(backend: str, dtype: t
         assert largest == float(magnitudes(grad).max())
 
 
+@pytest.mark.parametrize(("count", "size"), [(1, 10), (16, 100_000)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_subnormal_numbers_count_in_whichever_thread(on_each, dtype: torch.dtype, count: int, size: int) -> None:
+    """torch.set_flush_denormal speaks to one thread, and which of them takes a chunk is left to chance."""
+    value = torch.finfo(dtype).tiny / 64
+    torch.set_num_threads(2)
+
+    def flushed() -> tuple[list[list[float]], bool]:
+        grads = [torch.full((size,), value, dtype=dtype) for _ in range(count)]
+        assert torch.set_flush_denormal(True)
+        rows = rows_of(grads, 2.0)
+        backend = fastclip.backends.candidates()[0]
+        backend.scale_(backend.table_of(grads), 0.5)
+        torch.set_flush_denormal(False)
+        return rows.tolist(), all(bool((grad == value / 2).all()) for grad in grads)
+
+    for rows, halved in on_each(flushed, cpu=True).values():
+        norms, nans, infs, largest, sums, zeros = rows
+        assert norms == pytest.approx([value * math.sqrt(size)] * count, rel=1e-9, abs=0)
+        assert sums == pytest.approx([value * size] * count, rel=1e-9, abs=0)
+        assert largest == [value] * count
+        assert nans == infs == zeros == [0] * count
+        assert halved
+
+
+@pytest.mark.parametrize("p", [2.0, 1.0, INF, 3.0])
+@pytest.mark.parametrize("size", [1, 5, 300])
+def test_a_finite_complex_number_is_never_infinite(backend: str, p: float, size: int) -> None:
+    """Its magnitude is past the largest float64."""
+    grad = torch.full((size,), complex(1.7e308, -1.6e308), dtype=torch.complex128)
+    rows = rows_of([grad], p, extras=True)
+    largest = torch.finfo(torch.float64).max
+    assert rows[:4, 0].tolist() == [largest, 0, 0, largest]
+    grad[-1] = complex(INF, 1e308)
+    assert rows_of([grad], p, extras=True)[:4, 0].tolist() == [INF, 0, 1, INF]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("p", [2.0, 1.0, INF, -INF, 3.0, 0.5, -1.0, -2.5, 10.0])
 def test_norms_equal_torch(backend: str, dtype: torch.dtype, p: float) -> None:

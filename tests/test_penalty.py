@@ -513,3 +513,11 @@ def test_boundary_composes_with_the_wrapper():
 def test_boundary_refuses(hidden, max_norm, settings, error, message):
     with pytest.raises(error, match=message):
         clip_boundary(hidden, max_norm, **settings)
+
+
+def test_a_boundary_lets_pass_what_has_no_gradient() -> None:
+    hidden = torch.ones(2, requires_grad=True)
+    out, lengths, mask = fastclip.clip_boundary((hidden, torch.tensor([3, 4]), torch.tensor([True, False])), 1.0)
+    assert (lengths.tolist(), mask.tolist()) == ([3, 4], [True, False])
+    (out * torch.tensor([3.0, 4.0])).sum().backward()
+    assert hidden.grad.tolist() == pytest.approx([0.6, 0.8])

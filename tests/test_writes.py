@@ -163,6 +163,21 @@ def test_clamp_bounds_beyond_the_dtype_leave_finite_numbers_alone(backend: str, 
     assert torch.equal(bits(got), bits(grad))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_a_bound_just_past_the_largest_number_clamps_nothing(backend: str, dtype: torch.dtype) -> None:
+    """Rounded to the dtype it would be the largest number, and an Inf above it."""
+    largest = torch.finfo(dtype).max
+    grad = torch.tensor([INF, -INF, largest, 1.0, NAN], dtype=dtype)
+    assert torch.equal(bits(clipped_value(grad, largest * (1 + 1e-9))), bits(grad))
+    assert clipped_value(grad, largest).tolist()[:4] == [largest, -largest, largest, 1.0]
+
+
+@pytest.mark.parametrize("factor", [1e-55, 1e-60, 1e-64, 1e-70, 3e-78])
+def test_bfloat16_by_factors_that_float32_does_not_hold(backend: str, factor: float) -> None:
+    grad = torch.tensor([3e38, -1e38, 7e36, 1e30, 0.0], dtype=torch.bfloat16)
+    assert torch.equal(bits(scaled(grad, factor)), bits((grad.double() * factor).to(torch.bfloat16)))
+
+
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_every_nonfinite_16_bit_pattern_becomes_zero(backend: str, dtype: torch.dtype) -> None:
     p = parameter(all_patterns(dtype))

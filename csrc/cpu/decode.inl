@@ -38,7 +38,9 @@ static inline double modulus(float re, float im) {
 }
 static inline double modulus(double re, double im) {
   if (__builtin_isnan(re) || __builtin_isnan(im)) return __builtin_nan("");  // hypot(Inf, NaN) is Inf
-  return __builtin_hypot(re, im);
+  const double length = __builtin_hypot(re, im);
+  // past the largest number a finite one stays there: Inf always means that a part is Inf
+  return __builtin_isinf(length) && !__builtin_isinf(re) && !__builtin_isinf(im) ? __DBL_MAX__ : length;
 }
 
 static inline const double* decode(F64, const double* x, std::int64_t, double*) { return x; }

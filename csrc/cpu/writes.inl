@@ -50,19 +50,29 @@ static void scale_in_double(float* x, std::int64_t size, double factor) {
 static inline void store_half(Bf16, std::uint16_t* x, vf values) { store_bf16(x, values); }
 static inline void store_half(F16, std::uint16_t* x, vf values) { store_f16(x, values); }
 
-// Multiplies by first * second, of which `first` is a power of two.
-template <class Format>
-static void scale_half(Format format, std::uint16_t* x, std::int64_t size, float first, float second) {
+template <class Format, class Map>
+FASTCLIP_INLINE static inline void map_halves(Format format, std::uint16_t* x, std::int64_t size, Map map) {
   map_vectors<vf>(
-      x, size, [=](const std::uint16_t* at) FASTCLIP_INLINE { return load_half(format, at); },
-      [=](vf values) FASTCLIP_INLINE { return values * first * second; },
+      x, size, [=](const std::uint16_t* at) FASTCLIP_INLINE { return load_half(format, at); }, map,
       [=](std::uint16_t* at, vf values) FASTCLIP_INLINE { store_half(format, at, values); });
+}
+template <class Format>
+static void scale_halves(Format format, std::uint16_t* x, std::int64_t size, float factor) {
+  map_halves(format, x, size, [factor](vf values) FASTCLIP_INLINE { return values * factor; });
+}
+template <class Format>
+static void scale_halves_in_double(Format format, std::uint16_t* x, std::int64_t size, double factor) {
+  map_halves(format, x, size, [factor](vf values) FASTCLIP_INLINE {
+    for (int k = 0; k < kStep; ++k) values[k] = static_cast<float>(values[k] * factor);
+    return values;
+  });
 }
 
 constexpr double kSmallestNormalFloat = 1.1754943508222875e-38;
 
 static void scale(DType dtype, void* data, std::int64_t size, double factor) {
-  // A factor below float32's normal range, from a norm above 1e38, would lose its bits as a float.
+  // A factor below float32's normal range, from a norm above 1e38, would lose its bits as a float: the product is taken in
+  // float64.
   const bool tiny = factor != 0.0 && __builtin_fabs(factor) < kSmallestNormalFloat;
   visit(dtype, [&](auto format) {
     using Format = decltype(format);
@@ -75,7 +85,10 @@ static void scale(DType dtype, void* data, std::int64_t size, double factor) {
       else
         scale_reals(x, size * kParts<Format>, static_cast<float>(factor));
     } else if constexpr (sizeof(typename Format::Storage) == 2) {
-      scale_half(format, x, size, tiny ? 0x1p-64f : 1.0f, static_cast<float>(tiny ? factor * 0x1p64 : factor));
+      if (tiny)
+        scale_halves_in_double(format, x, size, factor);
+      else
+        scale_halves(format, x, size, static_cast<float>(factor));
     }
   });
 }
@@ -103,6 +116,11 @@ static bool clamp_bits(Bits* x, std::int64_t size, Bits bound, Bits inf) {
   return written;
 }
 
+template <class Format> constexpr double kLargest = __DBL_MAX__;
+template <> constexpr double kLargest<F32> = __FLT_MAX__;
+template <> constexpr double kLargest<Bf16> = 0x1.fep127;
+template <> constexpr double kLargest<F16> = 65504.0;
+
 template <class Format>
 static std::uint16_t half_bits(Format format, float value) {
   vf values = {};
@@ -118,6 +136,8 @@ static bool clamp(DType dtype, void* data, std::int64_t size, double bound) {
     using Storage = typename Format::Storage;
     if constexpr (kParts<Format> == 2 || sizeof(Storage) == 1) {
       return false;  // refused at the border
+    } else if (bound > kLargest<Format>) {
+      return false;  // no number of this format exceeds it
     } else if constexpr (sizeof(Storage) == 2) {
       return clamp_bits(static_cast<Storage*>(data), size, half_bits(format, static_cast<float>(bound)),
                         static_cast<Storage>(kInfBits<Format>));

@@ -2,8 +2,8 @@
 //
 // A format is how one real is stored; a complex number is two of them. It says how many bytes a real has (kBytes),
 // how many a vector holds (kReals), how many products are added in float32 (kJoined), how many loads of a sum are on
-// their way at a time (kInFlight), which bits are signs, and from which sum of squares on a plain sum can be trusted
-// (kLeastTrusted).
+// their way at a time (kInFlight), which bits are signs, from which sum of squares on a plain sum can be trusted
+// (kLeastTrusted), and where it can be written its largest number (kLargest).
 #pragma once
 
 #include <cfloat>
@@ -38,7 +38,7 @@ struct F32 {
   static constexpr int kBytes = 4, kReals = 4, kInFlight = 8;
   static constexpr int kJoined = 2;  // products that are added in float32: 2 roundings, so 1 of the norm at most
   static constexpr std::uint32_t kEvenSigns = 0x80000000u, kOddSigns = 0x80000000u;
-  static constexpr double kLeastTrusted = 0x1p-100;
+  static constexpr double kLeastTrusted = 0x1p-100, kLargest = FLT_MAX;
   __device__ void decode(const Vector& raw, float (&x)[4]) const {
 #pragma unroll
     for (int k = 0; k < 4; ++k) x[k] = bit_cast<float>(word(raw, k));
@@ -53,7 +53,7 @@ struct F64 {
   static constexpr int kBytes = 8, kReals = 2, kInFlight = 8;
   static constexpr int kJoined = 1;
   static constexpr std::uint32_t kEvenSigns = 0, kOddSigns = 0x80000000u;
-  static constexpr double kLeastTrusted = 0x1p-950;  // 2^13 reals lose 2^-1023 each: 2^-60 of it
+  static constexpr double kLeastTrusted = 0x1p-950, kLargest = DBL_MAX;  // 2^13 reals lose 2^-1023 each: 2^-60 of it
   __device__ void decode(const Vector& raw, double (&x)[2]) const {
     x[0] = bit_cast<double>(std::uint64_t{raw.y} << 32 | raw.x);
     x[1] = bit_cast<double>(std::uint64_t{raw.w} << 32 | raw.z);
@@ -86,7 +86,7 @@ struct Halves {
 };
 
 struct Bf16 : Halves<Bf16> {
-  static constexpr double kLeastTrusted = F32::kLeastTrusted;
+  static constexpr double kLeastTrusted = F32::kLeastTrusted, kLargest = 0x1.fep127;
   static __device__ float widened(std::uint32_t bits) { return bit_cast<float>(bits << 16); }
   // to nearest even; a NaN becomes 0x7fc0, as in torch: rounding could carry it to 0
   static __device__ std::uint32_t rounded(float x) {
@@ -96,7 +96,7 @@ struct Bf16 : Halves<Bf16> {
 };
 
 struct F16 : Halves<F16> {
-  static constexpr double kLeastTrusted = 0.0;  // the square of its smallest number is 2^-48
+  static constexpr double kLeastTrusted = 0.0, kLargest = 65504.0;  // the square of its smallest number is 2^-48
   static __device__ float widened(std::uint32_t bits) { return half_to_float(static_cast<std::uint16_t>(bits)); }
   static __device__ std::uint32_t rounded(float x) { return float_to_half(x); }
 };
@@ -213,7 +213,9 @@ __device__ void see_magnitudes(double, DType dtype, const Vector& raw, std::uint
   double x[2];
   F64{}.decode(raw, x);
   if (dtype == DType::c128) {
-    see(x[0] != x[0] || x[1] != x[1] ? kNaN : hypot(x[0], x[1]));
+    const bool finite = fabs(x[0]) <= DBL_MAX && fabs(x[1]) <= DBL_MAX;  // hypot(Inf, NaN) is Inf
+    const double length = x[0] != x[0] || x[1] != x[1] ? kNaN : hypot(x[0], x[1]);
+    see(finite ? saturate(length) : length);
     return;
   }
   see(fabs(x[0]));

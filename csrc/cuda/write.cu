@@ -15,12 +15,24 @@ struct WriteParams {
 };
 static_assert(sizeof(WriteParams) <= kParameterBytes);
 
-// Multiplies reals of one format. A factor below float32's normal range, from a norm above 1e38, would lose its
-// bits as a float: it is taken in two steps, of which the first is a power of two, or in float64.
+// A factor below float32's normal range, from a norm above 1e38, would lose its bits as a float: two whose product it is, of
+// which the first is a power of two. What loses bits when multiplied by that is far too small for the product to show it.
+struct TwoFactors {
+  float first = 1.0f, second;
+  __device__ explicit TwoFactors(double factor) : second(static_cast<float>(factor)) {
+    if (factor == 0.0 || !(fabs(factor) < FLT_MIN)) return;
+    const int half = ilogb(factor) / 2;
+    first = static_cast<float>(ldexp(1.0, half));
+    second = static_cast<float>(ldexp(factor, -half));
+  }
+};
+
+// Multiplies reals of one format: of 64 bits by the factor, of 32 in float64 where the factor is no float, of 16 by the two.
 template <class Format>
 struct Scaled {
   Format format;
   double factor;
+  TwoFactors two;
   __device__ Vector operator()(Vector raw) const {
     constexpr int kCount = Format::kReals;
     typename Format::Part x[kCount];
@@ -28,13 +40,9 @@ struct Scaled {
     const bool tiny = factor != 0.0 && fabs(factor) < FLT_MIN;
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
-      if constexpr (Format::kBytes == 8) {
-        x[k] *= factor;
-      } else if constexpr (Format::kBytes == 4) {
-        x[k] = tiny ? static_cast<float>(x[k] * factor) : x[k] * static_cast<float>(factor);
-      } else {
-        x[k] = tiny ? x[k] * 0x1p-64f * static_cast<float>(factor * 0x1p64) : x[k] * static_cast<float>(factor);
-      }
+      if constexpr (Format::kBytes == 8) x[k] *= factor;
+      else if constexpr (Format::kBytes == 2) x[k] *= two.first, x[k] *= two.second;
+      else x[k] = tiny ? static_cast<float>(x[k] * factor) : x[k] * static_cast<float>(factor);
     }
     return format.encode(x);
   }
@@ -77,9 +85,10 @@ struct Zeroed {
   }
 };
 
-// The bound as the format's own numbers have it, to nearest even.
+// The bound as the format's own numbers have it, to nearest even; past the largest of them nothing is clamped.
 template <class Format>
 __device__ typename Format::Part own_bound(const Format& format, double bound) {
+  if (bound > Format::kLargest) return static_cast<typename Format::Part>(INFINITY);
   typename Format::Part x[Format::kReals] = {static_cast<typename Format::Part>(bound)};
   format.decode(format.encode(x), x);
   return x[0];
@@ -97,7 +106,7 @@ __device__ void change(const Group& group, DType dtype, char* data, std::uint32_
       else if constexpr (kChange == Change::zero_nonfinite)
         map_vectors(group, data, bytes, element_bytes, Zeroed<Format>{format, is_complex(dtype)});
       else
-        map_vectors(group, data, bytes, element_bytes, Scaled<Format>{format, scalar});
+        map_vectors(group, data, bytes, element_bytes, Scaled<Format>{format, scalar, TwoFactors(scalar)});
     }
   });
 }

@@ -151,9 +151,7 @@ def unit_stats(grad: Tensor, dims: tuple[int, ...], request: Request) -> Tensor:
     kept = [d for d in range(grad.dim()) if d not in dims]
     size = math.prod(grad.shape[d] for d in dims)
     widened = _widened(grad.permute((*kept, *dims))).reshape(count_units(grad, dims), size)
-    nan = torch.isnan(widened)
-    inf = torch.isinf(widened) & ~nan
-    magnitudes = torch.where(nan, math.nan, widened.abs())
+    magnitudes, nan, inf = _magnitudes(widened)
     counted = (magnitudes != 0).to(magnitudes.dtype) if request.norm_type == 0 else magnitudes
     return torch.stack([norm_of_norms(counted, request.norm_type), nan.sum(1), inf.sum(1)])
 
@@ -306,6 +304,18 @@ def _widened(piece: Tensor) -> Tensor:
     return piece.to(real)
 
 
+def _magnitudes(widened: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """-> |x|, whether it is NaN, whether it is Inf. A complex number with a NaN part is a NaN, though hypot(Inf, NaN)
+    is Inf; one without an Inf part is finite, though its magnitude may be past the largest number, and stays there."""
+    nan = torch.isnan(widened)
+    inf = torch.isinf(widened) & ~nan
+    magnitudes = torch.where(nan, math.nan, widened.abs())
+    if widened.is_complex():
+        largest = torch.finfo(magnitudes.dtype).max
+        magnitudes = torch.where(inf, magnitudes, magnitudes.clamp(max=largest))
+    return magnitudes, nan, inf
+
+
 def _stats_of(tensor: Tensor, request: Request) -> Tensor:
     """The first ``request.fields`` of FIELDS, 1-d."""
     pieces = [_piece_stats(piece, request) for piece in _pieces(tensor)]
@@ -321,11 +331,7 @@ def _stats_of(tensor: Tensor, request: Request) -> Tensor:
 
 
 def _piece_stats(piece: Tensor, request: Request) -> Tensor:
-    widened = _widened(piece)
-    nan = torch.isnan(widened)
-    inf = torch.isinf(widened) & ~nan
-    # hypot(Inf, NaN) is Inf, but a number with a NaN part is a NaN
-    magnitudes = torch.where(nan, math.nan, widened.abs()).flatten()
+    magnitudes, nan, inf = _magnitudes(_widened(piece).flatten())
     counted = (magnitudes != 0).to(magnitudes.dtype) if request.norm_type == 0 else magnitudes
     fields = [norm_of_norms(counted, request.norm_type), nan.sum(), inf.sum()]
     if request.extras:
