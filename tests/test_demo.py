@@ -108,7 +108,9 @@ def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert "pip install 'torch-fastclip[examples]'" in message
 
 
-@pytest.mark.parametrize("argv", [["--epochs", "0"], ["--output", "no/such/folder/demo.png"]])
+@pytest.mark.parametrize(
+    "argv", [["--epochs", "0"], ["--output", "no/such/folder/demo.png"], ["--seed", "-1"], ["--seed", str(2**32)]]
+)
 def test_bad_arguments_are_refused_before_training(argv: list[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         weather.main(argv)

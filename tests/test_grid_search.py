@@ -100,7 +100,7 @@ def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert "pip install 'torch-fastclip[examples,integrations]'" in message
 
 
-@pytest.mark.parametrize("argv", [["--jobs", "0"], ["--output", "no/such/folder/grid.png"]])
+@pytest.mark.parametrize("argv", [["--jobs", "0"], ["--output", "no/such/folder/grid.png"], ["--seed", "-1"]])
 def test_bad_arguments_are_refused_before_the_search(argv: list[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         grid_search.main(argv)

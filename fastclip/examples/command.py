@@ -19,6 +19,13 @@ def parser_of(prog: str, doc: str | None, picture: str) -> argparse.ArgumentPars
     return parser
 
 
+def seed(text: str) -> int:
+    """What torch, numpy and scikit-learn all take."""
+    if not 0 <= int(text) < 2**32:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and {2**32 - 1}")
+    return int(text)
+
+
 def summary(doc: str | None) -> str:
     """The first line of a docstring."""
     return (doc or "").partition("\n")[0]

@@ -238,7 +238,9 @@ def _frame(axes: Any, i: int, j: int, stable: Tensor) -> None:
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns its exit status."""
     parser = command.parser_of("fastclip grid-search", __doc__, "grid_search.png")
-    parser.add_argument("--seed", type=int, default=Settings.seed, help="of the weights, the batches and the folds")
+    parser.add_argument(
+        "--seed", type=command.seed, default=Settings.seed, help="of the weights, the batches and the folds"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="processes; with several the last digits vary")
     args = command.parse(parser, argv, "jobs")
     if not command.ready(("sklearn", "skorch", "matplotlib"), EXTRAS):

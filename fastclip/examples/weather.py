@@ -340,7 +340,9 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; returns its exit status."""
     parser = command.parser_of("fastclip demo", __doc__, "demo.png")
     parser.add_argument("--epochs", type=int, help=f"default {Settings.epochs}, with --quick {Settings.quick().epochs}")
-    parser.add_argument("--seed", type=int, default=Settings.seed, help="of the weights and the batches; default 0")
+    parser.add_argument(
+        "--seed", type=command.seed, default=Settings.seed, help="of the weights and the batches; default 0"
+    )
     args = command.parse(parser, argv, "epochs")
     settings = Settings.quick(args.seed) if args.quick else Settings(seed=args.seed)
     if args.epochs is not None:
