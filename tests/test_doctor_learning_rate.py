@@ -175,10 +175,73 @@ def test_a_range_test_that_had_no_time_for_all_suggests_nothing_it_hasnt_seen(mo
     assert any("50 seconds were over" in note for note in diagnosis.notes)
 
 
+class Scripted(nn.Module):
+    """Its losses are given: one for each time that it is called."""
+
+    def __init__(self, losses: list[float]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.register_buffer("losses", torch.tensor(losses))
+        self.register_buffer("at", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        loss = self.losses[self.at.clamp_max(len(self.losses) - 1)] + 0.0 * self.weight.sum()
+        self.at += 1
+        return loss
+
+
+@pytest.mark.parametrize(
+    ("losses", "too_high", "said"),
+    [
+        ([1.0, 1.5, 6.0, 2.0, 0.5], False, ""),  # a spike at the start that a momentum takes back
+        ([1.0, 1.5, 6.0, 2.0, 1.25], True, "from 1 to 1.25 in 19 steps, by way of 6"),  # stuck, as dead units are
+        ([1.0, 3.0, 9.0, 50.0], True, "from 1 to 50 in 19 steps;"),
+        ([1.0, 3.0, math.nan], True, "from 1 to nan in 2 steps"),
+        ([1.0, 3.0, 3.5], False, ""),
+    ],
+)
+def test_a_rate_is_judged_by_where_its_steps_end(losses: list[float], too_high: bool, said: str):
+    model = Scripted(losses)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    diagnosis = fastclip.check(model, optimizer=optimizer, step=lambda model: model(torch.zeros(1)))
+    assert ("lr-too-high" in diagnosis.codes) == too_high
+    assert said in " ".join(str(diagnosis).split())
+
+
+@pytest.mark.parametrize("lr", [None, 1e-5])
+def test_a_loss_without_a_lower_bound_suggests_no_rate(lr: float | None):
+    """A critic's: the larger the rate, the lower."""
+    critic, (real, _) = mlp(nn.ReLU, 1), classes()
+    made = torch.randn(64, 32)
+    optimizer = None if lr is None else torch.optim.Adam(critic.parameters(), lr=lr)
+    diagnosis = fastclip.check(
+        critic, optimizer=optimizer, step=lambda critic: critic(made).mean() - critic(real + 1).mean()
+    )
+    assert diagnosis.lr.endless
+    assert math.isnan(diagnosis.lr.suggested)
+    assert diagnosis.healthy, diagnosis
+    assert "falls without end" in " ".join(str(diagnosis).split())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_noise_of_a_dropout_is_no_fall(monkeypatch, seed: int):
+    """The time is over before the rates are large enough to bring the loss down."""
+    from fastclip.doctor import learning_rate
+
+    torch.manual_seed(seed)
+    clock = iter(range(1000))
+    monkeypatch.setattr(learning_rate.time, "monotonic", lambda: float(next(clock)))
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Dropout(0.5), nn.Linear(64, 3))
+    diagnosis = fastclip.check(model, classes(), nn.CrossEntropyLoss(), max_seconds=20)
+    assert len(diagnosis.lr.lrs) == 12
+    assert math.isnan(diagnosis.lr.suggested)
+    assert fastclip.check(model, classes(), nn.CrossEntropyLoss(), max_seconds=1000).lr.suggested > 1e-4
+
+
 def test_a_loss_that_falls_below_zero_has_not_diverged():
     model, (x, _) = mlp(nn.Tanh, 1), classes()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    diagnosis = fastclip.check(model, optimizer=optimizer, step=lambda model: model(x).mean())
+    diagnosis = fastclip.check(model, optimizer=optimizer, step=lambda model: model(x).tanh().mean())
     assert diagnosis.trial.losses[-1] < 0
     assert "lr-too-high" not in diagnosis.codes
     assert math.isfinite(diagnosis.lr.suggested)

@@ -229,6 +229,21 @@ PAIRS = {
         tokens,
         CE,
     ),
+    ("bounded-logits", "MLP"): (lambda: ending(nn.Sigmoid()), classes, ending, classes, CE),
+    ("bounded-logits", "MLP, softmax over the samples"): (
+        lambda: ending(nn.Softmax(dim=0)),
+        classes,
+        ending,
+        classes,
+        CE,
+    ),
+    ("bounded-logits", "transformer, softmax over time"): (
+        lambda: Wrapped(Transformer(1), lambda x: x.unflatten(0, (8, -1)).softmax(1).flatten(0, 1)),
+        tokens,
+        lambda: Transformer(1),
+        tokens,
+        CE,
+    ),
     ("one-class", "MLP"): (
         lambda: ending(width=1),
         lambda: (torch.randn(64, 32), torch.zeros(64, dtype=torch.long)),

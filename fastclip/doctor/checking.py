@@ -107,7 +107,9 @@ def check(
         buffers = _bad_buffers(subject)
         subject.prepare()
         seen = observe(subject)
-        found = [*_of_the_pass(subject, seen)]
+        if not seen.calls and not seen.given and not seen.hidden:
+            raise DoctorError("the step never called the model: it has to run the one it is given, loss = step(model)")
+        found: list[Finding] = []
         notes = [*inputs.notes(seen.given), *units.notes(seen.activations)]
         if not seen.calls:
             notes.append(
@@ -134,6 +136,7 @@ def check(
             notes += [f"learning rates: {why_not}"] * bool(why_not)
             if tried is not None:
                 found += learning_rate.findings(tried, trial)
+    found = [*_of_the_pass(subject, seen, steady), *found]
     codes = {finding.code for finding in found}
     total_norm = math.nan if seen.grads is None else float(seen.grads.total_norm)
     if math.isfinite(seen.loss) and bounds.HUGE < total_norm < math.inf and not bounds.explodes(codes):
@@ -184,6 +187,12 @@ def _of_the_optimizer(subject: Subject) -> Iterator[Finding]:
         )
 
 
+def _starts_as_nothing(subject: Subject, zero: tuple[str, ...]) -> bool:
+    """Whether a factor is 0, as a normalisation's or a ReZero's may be, and gets a gradient."""
+    factors = (p for n, p in subject.parameters.items() if n not in zero and p.dim() < 2 and not n.endswith("bias"))
+    return any(p.numel() > 0 and not bool(p.detach().any()) for p in factors)
+
+
 def _unregistered(names: tuple[str, ...]) -> Finding:
     return Finding(
         "unregistered-parameter",
@@ -213,21 +222,23 @@ def _uncompiled() -> AbstractContextManager[object]:
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
-def _of_the_pass(subject: Subject, seen: Seen) -> Iterator[Finding]:
-    if not seen.calls and not seen.given and not seen.hidden:
-        raise DoctorError("the step never called the model: it has to run the one it is given, loss = step(model)")
-    has_zero_weights = any(weight.std == 0.0 for weight in seen.weights)
+def _of_the_pass(subject: Subject, seen: Seen, steady: Trial | None) -> Iterator[Finding]:
+    """``steady``: the steps that were tried, and went well."""
     yield from inputs.findings(seen.given, math.isfinite(seen.loss) and not seen.bad)
     yield from losses.findings(seen.losses)
     trained = len(seen.without) + (0 if seen.grads is None else len(seen.grads.names))
     zero = seen.zero if math.isfinite(seen.loss) else ()  # else they say nothing
+    held_back = any(weight.std == 0.0 for weight in seen.weights) or _starts_as_nothing(subject, zero)
+    if steady is not None:
+        still = tuple(name for name in zero if name in steady.zero)
+        held_back, zero = not still, still or zero
     dims = {name: parameter.dim() for name, parameter in subject.parameters.items()}
     only_biases = all(dims[name] < 2 for name in zero)
-    yield from units.without_gradient(seen.without, zero, trained, has_zero_weights, only_biases)
+    yield from units.without_gradient(seen.without, zero, trained, held_back, only_biases)
     yield from _of_the_optimizer(subject)
     if seen.unregistered:
         yield _unregistered(seen.unregistered)
-    yield from initialisation.findings(seen.calls, seen.weights, seen.follows)
+    yield from initialisation.findings(seen.calls, seen.weights, seen.follows, seen.may_be_small)
     yield from depth.findings(seen.calls, seen.weight_grads)
     yield from recurrence.findings(seen.curves)
     yield from units.findings(seen.activations, seen.calls)
@@ -313,10 +324,10 @@ def _tried(
             lr = trainer.used if math.isfinite(trainer.used) else math.nan if tried is None else tried.suggested
             trial = None if math.isnan(lr) else learning_rate.trial_of(trainer, lr, progress)
             steady = trial
-            if trial is not None and learning_rate.diverged(trial.losses):
+            if trial is not None and learning_rate.led_astray(trial.losses):
                 again = math.nan if tried is None else min(tried.suggested, lr / learning_rate.MARGIN)
                 steady = None if math.isnan(again) else learning_rate.trial_of(trainer, again, progress)
-            if steady is not None and learning_rate.diverged(steady.losses):
+            if steady is not None and learning_rate.led_astray(steady.losses):
                 steady = None
         except DoctorError as error:
             return None, None, None, str(error).splitlines()[0]

@@ -13,6 +13,9 @@ from fastclip.types import FastclipError
 ERROR, WARNING, INFO = "error", "warning", "info"
 SEVERITIES = (ERROR, WARNING, INFO)  # worst first
 
+# times the first loss, and at least so much: likelihoods fall below 0, too, by a few times what they begin with
+ENDLESS = 30.0
+
 
 class DoctorError(FastclipError, RuntimeError):
     """A check can't be made, or the model failed in the middle of it. Nothing was changed."""
@@ -96,7 +99,7 @@ class Range:
         optimizer: name of its class, after "clipped" if fastclip is in it.
         lrs, losses: of each step; the loss is the one before the step.
         used: learning rate in use, of the first group; NaN without an optimizer.
-        suggested: a tenth of the one at the lowest loss; NaN where the loss hardly fell.
+        suggested: a tenth of the one at the lowest loss; NaN where the loss hardly fell, or without end.
         diverges: from which one on the loss was four times the first; NaN if it never was.
     """
 
@@ -107,6 +110,12 @@ class Range:
     suggested: float
     diverges: float
 
+    @property
+    def endless(self) -> bool:
+        """Whether the loss falls so far below 0 that it has no lower bound, as that of a critic or a reward."""
+        lowest = min((loss for loss in self.losses if math.isfinite(loss)), default=math.nan)
+        return lowest < 0.0 and self.losses[0] - lowest > ENDLESS * max(abs(self.losses[0]), 1.0)
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -115,11 +124,13 @@ class Trial:
     Attributes:
         lr: which.
         losses, norms: before each step, the norm of all gradients.
+        zero: names of the parameters whose gradient was 0 everywhere before the last.
     """
 
     lr: float
     losses: tuple[float, ...]
     norms: tuple[float, ...]
+    zero: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

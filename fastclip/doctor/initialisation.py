@@ -64,11 +64,14 @@ def _alike(rows: Tensor | None) -> bool:
     return bool(((rows - rows[0]).abs() <= 1e-4 * largest).all())
 
 
-def findings(calls: list[Call], weights: list[Weight], follows: dict[int, str]) -> Iterator[Finding]:
+def findings(
+    calls: list[Call], weights: list[Weight], follows: dict[int, str], may_be_small: set[int]
+) -> Iterator[Finding]:
     """Of single layers; what several in a row do to the gradient is :mod:`fastclip.doctor.depth`'s business.
 
     Args:
         follows: position of a call -> the activation that comes after it.
+        may_be_small: positions of the calls behind which no other layer comes, or next a normalisation.
     """
     copies = [weight for weight in weights if weight.alike]
     if copies:
@@ -90,7 +93,7 @@ def findings(calls: list[Call], weights: list[Weight], follows: dict[int, str]) 
     }
     outside: dict[bool, list[tuple[int, Call]]] = {True: [], False: []}
     for place, call in enumerate(calls):
-        large, small = call.gain > LARGE, call.gain < SMALL and place < len(calls) - 1
+        large, small = call.gain > LARGE, call.gain < SMALL and place not in may_be_small
         tied = any(id(p) in embedded for p in call.layer.module.parameters(recurse=False))  # sized for looking up
         if call.number == 0 and call.layer.name not in alike and (large or small) and not tied:
             outside[large].append((place, call))

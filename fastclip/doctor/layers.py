@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -82,6 +83,7 @@ class Call:
         given, made: of its first input and its first output; None where they hold no numbers.
         gain: rms of what the weight makes of the input, without the bias, divided by that of the input; of a recurrent
             layer, what the recurrent weight makes of the states. NaN where that says nothing.
+        node: autograd's, of its first output; None without one.
         grads: of the gradients with respect to its outputs, as the backward pass brings them.
     """
 
@@ -90,6 +92,7 @@ class Call:
     given: Moments | None
     made: Moments | None
     gain: float
+    node: Any = None
     grads: list[Census] = field(default_factory=list)
 
     @property
@@ -133,12 +136,13 @@ class Layers(Listener):
             given=None if given is None else moments_of(given),
             made=moments_of(made[0]) if made else None,
             gain=math.nan,
+            node=made[0].grad_fn if made else None,
         )
-        if made and given is not None:
+        if call.given is not None and call.made is not None:
             call.gain = _gain(module, call.given, made[0])
         self.calls.append(call)
         for tensor in made:
-            if tensor.requires_grad:
+            if tensor.requires_grad and tensor.layout == torch.strided and not tensor.is_nested:
                 tensor.register_hook(self._note(call))  # type: ignore[no-untyped-call]
 
     def _note(self, call: Call) -> Any:
@@ -150,9 +154,9 @@ class Layers(Listener):
         return hook
 
 
-def _gain(module: nn.Module, given: Moments | None, output: Tensor) -> float:
+def _gain(module: nn.Module, given: Moments, output: Tensor) -> float:
     """Of the weight alone: the bias would make a small input look like a large gain."""
-    output, before = output.detach(), math.nan if given is None else given.rms
+    output, before = output.detach(), given.rms
     if isinstance(module, nn.RNNBase) and runs_as(module, OVER_TIME):
         recurrent: Any = module.weight_hh_l0
         weight: Tensor = recurrent.detach()

@@ -6,6 +6,8 @@ import copy
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ import torch
 import fastclip.functional as functional
 from fastclip.amp import GUARD
 from fastclip.doctor.diagnosis import ERROR, WARNING, Finding, Range, Trial
-from fastclip.doctor.passes import gradients
+from fastclip.doctor.passes import gradients, zeros_of
 from fastclip.doctor.subject import Subject, during, inner
 from fastclip.doctor.untouched import Untouched
 from fastclip.guard import Guard
@@ -29,12 +31,19 @@ MARGIN = 10.0
 FAR_BELOW = 1e-3  # of the suggested rate: a thousand steps for what one could do
 HARDLY = 0.01  # and 20 steps of it bring so little of what the range test has reached
 LEAST = 1e-3  # share of the loss that a range test has to bring it down by, or it shows nothing
+# Nor does it where that is less than twice what the loss rises by, as dropout lets it, in the first steps, up to 1e-5.
+QUIET, NOISE = 12, 2.0
 
 
 def diverged(losses: tuple[float, ...] | list[float]) -> bool:
     """Whether the last loss isn't finite, or far above the first; also right for losses below 0."""
     first, last = losses[0], losses[-1]
     return not math.isfinite(last) or last - first > (DIVERGED - 1.0) * max(abs(first), first - min(losses))
+
+
+def led_astray(losses: tuple[float, ...]) -> bool:
+    """Whether the loss went far above the first and didn't come back below it."""
+    return any(diverged(losses[:n]) for n in range(2, len(losses) + 1)) and not losses[-1] < losses[0]
 
 
 class Trainer:
@@ -48,12 +57,13 @@ class Trainer:
         kind: name of the optimizer's class, after "clipped" if fastclip is in it.
         used: the learning rate in use; NaN without an optimizer.
         late: whether a step was left out because of the deadline.
+        zero: names of the parameters whose gradient was 0 everywhere before the last step.
     """
 
     def __init__(self, subject: Subject, untouched: Untouched, seconds: float) -> None:
         self._subject, self._untouched = subject, untouched
         self._begin, self._seconds = time.monotonic(), seconds
-        self._parameters = list(subject.parameters.values())
+        self._names, self._parameters = list(subject.parameters), list(subject.parameters.values())
         optimizer = inner(subject.optimizer)
         self._class: Any = torch.optim.AdamW if optimizer is None else type(optimizer)
         self._groups = _groups(optimizer, self._parameters)
@@ -61,11 +71,15 @@ class Trainer:
         self.kind: str = f"{'' if self._guard is None else 'clipped '}{self._class.__name__}"
         self.used = math.nan if optimizer is None else next(filter(None, (group["lr"] for group in self._groups)), 0.0)
         self.late = False
+        self.zero: tuple[str, ...] = ()
 
-    def run(self, lrs: list[float], progress: Any, share: float = 1.0) -> tuple[list[float], list[float]]:
+    def run(
+        self, lrs: list[float], progress: Any, share: float = 1.0, past_divergence: bool = False
+    ) -> tuple[list[float], list[float]]:
         """One step for each learning rate, of the first group; the others keep their distance.
 
-        Stops at divergence, and starts no step after ``share`` of the seconds.
+        Stops where a number isn't finite and unless ``past_divergence`` at divergence; starts no step after ``share``
+        of the seconds.
 
         Returns:
             The loss and the norm of all gradients before each step.
@@ -89,9 +103,14 @@ class Trainer:
             loss = self._subject.loss()
             grads = gradients(loss, self._parameters)
             losses.append(float(loss.detach()))
-            norms.append(float(functional.get_total_norm([grad for grad in grads if grad is not None])))
+            named = [(name, grad) for name, grad in zip(self._names, grads, strict=True) if grad is not None]
+            stats = functional.grad_stats(named, extras=False)
+            norms.append(float(stats.total_norm))
+            self.zero = zeros_of(stats)
             progress.update()
-            if diverged(losses) or not math.isfinite(norms[-1]):
+            if not (math.isfinite(losses[-1]) and math.isfinite(norms[-1])):
+                break
+            if diverged(losses) and not past_divergence:
                 break
             for parameter, grad in zip(self._parameters, grads, strict=True):
                 parameter.grad = grad
@@ -144,10 +163,10 @@ def range_of(trainer: Trainer, progress: Any) -> Range | None:
     finite = [loss for loss in losses if math.isfinite(loss)]
     lowest = min(range(len(losses)), key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf)
     falling = trainer.late and lowest == len(losses) - 1  # nobody knows how far
-    fell = (
-        not falling and bool(finite) and losses[0] - losses[lowest] > LEAST * max(abs(losses[0]), abs(losses[lowest]))
-    )
-    return Range(
+    noise = max((b - a for a, b in pairwise(losses[: lowest + 1][:QUIET])), default=0.0)
+    least = max(LEAST * max(abs(losses[0]), abs(losses[lowest])), NOISE * noise)
+    fell = not falling and bool(finite) and losses[0] - losses[lowest] > least
+    tried = Range(
         optimizer=trainer.kind,
         lrs=tuple(lrs[: len(losses)]),
         losses=tuple(losses),
@@ -156,31 +175,36 @@ def range_of(trainer: Trainer, progress: Any) -> Range | None:
         suggested=lrs[max(lowest - 1, 0)] / MARGIN if fell else math.nan,
         diverges=lrs[max(len(losses) - 2, 0)] if diverged(losses) else math.nan,
     )
+    return replace(tried, suggested=math.nan) if tried.endless else tried
 
 
 def trial_of(trainer: Trainer, lr: float, progress: Any) -> Trial | None:
     """None where there was no time for it."""
-    losses, norms = trainer.run([lr] * STEPS, progress)
-    return Trial(lr, tuple(losses), tuple(norms)) if len(losses) > 1 else None
+    losses, norms = trainer.run([lr] * STEPS, progress, past_divergence=True)
+    return Trial(lr, tuple(losses), tuple(norms), trainer.zero) if len(losses) > 1 else None
 
 
 def findings(tried: Range, trial: Trial | None) -> Iterator[Finding]:
     """Of the learning rate in use."""
     if trial is None or math.isnan(tried.used):
         return
-    first, last = trial.losses[0], trial.losses[-1]
+    first, last, highest = trial.losses[0], trial.losses[-1], max(trial.losses)
+    count = len(trial.losses) - 1  # the last loss is what so many steps have reached
     suggestion = "" if math.isnan(tried.suggested) else f"{tried.suggested:.1g}"
     numbers = {
         "lr": tried.used,
         "first": first,
         "last": last,
-        "steps": float(len(trial.losses)),
+        "highest": highest,
+        "steps": float(count),
         "suggested": tried.suggested,
         "diverges": tried.diverges,
     }
     steps = f"with {tried.optimizer} at lr {tried.used:g} the loss on this batch goes from {first:.4g} to {last:.4g}"
-    steps += f" in {len(trial.losses)} steps"
-    if diverged(trial.losses):
+    steps += f" in {count} step{'s' if count > 1 else ''}"
+    if led_astray(trial.losses):
+        if diverged((first, highest)) and highest > last:
+            steps += f", by way of {highest:.4g}"
         beyond = "" if math.isnan(tried.diverges) else f"; growing from {LOWEST:g}, it diverges at {tried.diverges:.2g}"
         yield Finding(
             "lr-too-high",

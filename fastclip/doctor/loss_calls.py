@@ -173,6 +173,12 @@ def _call(kind: str, name: str, given: Tensor, target: Tensor, out: Any, whole: 
     )
 
 
+def operation(node: Any) -> str:
+    """What a node of autograd's graph goes back through."""
+    name: str = node.name().partition("Backward")[0]
+    return name
+
+
 def _made_by(tensor: Tensor) -> tuple[str, str]:
     """The activation whose output this is, however it was reshaped since, and the one that made what it got."""
     last, node = _maker(tensor.grad_fn)
@@ -181,7 +187,7 @@ def _made_by(tensor: Tensor) -> tuple[str, str]:
 
 def _maker(node: Any) -> tuple[str, Any]:
     while node is not None:
-        name = node.name().partition("Backward")[0]
+        name = operation(node)
         if name in MAKERS:
             return MAKERS[name], node
         if name not in MOVES or not node.next_functions:

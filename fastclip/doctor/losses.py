@@ -63,6 +63,8 @@ def _classes(call: LossCall) -> Iterator[Finding]:
             (call.name,),
             {"classes": float(call.classes), "value": call.value, "least": at_best},
         )
+    elif call.classes > 1 and call.made_by in ("sigmoid", "softmax"):
+        yield _bounded(call, at_best)
     elif call.made_of == "softmax" and call.logs_sum_to_one:
         yield _softmax_inside(call)
     elif call.logs_sum_to_one:
@@ -101,6 +103,20 @@ def _classes(call: LossCall) -> Iterator[Finding]:
             (call.name,),
             {"value": call.value, "chance": chance, "outputs_std": spread},
         )
+
+
+def _bounded(call: LossCall, at_best: float) -> Finding:
+    what = "a sigmoid" if call.made_by == "sigmoid" else "a softmax over another dimension than the classes'"
+    several = ". Where a sample may be of several classes: BCEWithLogitsLoss" if call.made_by == "sigmoid" else ""
+    return Finding(
+        "bounded-logits",
+        ERROR,
+        f"{call.name} gets what {what} gave, numbers from 0 to 1, and takes a softmax over {call.classes} classes of "
+        f"it: with differences of 1 at most the loss can never fall below {at_best:.3g}, and the gradients are small",
+        f"take the {call.made_by.capitalize()} out of the model and give the loss what goes into it (logits){several}",
+        (call.name,),
+        {"classes": float(call.classes), "value": call.value, "least": at_best},
+    )
 
 
 def _softmax_inside(call: LossCall) -> Finding:

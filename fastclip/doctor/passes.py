@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from fastclip.doctor.diagnosis import Curve, DoctorError
 from fastclip.doctor.initialisation import Weight, weights_of
 from fastclip.doctor.inputs import Given, Inputs
 from fastclip.doctor.layers import Call, Layers
-from fastclip.doctor.loss_calls import LossCall, LossCalls
+from fastclip.doctor.loss_calls import MOVES, LossCall, LossCalls, operation
 from fastclip.doctor.moments import norm_of
 from fastclip.doctor.operations import Activation, Attention, Operations
 from fastclip.doctor.sequences import Sequences, curves_of_loops
@@ -22,7 +22,9 @@ from fastclip.doctor.subject import Subject, during
 from fastclip.doctor.watching import Watch
 from fastclip.stats import GradStats
 
-BENT = {f"{name}Backward0" for name in ("Exp", "LogSigmoid", "LogSigmoidForward", "Sigmoid", "Softplus", "Sub")}
+BENT = ("Exp", "LogSigmoid", "LogSigmoidForward", "Sigmoid", "Softplus", "Sub")
+NORMS = ("NativeLayerNorm", "NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm", "NativeGroupNorm", "FusedRmsNorm")
+RMS_NORM = {"Pow", "Mul"}  # where it is written out: its square, and what that makes times itself
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Seen:
         calls: of the layers, in the order in which they ran.
         activations, attentions: in the order in which they happened.
         follows: position of a call -> the activation that came next.
+        may_be_small: positions of the calls behind which there is no other layer on the way to the loss, or where a
+            normalisation comes next.
         losses: the loss functions that were called.
         curves: gradients over time.
         weights: of the layers that ran.
@@ -51,6 +55,7 @@ class Seen:
     activations: list[Activation]
     attentions: list[Attention]
     follows: dict[int, str]
+    may_be_small: set[int]
     losses: list[LossCall]
     curves: list[Curve]
     weights: list[Weight]
@@ -63,10 +68,7 @@ class Seen:
     @property
     def zero(self) -> tuple[str, ...]:
         """Names of the parameters whose gradient is 0 everywhere."""
-        if self.grads is None or self.grads.zeros is None:
-            return ()
-        zeros = zip(self.grads.names, self.grads.zeros.tolist(), self.grads.sizes, strict=True)
-        return tuple(name for name, count, size in zeros if count == size > 0)
+        return () if self.grads is None else zeros_of(self.grads)
 
     @property
     def bad(self) -> tuple[str, ...]:
@@ -77,8 +79,14 @@ class Seen:
         return tuple(name for name, count in zip(self.grads.names, found, strict=True) if count)
 
 
-def steps_back(loss: Tensor) -> Iterator[Any]:
-    """Each node of the graph that the backward pass goes through."""
+def zeros_of(grads: GradStats) -> tuple[str, ...]:
+    """Names of those that are 0 everywhere."""
+    norms = zip(grads.names, grads.tensor_norms.tolist(), grads.sizes, strict=True)
+    return tuple(name for name, norm, size in norms if norm == 0.0 and size > 0)
+
+
+def steps_back(loss: Tensor, until: Collection[Any] = ()) -> Iterator[Any]:
+    """Each node of the graph that the backward pass goes through, and none behind those in ``until``."""
     waiting: list[Any] = [loss.grad_fn]
     known = set()
     while waiting:
@@ -86,13 +94,33 @@ def steps_back(loss: Tensor) -> Iterator[Any]:
         if node is not None and node not in known:
             known.add(node)
             yield node
+            if node in until:
+                continue
             waiting += [following for following, _ in node.next_functions]
 
 
-def _is_bent(call: LossCall, takers: dict[Any, set[str]]) -> bool:
+def _heads(loss: Tensor, calls: list[Call]) -> set[int]:
+    made = {call.node for call in calls}
+    first = made.intersection(steps_back(loss, made))
+    return {place for place, call in enumerate(calls) if call.node in first}
+
+
+def _normalised(calls: list[Call], takers: dict[Any, list[Any]]) -> set[int]:
+    def is_normalised(node: Any) -> bool:
+        behind = takers.get(node, [])
+        if {operation(taker) for taker in behind} == RMS_NORM:
+            return True
+        return bool(behind) and all(
+            operation(taker) in NORMS or (operation(taker) in MOVES and is_normalised(taker)) for taker in behind
+        )
+
+    return {place for place, call in enumerate(calls) if is_normalised(call.node)}
+
+
+def _is_bent(call: LossCall, takers: dict[Any, list[Any]]) -> bool:
     """Whether a difference isn't measured but only a part of something: a ratio of probabilities, a margin."""
-    taken = takers.get(call.step, set())
-    return bool(taken) and taken <= BENT
+    behind = takers.get(call.step, [])
+    return bool(behind) and all(operation(node) in BENT for node in behind)
 
 
 def gradients(loss: Tensor, tensors: Sequence[Tensor]) -> list[Tensor | None]:
@@ -119,10 +147,10 @@ def observe(subject: Subject) -> Seen:
             "a checkpoint with use_reentrant=True starts a backward pass of its own, which can't be watched: use "
             "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
         )
-    takers: dict[Any, set[str]] = {}
+    takers: dict[Any, list[Any]] = {}
     for node in steps_back(loss):
         for following, _ in node.next_functions:
-            takers.setdefault(following, set()).add(node.name())
+            takers.setdefault(following, []).append(node)
     kept = subject.unregistered
     leaves = [node.variable for node in steps_back(loss) if node.name() == "torch::autograd::AccumulateGrad"]
     unregistered = tuple(sorted(kept[id(leaf)] for leaf in leaves if id(leaf) in kept))
@@ -140,6 +168,7 @@ def observe(subject: Subject) -> Seen:
         activations=operations.activations,
         attentions=operations.attentions,
         follows=operations.follows,
+        may_be_small=_heads(loss, layers.calls) | _normalised(layers.calls, takers),
         losses=[call for call in losses.calls if not _is_bent(call, takers)],
         curves=sequences.curves(found[len(parameters) :]) + curves_of_loops(layers.calls),
         weights=weights_of(layers.calls, grads),

@@ -56,6 +56,8 @@ def _rates(diagnosis: Diagnosis) -> str:
     said = f"Learning rate, {lr.optimizer} on this batch, from {low:.0e} to {high:.2g}: "
     if not math.isnan(lr.suggested):
         said += f"lr={lr.suggested:.1g} is a good start"
+    elif lr.endless:
+        said += "the loss falls without end, as a critic's or a reward's does, and shows no good start"
     else:
         falls = lr.losses[-1] == min(lr.losses) < lr.losses[0]
         said += "the loss still falls" if falls else "the loss hardly fell"

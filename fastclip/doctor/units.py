@@ -69,7 +69,7 @@ def notes(activations: list[Activation]) -> Iterator[str]:
 
 
 def without_gradient(
-    without: tuple[str, ...], zero: tuple[str, ...], total: int, has_zero_weights: bool, only_biases: bool
+    without: tuple[str, ...], zero: tuple[str, ...], total: int, held_back: bool, only_biases: bool
 ) -> Iterator[Finding]:
     """Of parameters that the loss doesn't depend on, or whose gradient is 0 everywhere.
 
@@ -77,8 +77,8 @@ def without_gradient(
         without: names of those that got no gradient.
         zero: names of those whose gradient is all 0.
         total: how many parameters are trained.
-        has_zero_weights: a layer starts at 0 by intent, and holds back the gradient of what comes before it in the
-            first step.
+        held_back: a factor or a layer that starts at 0 by intent holds back the gradient of what comes before it, in
+            the first step.
         only_biases: of one dimension or none each are those whose gradient is 0. What is added to all outputs is gone
             where the loss takes their differences.
     """
@@ -109,13 +109,13 @@ def without_gradient(
                 "the loss is flat here: look for a softmax over one output, a comparison, rounding, a clamp, or a "
                 "multiplication by 0"
             )
-        elif has_zero_weights:
-            advice = "a layer behind them starts at 0, so this should end after the first step; check again after it"
+        elif held_back:
+            advice = "fine where a layer or a factor behind them starts at 0: they get one from the second step on"
         elif only_biases:
             advice = "fine where a loss takes differences of outputs, and a bias cancels; else look for dead units"
         yield Finding(
             "zero-gradient",
-            ERROR if nothing else INFO if has_zero_weights or only_biases else WARNING,
+            ERROR if nothing else INFO if held_back or only_biases else WARNING,
             f"{len(zero)} of {total} parameters get a gradient that is 0 everywhere: {listed(zero)}",
             advice,
             zero[:LISTED],
