@@ -271,12 +271,55 @@ def test_adagc_is_the_rule_of_its_paper(backend: str) -> None:
         got = [norm(grad) for grad in clipped(policy, tensors([norms[0], 0.0], [[norms[1]]]))]
         if step < 3:
             want = [n * min(1.0, 1.0 / (math.hypot(*norms) + 1e-6)) for n in norms]
-            gamma = [min(old, n) for old, n in zip(gamma, norms, strict=True)]
+            gamma = [min(old, n) for old, n in zip(gamma, want, strict=True)]
         else:
             want = [min(n, lam * own) for n, own in zip(norms, gamma, strict=True)]
             gamma = [beta * own + (1 - beta) * n for own, n in zip(gamma, want, strict=True)]
         assert got == pytest.approx(want, rel=1e-6)
         assert policy.averages.tolist() == pytest.approx(gamma, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ZScore(warmup=2),
+        lambda: SkipLarge(warmup=2),
+        lambda: SkipAboveMedian(window=4, warmup=1),
+        lambda: Percentile(window=4),
+        lambda: PerTensorPercentile(window=4),
+        lambda: AdaGC(warmup=1),
+    ],
+)
+def test_what_was_learned_in_float32_goes_on_in_float64(make) -> None:
+    """As on a device without float64, from which a run goes on elsewhere."""
+    policy, other = make(), make()
+    for size in (1.0, 2.0, 3.0):
+        clipped(policy, tensors([size]))
+    saved = policy.state_dict()
+    floats = {k: v.float() for k, v in saved.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
+    other.load_state_dict({**saved, **floats})
+    for size in (1.5, 30.0):
+        assert clipped(other, tensors([size]))[0].tolist() == pytest.approx(
+            clipped(policy, tensors([size]))[0].tolist()
+        )
+    assert {getattr(other, name).dtype for name in floats} == {torch.float64}
+
+
+@pytest.mark.parametrize("bad", [INF, NAN])
+def test_adagc_learns_nothing_in_the_warm_up_from_a_step_with_a_fault(backend: str, bad: float) -> None:
+    """The joint norm says nothing then, not of the other gradient either."""
+    policy = AdaGC(lam_abs=1.0, warmup=5)
+    clipped(policy, tensors([3.0], [4.0]))
+    learned = policy.averages.clone()
+    clipped(policy, tensors([0.3], [bad]))
+    assert torch.equal(policy.averages, learned)
+
+
+def test_adagc_goes_on_where_its_warm_up_has_ended(backend: str) -> None:
+    """Gradients of one size are clipped to about the same before and after."""
+    policy = AdaGC(lam_abs=1.0, warmup=3)
+    left = [norm(clipped(policy, tensors([100.0]))[0]) for _ in range(6)]
+    assert left == pytest.approx([1.0, 1.0, 1.0, 1.05, 1.05, 1.05], rel=5e-3)
 
 
 def test_skip_large_is_the_rule_of_its_paper(backend: str) -> None:

@@ -15,7 +15,7 @@ class AdaGC(Policy):
     """Clips each gradient to ``lam`` times a running average of its own clipped norm.
 
     For the first ``warmup`` steps all are clipped by the joint norm to ``lam_abs``, and each average is the least norm
-    its gradient has had.
+    that this has left of its gradient.
 
     Args:
         lam: a gradient may exceed its average by this factor.
@@ -50,8 +50,9 @@ class AdaGC(Policy):
         warm = self.step >= self.warmup
         coefs = torch.where(warm, coef_for(norms, self.lam * own, 0.0), coef_for(total, self.lam_abs, 1e-6))
         after = torch.where(torch.isinf(own), norms, self.beta * own + (1.0 - self.beta) * coefs * norms)
-        learnt = torch.where(warm, after, torch.minimum(own, norms)).clamp(min=self.floor)
-        valid = torch.isfinite(norms) & (norms > 0)
+        learnt = torch.where(warm, after, torch.minimum(own, coefs * norms)).clamp(min=self.floor)
+        # in the warm-up another gradient's NaN or Inf is in every coefficient
+        valid = torch.isfinite(norms) & (norms > 0) & (warm | torch.isfinite(total))
         learnt = torch.where(valid, learnt, own)
         self.averages = learnt if columns is None else self.averages.index_copy(0, columns, learnt)
         self.step = self.step + torch.isfinite(total)

@@ -112,11 +112,12 @@ class Policy:
             setattr(self, name, state_dict[name].clone())
 
     def to(self, device: torch.device) -> None:
-        """Brings what it learned to ``device``, in its widest dtype; for a step whose gradients have moved."""
+        """Brings what it learned to ``device``, in its widest dtype; for a step whose gradients have moved, and for
+        what was saved where there is no float64."""
         for name in self.learned:
             value: Tensor = getattr(self, name)
-            if value.device != device:
-                dtype = wide_dtype(device) if value.is_floating_point() else value.dtype
+            dtype = wide_dtype(device) if value.is_floating_point() else value.dtype
+            if value.device != device or value.dtype != dtype:
                 setattr(self, name, moved(value, device, dtype))
 
     def __repr__(self) -> str:

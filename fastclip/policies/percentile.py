@@ -53,7 +53,7 @@ class Windowed(Policy):
         if len(ring) > series:
             ring, counts = ring[:series], counts[:series]
             self._window = Window(ring, counts)
-        if len(ring) < series or ring.device != like.device:
+        if len(ring) < series or ring.device != like.device or ring.dtype != like.dtype:
             more = Window.empty(max(series - len(ring), 0), self.window, like)
             self._window = Window(
                 torch.cat([ring.to(like), more.ring]), torch.cat([counts.to(more.counts), more.counts])
