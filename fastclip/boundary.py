@@ -25,12 +25,14 @@ class _Boundary(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        given = [grad for grad in grads if grad is not None]
+        # what goes along without a gradient of its own, as lengths do, has None here, or zeros of integers
+        has_grad = [grad is not None and (grad.is_floating_point() or grad.is_complex()) for grad in grads]
+        given = [grad for grad, has in zip(grads, has_grad, strict=True) if grad is not None and has]
         if not given:
             return None, None, *grads
         bounded = compiled.bounded if torch.compiler.is_compiling() else clipping.bounded
         clipped = iter(bounded(given, ctx.max_norm, ctx.norm_type))
-        return None, None, *(None if grad is None else next(clipped) for grad in grads)
+        return None, None, *(next(clipped) if has else None for has in has_grad)
 
 
 _through: Callable[..., tuple[Tensor, ...]] = _Boundary.apply

@@ -224,14 +224,20 @@ def clip_(grads: Grads, policy: Policy, nonfinite: str, group: Any = None) -> Te
     ties = ties_of([grads], group)
     if ties is None and not grads.tensors:
         return torch.zeros((), dtype=torch.float32)
-    findings = examine([(grads, policy)], nonfinite, ties=ties).each
-    if not findings:  # nor does any other rank have one
+    findings = examine([(grads, policy)], nonfinite, ties=ties)
+    if not findings.each:  # nor does any other rank have one
         return torch.zeros((), dtype=torch.float32)
-    (finding,) = findings
+    (finding,) = findings.each
     verdict = finding.decide()
-    skip = any_of([verdict.decision.skip, finding.reading.found_inf if nonfinite == "skip" else False])
+    bad = finding.reading.found_inf if nonfinite == "skip" else False
+    skip = any_of([verdict.decision.skip, bad, findings.skips])
     verdict.apply(skip=skip)
-    return finding.noted.total_norm
+    return _agreed(finding.noted.total_norm, findings.skips)
+
+
+def _agreed(norm: Tensor, skips: bool | Tensor) -> Tensor:
+    """NaN where another rank failed, or had another list, and the host would have to wait to raise."""
+    return torch.where(skips.to(norm.device), math.nan, norm) if isinstance(skips, Tensor) else norm
 
 
 def check_real(grads: Grads) -> None:
@@ -257,10 +263,10 @@ def total_norm(grads: Grads, request: Request, error_if_nonfinite: bool, group: 
     ties = ties_of([grads], group)
     if ties is None and not grads.tensors:
         return torch.zeros((), dtype=torch.float32)
-    (reading,), *_ = distributed.join(ties, [request], [False], lambda: [read(plan(grads), request)])
+    (reading,), skips, _ = distributed.join(ties, [request], [False], lambda: [read(plan(grads), request)])
     if error_if_nonfinite:
         reading.check_finite()
-    return reading.total_norm
+    return _agreed(reading.total_norm, skips)
 
 
 def scale_by_norm_(grads: Grads, request: Request, total_norm: Tensor | float) -> None:
@@ -283,7 +289,9 @@ def scale_by_norm_(grads: Grads, request: Request, total_norm: Tensor | float) -
 def bounded(grads: list[Tensor], max_norm: float, norm_type: float) -> list[Tensor]:
     """New tensors: the gradients, clipped by their joint norm unless that isn't finite."""
     each = [grad.view_as(grad) for grad in grads]  # the states of a sum are given one gradient, which counts for each
-    reading = read(plan(grads_among(each)), Request(norm_type, max_norm))
+    among, request = grads_among(each), Request(norm_type, max_norm)
+    ties = ties_of([among]) if among.may_be_sharded else None
+    (reading,), *_ = distributed.join(ties, [request], [False], lambda: [read(plan(among), request)])
     norm, coef = reading.totals[TOTAL_NORM], reading.totals[CLIP_COEF]
     keep = (norm <= max_norm) | ~torch.isfinite(norm)
     wide = [torch.promote_types(grad.dtype, coef.dtype) for grad in grads]  # rounded once

@@ -22,8 +22,11 @@ What counts how often, for each process group in turn:
 
 * sharded over it (any placement but Replicate): the shares are different elements, each counts;
 * replicated over it (Replicate, or a plain tensor beside sharded ones): one rank's copy counts, the one of the first
-  rank with NaN or Inf if there is such a rank, else the first. So all ranks act alike even where copies differ;
-* neither, as for the tensors of another mesh: left as it is.
+  rank with NaN or Inf if there is such a rank, else the first that there is. So all ranks act alike also where copies
+  differ;
+* neither, as for the tensors of another mesh: left as it is. But where its ranks have copies of what other groups
+  joined (a layer outside of the tensor-parallel plan, sharded over the data-parallel dimension alone) they agree on one
+  of them after that, in an all-reduce more.
 
 Meshes on which something is sharded are joined over all their dimensions, one group after the other. Where nothing is
 sharded, as in DistributedDataParallel, nothing travels.
@@ -31,6 +34,7 @@ sharded, as in DistributedDataParallel, nothing travels.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -42,7 +46,7 @@ from torch import Tensor
 from fastclip.backends import reference
 from fastclip.reading import PLACES, Peers, Reading, refinished
 from fastclip.tensors import Grads, is_sharded, local, mesh_of, placements_of
-from fastclip.ties import APART, MARKS, SHARDED, Role, Ties, groups_of, listed_in
+from fastclip.ties import APART, COPIED, MARKS, REPLICATED, SHARDED, Role, Ties, groups_of, listed_in
 from fastclip.types import (
     ALWAYS_FIELDS,
     INFS,
@@ -243,8 +247,9 @@ def _joined(slots: Tensor, kinds: list[float | str], sharded: Tensor) -> Tensor:
             rows.append(values.gather(0, known.unsqueeze(0))[0])
         else:
             rows.append(reference.norm_of_norms(values.T, kind))
-    # the copy that counts: one with NaN or Inf if there is one, else the first
-    copy = torch.where(bad.any(dim=0), worst, 0)
+    # the copy that counts: one with NaN or Inf if there is one, else the first there is
+    filled = slots[:, -1] >= 0 if kinds[-1] == "worst" else torch.ones_like(bad)
+    copy = torch.where(bad.any(dim=0), worst, filled.to(slots.dtype).argmax(dim=0))
     copied = slots.gather(0, copy.expand(1, slots.shape[1], -1))[0]
     return torch.where(sharded, torch.stack(rows), copied)
 
@@ -269,10 +274,17 @@ def _device_for(group: Any, device: torch.device) -> torch.device:
     return torch.device(types[0], torch.accelerator.current_device_index()) if accelerator else torch.device(types[0])
 
 
-def _stage(tables: list[_Table], at: int, group: Any, mark: int, flag: Tensor) -> Tensor:
-    """Joins, over one group, all columns that have to do with it; returns the gravest flag."""
+def _stage(
+    tables: list[_Table],
+    at: int,
+    group: Any,
+    mark: int,
+    flag: Tensor,
+    of_role: tuple[int, ...] = (SHARDED, REPLICATED),
+) -> Tensor:
+    """Joins, over one group, all columns that are to it what ``of_role`` says; returns the gravest flag."""
     home = tables[0].values
-    chosen = [[c for c, role in enumerate(table.roles) if role[at] != APART] for table in tables]
+    chosen = [[c for c, role in enumerate(table.roles) if role[at] in of_role] for table in tables]
     places = [on_device(columns, torch.int64, home.device) for columns in chosen]
     own = [table.values[:, columns].reshape(-1).to(home) for table, columns in zip(tables, places, strict=True)]
     slots = _exchange(torch.cat([*own, _number(mark, home), flag.reshape(1).to(home)]), group)
@@ -333,7 +345,7 @@ def join(
     for c, table in zip(cut, units, strict=True):
         readings[c.of_list] = _with_units(readings[c.of_list], c, table)
     if known_to_host(flag):
-        _check(flag)
+        _check(flag, penalised)
     return Joined(
         [_spread(*of, ties) for of in zip(readings, tables, tops, whole, strict=True)],
         bool(flag > 0) if known_to_host(flag) else flag > 0,
@@ -355,30 +367,41 @@ def _joined_tables(
     is_new = any((group.group_name, mark) not in _met for group in everyone)
     agreed = True
     if is_new and (any(whole) or len(tables) > 1 or len(tables[0].roles) > 1):
-        flag = _greet(ties, mark, flag)
+        flag = _greet(ties.groups, mark, flag)
         agreed = int(flag) != DIFFERS
     if agreed:
         for at, group in enumerate(ties.groups):
             flag = _stage(tables, at, group, mark, flag)
+        for at, group in enumerate(ties.groups):
+            if any(role[at] == COPIED for table in tables for role in table.roles):
+                flag = _stage(tables, at, group, mark, flag, (COPIED,))
     tops = [_top(table, request) for table, request in zip(tables, requests, strict=False)]
     if ties.group is not None:
-        tops = [_Table(top.values, [(SHARDED,)], top.kinds) for top in tops]
-        flag = _stage(tops, 0, ties.group, _mark_of_stages(requests), flag)
+        of_stages = _mark_of_stages(requests, tops)
+        # A stage with one plain list sends as much as a greeting: so all know of a longer vector before it is sent.
+        if len(tops) > 1 or len(tops[0].kinds) > ALWAYS_FIELDS + 1:
+            flag = _greet([ties.group], of_stages, flag)
+            agreed = not (is_new or known_to_host(flag)) or int(flag) != DIFFERS
+        else:
+            agreed = True
+        if agreed:
+            tops = [_Table(top.values, [(SHARDED,)], top.kinds) for top in tops]
+            flag = _stage(tops, 0, ties.group, of_stages, flag)
     if is_new and not failed_here:
-        _check(flag)
+        _check(flag, "penalty" in tops[0].kinds)
         _met.update((group.group_name, mark) for group in everyone)
     return tops, flag
 
 
-def _mark_of_stages(requests: list[Request]) -> int:
-    """Of lists that differ by design only what was asked of them has to agree."""
-    return hash(tuple(request.norm_type for request in requests)) % MARKS
+def _mark_of_stages(requests: list[Request], tops: list[_Table]) -> int:
+    """Of lists that differ by design only what was asked of them has to agree, and how many there are."""
+    return hash((*(request.norm_type for request in requests), *(len(top.kinds) for top in tops))) % MARKS
 
 
-def _greet(ties: Ties, mark: int, flag: Tensor) -> Tensor:
+def _greet(groups: list[Any], mark: int, flag: Tensor) -> Tensor:
     """Before vectors whose lengths depend on the lists: whether these agree. Of the size of the shortest join."""
     padding = flag.new_zeros(ALWAYS_FIELDS + 1)
-    for group in ties.groups:
+    for group in groups:
         slots = _exchange(torch.cat([padding, _number(mark, flag), flag.reshape(1)]), group)
         flag = torch.where((slots[:, -2] != mark).any(), float(DIFFERS), slots[:, -1].amax())
     return flag
@@ -389,16 +412,17 @@ def _number(value: float, like: Tensor) -> Tensor:
     return on_device([float(value)], like.dtype, like.device)
 
 
-def _check(flag: Tensor) -> None:
+def _check(flag: Tensor, penalised: bool) -> None:
     gravest = int(flag)
+    written = "The weight penalty is in the gradients already" if penalised else "Nothing was written"
     if gravest == DIFFERS:
         raise RankError(
             "the ranks were given different lists of parameters: another number, other shapes or placements, or other "
             "norms were asked for. Pass the same list in the same order on every rank; pipeline stages, which differ "
-            "by design, take group=. Nothing was written"
+            f"by design, take group=, and the same number of bounds of their own and penalties on each. {written}"
         )
     if gravest == FAILED:
-        raise RankError("another rank could not read its gradients, and says why there. Nothing was written")
+        raise RankError(f"another rank could not read its gradients, and says why there. {written}")
 
 
 def _top(table: _Table, request: Request) -> _Table:
@@ -420,6 +444,18 @@ def _at(values: Tensor, index: Tensor) -> Tensor:
     return values.gather(0, index.reshape(1)).reshape(())
 
 
+def _joint_norm(norms: Tensor, columns: Tensor, norm_type: float, ties: Ties, parameters: int) -> Tensor:
+    """Of whole tensors, from ``[n]`` norms of those that have a gradient here: other ranks may have one of others."""
+    kinds: list[float | str] = [norm_type, "sum", "sum", "worst"]
+    table = _unfilled(kinds, [(COPIED,) * len(ties.groups)] * parameters, norms)
+    table.values[NORM, columns] = norms
+    table.values[-1, columns] = 0.0
+    flag = norms.new_zeros(1)
+    for at, group in enumerate(ties.groups):
+        flag = _stage([table], at, group, ties.mark, flag, (COPIED,))
+    return reference.norm_of_norms(table.values[NORM], norm_type)
+
+
 def _spread(reading: Reading, table: _Table, top: _Table, whole: bool, ties: Ties) -> Reading:
     """What this rank gets to see: the totals of all ranks, and where it was asked for the rows of whole tensors."""
     columns = on_device(list(reading.plan.grads.columns), torch.int64, table.values.device)
@@ -432,6 +468,15 @@ def _spread(reading: Reading, table: _Table, top: _Table, whole: bool, ties: Tie
         tensors_worst=None if own is None else own[-1],
         penalty=top.values[top.kinds.index("penalty"), 0] if "penalty" in top.kinds else None,
         beyond=ties.group is not None,
+        joint=functools.partial(
+            _joint_norm,
+            columns=columns,
+            norm_type=reading.request.norm_type,
+            ties=ties,
+            parameters=len(table.roles),
+        )
+        if whole
+        else None,
     )
     rows, weight_rows = reading.rows, reading.weight_rows
     if own is not None:

@@ -83,6 +83,8 @@ class Peers:
         tensors_worst: ``[n]``: the same of each gradient; None where the rows are of this rank's shares alone.
         penalty: 0-d: what a penalty adds to the loss on all ranks; None without one.
         beyond: ranks with other lists count in the totals.
+        joint: joins ``[n]`` norms of whole tensors, of which other ranks may have others, to that of all; every rank
+            has to call it. None where the rows are of this rank's shares alone.
     """
 
     rank: int
@@ -92,6 +94,7 @@ class Peers:
     tensors_worst: Tensor | None
     penalty: Tensor | None
     beyond: bool
+    joint: Callable[[Tensor], Tensor] | None
 
     def worst_of_all(self, name_at: Callable[[int], str]) -> tuple[str, int]:
         """Name of the gradient that looks worst, and the rank where it does. Synchronises."""
@@ -172,7 +175,8 @@ class Reading(NamedTuple):
         assert self.peers is not None
         rows, of_all = self.rows.clone(), self.peers.rows.clone()
         of_each = isinstance(clip_coef, Tensor) and clip_coef.dim() > 0
-        if unit_coefs is not None or (of_each and self.peers.beyond):
+        joint = self.peers.joint
+        if unit_coefs is not None or (of_each and (self.peers.beyond or joint is None)):
             raise RankError(
                 "Chain: what is left after clipping units, or single tensors while other ranks hold others, is known "
                 "only after another read. Put a rule that looks at the total norm first. Nothing was written"
@@ -180,8 +184,8 @@ class Reading(NamedTuple):
         for of in (rows, of_all):
             if not of_each or of is rows:
                 map_magnitudes(of, request, lambda magnitudes: magnitudes * clip_coef)
-        if of_each:
-            of_all[NORM] = reference.norm_of_norms(rows[NORM], request.norm_type)
+        if of_each and joint is not None:
+            of_all[NORM] = joint(rows[NORM])
         peers = replace(self.peers, rows=of_all)
         return refinished(self._replace(request=request, rows=rows, peers=peers), of_all)
 

@@ -1,8 +1,9 @@
 """Which ranks have a share in a list of gradients: what its tensors are to each process group.
 
-A tensor is sharded over a group (any placement but Replicate) or replicated over it, or it has nothing to do with it. A
-mesh on which something is sharded counts with all its dimensions, one group each, so that its replicas, too, hear of
-what one of them found. Where nothing is sharded there are no ties.
+A tensor is sharded over a group (any placement but Replicate) or replicated over it; or it is sharded over other
+groups, and what those make of it has copies on this one's ranks, which have to agree on one, or has nothing to do with
+it. A mesh on which something is sharded counts with all its dimensions, one group each, so that its replicas, too, hear
+of what one of them found. Where nothing is sharded there are no ties.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from torch import Tensor
 from fastclip.tensors import Grads, sharded_class
 from fastclip.types import RankError
 
-SHARDED, REPLICATED, APART = range(3)  # what a tensor is to a process group
+SHARDED, REPLICATED, COPIED, APART = range(4)  # what a tensor is to a process group
 
 MARKS = 1 << 48  # lists are told apart by numbers below this, exact in float64
 
-Role = tuple[int, ...]  # one of SHARDED, REPLICATED, APART for each group
+Role = tuple[int, ...]  # one of these for each group
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +72,14 @@ _marked = _Marked()
 
 
 def mark_sharded(parameters: Tensor | Iterable[Tensor], group: Any) -> None:
-    """Says of plain parameters that the ranks of ``group`` hold different ones: each of them counts in a norm.
+    """Says of parameters that the ranks of ``group`` hold different ones: each of them counts in a norm.
 
     For experts that are spread over an expert-parallel group, and for tensor parallelism without DTensor. Nothing has
-    to be said of DTensors, nor of parameters of which every rank has a copy.
+    to be said of what DTensors say themselves, nor of parameters of which every rank has a copy. The mark is the
+    parameter's own: ``fully_shard``, which replaces parameters, comes first, and copies are marked anew.
 
     Args:
-        parameters: one or many.
+        parameters: one or many, as the optimizer gets them.
         group: a process group, or a mesh of one dimension.
 
     Raises:
@@ -170,12 +172,14 @@ _PLAIN, _FLAT = "plain", "flat"
 
 
 def _kinds(listed: Sequence[Tensor], cls: Any, with_fsdp1: bool) -> Iterator[Any]:
-    """Of each tensor what decides its roles: mesh and placements, the group it was marked with, or a word."""
+    """Of each tensor what decides its roles: mesh, placements and the group it was marked with, if any; the latter
+    alone; or a word."""
     for tensor in listed:
+        group = _marked.group_of(tensor)
         if cls is not None and isinstance(tensor, cls):
             spec: Any = tensor._spec
-            yield spec.mesh, spec.placements
-        elif (group := _marked.group_of(tensor)) is not None:
+            yield spec.mesh, spec.placements, group
+        elif group is not None:
             yield group
         else:
             yield _FLAT if with_fsdp1 and getattr(tensor, "_fsdp_flattened", False) else _PLAIN
@@ -209,19 +213,22 @@ def ties_of(lists: Sequence[Grads], group: Any = None) -> Ties | None:
         )
     meshes = _meshes_in_play(different)
     groups: dict[str, Any] = {}
-    for found in (*meshes.values(), *([kind] for kind in different if not isinstance(kind, (str, tuple)))):
+    marked = [kind[2] if isinstance(kind, tuple) else kind for kind in different if not isinstance(kind, str)]
+    for found in (*meshes.values(), [own for own in marked if own is not None]):
         groups |= {own.group_name: own for own in found if own.size() > 1}
     if cut and group.size() > 1:
         groups[group.group_name] = group
     last = None if cut or group is None or group.size() == 1 else group
     if not groups and last is None:
         return None
-    roles = [_role(kind, list(groups), meshes, group) for kind in different]
-    alike = {torch.distributed.get_rank()}.union(*map(torch.distributed.get_process_group_ranks, groups.values()))
+    ranks_of = torch.distributed.get_process_group_ranks
+    members = {name: frozenset(ranks_of(own)) for name, own in groups.items()}
+    roles = [_role(kind, members, meshes, group) for kind in different]
+    alike = {torch.distributed.get_rank()}.union(*members.values())
     for kind in different:
         if isinstance(kind, tuple) and kind[0] in meshes:
-            alike.update(kind[0].mesh.flatten().tolist())
-    if last is not None and len(alike.intersection(torch.distributed.get_process_group_ranks(last))) > 1:
+            alike.update(_ranks_of(kind[0]))
+    if last is not None and len(alike.intersection(ranks_of(last))) > 1:
         raise ValueError(
             "group: its ranks hold shares of these very gradients, which would count several times; leave group out, "
             "or pass the group of the ranks that hold other ones. Nothing was written"
@@ -242,25 +249,34 @@ def _meshes_in_play(kinds: Iterable[Any]) -> dict[Any, list[Any]]:
     found: dict[Any, list[Any]] = {}
     for kind in kinds:
         if isinstance(kind, tuple):
-            mesh, placements = kind
+            mesh, placements, _ = kind
             sharded = any(not p.is_replicate() and mesh.size(dim) > 1 for dim, p in enumerate(placements))
             if sharded and mesh not in found and mesh.get_coordinate() is not None:
                 found[mesh] = groups_of(mesh)
     return found
 
 
-def _role(kind: Any, names: list[str], meshes: dict[Any, list[Any]], group: Any) -> Role:
+def _ranks_of(mesh: Any) -> list[int]:
+    ranks: list[int] = mesh.mesh.flatten().tolist()
+    return ranks
+
+
+def _role(kind: Any, members: dict[str, frozenset[int]], meshes: dict[Any, list[Any]], group: Any) -> Role:
     if kind == _PLAIN:
-        return (REPLICATED,) * len(names)
+        return (REPLICATED,) * len(members)
     own: dict[str, int] = {}
+    known: set[int] = set()  # the ranks that know the same of it once its own groups have joined it
+    marked = kind[2] if isinstance(kind, tuple) else group if kind == _FLAT else kind
     if isinstance(kind, tuple):
-        mesh, placements = kind
+        mesh, placements, _ = kind
         if mesh in meshes or mesh.get_coordinate() is not None:
             for of_dim, placement in zip(meshes.get(mesh) or groups_of(mesh), placements, strict=True):
                 own[of_dim.group_name] = REPLICATED if placement.is_replicate() else SHARDED
-    else:
-        own[(group if kind == _FLAT else kind).group_name] = SHARDED
-    return tuple(own.get(name, APART) for name in names)
+            known.update(_ranks_of(mesh))
+    if marked is not None:
+        own[marked.group_name] = SHARDED
+        known.update(members.get(marked.group_name, ()))
+    return tuple(own.get(name, APART if ranks <= known else COPIED) for name, ranks in members.items())
 
 
 def _mark(listed: Sequence[Sequence[Tensor]], kinds: list[list[int]], different: list[Any], roles: list[Role]) -> int:

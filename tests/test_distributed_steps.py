@@ -89,8 +89,11 @@ SHARDINGS = [
 def test_twenty_steps_end_where_one_process_ends(world, kind, optimizer, groups):
     results = ranks(world).run(train_sharded, kind, optimizer)
     check_training(results, optimizer)
+    # the last layer is outside of the tensor-parallel plan: the ranks agree on one of its copies
+    again = 1 if kind == "fsdp-tp" else 0
     for *_, joined in results:
-        assert len(joined) == len(set(joined)) == groups
+        assert len(set(joined)) == groups
+        assert len(joined) == groups + again
 
 
 RULES = {
@@ -111,7 +114,7 @@ def train_far_from_the_host(kind, rule):
             opt.zero_grad()
             batch = torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
             ((model(batch) ** 2).mean() * 100.0).backward()
-            with no_waiting(ties.ties_of):  # a mesh is a tensor on the host
+            with no_waiting(ties._ranks_of):  # a mesh is a tensor on the host
                 opt.step()
     return whole(model.parameters())
 
