@@ -18,12 +18,12 @@ from torch.optim import Optimizer
 
 from fastclip import amp, checkpoint, ownership, riding
 from fastclip.checkpoint import OWN_RULES, has_own_rule
-from fastclip.checks import nonfinite_rule, number, real, whole
+from fastclip.checks import number, real
 from fastclip.clipping import Finding, all_finite, examine
 from fastclip.ladder import Ladder, LossWatch, Rollback, SpikeBackoff, reduced_lr
 from fastclip.policies import GlobalNorm, Policy, policy_of
 from fastclip.reading import any_of, check_not_captured, flag
-from fastclip.record import Outcome, Record, Reports
+from fastclip.record import Adjustable, Outcome, Record
 from fastclip.regularisation import Penalty
 from fastclip.sharded import check_not_in_zero
 from fastclip.step_arguments import step_arguments_of
@@ -53,7 +53,7 @@ class Clearance(NamedTuple):
     may_be_one: bool = False
 
 
-class Guard(Reports):
+class Guard(Adjustable):
     """Guards the steps of one optimizer: inside a :class:`ClippedOptimizer`, or by itself after :func:`attach`.
 
     Attributes:
@@ -113,22 +113,6 @@ class Guard(Reports):
         """What learns from its steps, but for the rules."""
         rungs = (self._ladder.backoff, self._ladder.rollback, self._watch if self._watch.k is not None else None)
         return [rung for rung in rungs if rung is not None]
-
-    @property
-    def nonfinite(self) -> str:
-        return self._nonfinite
-
-    @nonfinite.setter
-    def nonfinite(self, value: str) -> None:
-        self._nonfinite = nonfinite_rule(value)
-
-    @property
-    def skip_limit(self) -> int | None:
-        return self._record.skip_limit
-
-    @skip_limit.setter
-    def skip_limit(self, value: int | None) -> None:
-        self._record.skip_limit = None if value is None else whole("skip_limit", value, least=1)
 
     def __getstate__(self) -> dict[str, Any]:
         group = None if self.group is None else self.group.group_name

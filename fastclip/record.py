@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastclip.backends import reference
 from fastclip.backends.reference import narrowed
+from fastclip.checks import nonfinite_rule, whole
 from fastclip.clipping import Verdict
 from fastclip.ladder import Event, Ladder
 from fastclip.reading import Peers, Reading, penalties
@@ -361,3 +362,23 @@ class Reports:
         """Share of the steps that were clipped, 0-d float32; 0 before the first."""
         counts = self._record.counts
         return (counts[CLIPPED] / counts[STEPS].clamp(min=1)).to(torch.float32)
+
+
+class Adjustable(Reports):
+    """The same of what guards steps by itself: two of its rules may be set at any time."""
+
+    @property
+    def nonfinite(self) -> str:
+        return self._nonfinite
+
+    @nonfinite.setter
+    def nonfinite(self, value: str) -> None:
+        self._nonfinite = nonfinite_rule(value)
+
+    @property
+    def skip_limit(self) -> int | None:
+        return self._record.skip_limit
+
+    @skip_limit.setter
+    def skip_limit(self, value: int | None) -> None:
+        self._record.skip_limit = None if value is None else whole("skip_limit", value, least=1)

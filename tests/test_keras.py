@@ -1,6 +1,7 @@
 """fastclip in Keras's optimizers, on torch, against their own ``global_clipnorm``."""
 
 import math
+import pickle
 
 import keras
 import numpy
@@ -167,6 +168,19 @@ def test_skipping_for_ever_is_an_error():
         fit(optimizer, numpy.full_like(INPUTS, math.nan))
 
 
+def test_after_that_error_the_average_can_still_be_taken():
+    (a,) = variables(1.0)
+    optimizer = keras.optimizers.SGD(1.0, use_ema=True, ema_momentum=0.5)
+    clip(optimizer, skip_limit=1)
+    for _ in range(2):
+        optimizer.apply([torch.tensor([0.0, 1.0, 0.0])], [a])
+    with pytest.raises(fastclip.SkipLimitError):
+        optimizer.apply([torch.full((3,), math.nan)], [a])
+    optimizer.finalize_variable_values([a])
+    (average,) = optimizer._model_variables_moving_average
+    assert torch.equal(a.value, average.value)
+
+
 def test_raise_names_the_variable():
     optimizer = keras.optimizers.SGD(0.1)
     clip(optimizer, nonfinite="raise")
@@ -221,3 +235,184 @@ def test_another_backend_is_refused(monkeypatch):
     monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
     with pytest.raises(RuntimeError, match="Keras runs on jax; set KERAS_BACKEND=torch"):
         clip(keras.optimizers.SGD())
+
+
+def variables(*values):
+    return [
+        keras.Variable(numpy.full(3, value, "float32"), name=name) for name, value in zip("abc", values, strict=False)
+    ]
+
+
+def test_what_a_rule_has_learned_stays_with_its_variable():
+    """Keras lists only the variables that have a gradient."""
+    a, b = variables(0.0, 0.0)
+    optimizer = keras.optimizers.SGD(1e-9)
+    guard = clip(optimizer, policy=policies.AdaGC(warmup=2, lam_abs=1e9))
+    optimizer.build([a, b])
+    ones, hundreds = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0.0, 100.0, 0.0])
+    for _ in range(3):
+        optimizer.apply([hundreds.clone(), ones.clone()], [b, a])  # in any order
+    alone = hundreds.clone()
+    with pytest.warns(UserWarning, match="Gradients do not exist"):
+        optimizer.apply([None, alone], [a, b])
+    assert torch.equal(alone, hundreds)
+    assert guard.policy.averages.tolist() == pytest.approx([1.0, 100.0])
+    assert guard.last_stats.names == ["b"]
+
+
+def test_what_a_rule_has_learned_survives_a_frozen_layer():
+    optimizer = keras.optimizers.SGD(0.01)
+    guard = clip(optimizer, policy=policies.AdaGC(warmup=2))
+    model = fit(optimizer, epochs=1)
+    learned = guard.policy.averages.tolist()
+    model.layers[0].trainable = False
+    model.compile(optimizer, "mse")
+    model.train_on_batch(INPUTS[:4], TARGETS[:4])
+    averages = guard.policy.averages.tolist()
+    assert averages[:2] == learned[:2]
+    assert averages[2] != learned[2]
+    assert guard.last_stats.names == [variable.path for variable in model.trainable_weights]
+
+
+def test_a_variable_that_is_listed_twice_is_refused():
+    (a,) = variables(1.0)
+    optimizer, _ = clipped_sgd()
+    with pytest.raises(ValueError, match="a is listed twice: add its gradients"):
+        optimizer.apply([torch.ones(3), torch.ones(3)], [a, a])
+    assert a.value.tolist() == [1.0] * 3
+
+
+def test_what_is_no_tensor_is_refused():
+    (a,) = variables(1.0)
+    optimizer, _ = clipped_sgd()
+    with pytest.raises(TypeError, match="the gradient of a is a ndarray"):
+        optimizer.apply([numpy.ones(3, "float32")], [a])
+
+
+GRADS = {
+    "one tensor": lambda a, b: [shared := torch.full((3,), 2.0), shared],
+    "two views": lambda a, b: [shared := torch.full((3,), 2.0), shared.view(3)],
+    "overlapping": lambda a, b: [(shared := torch.full((4,), 2.0))[:3], shared[1:]],
+    "expanded": lambda a, b: [torch.tensor(2.0).expand(3), torch.full((3,), 2.0)],
+    "of autograd": lambda a, b: torch.autograd.grad(((a.value + b.value) ** 2).sum(), [a.value, b.value]),
+    "a weight": lambda a, b: [a.value.detach(), torch.full((3,), 2.0)],
+}
+
+
+@pytest.mark.parametrize("make", GRADS.values(), ids=GRADS)
+def test_gradients_that_share_memory_count_once_each(make):
+    a, b = variables(1.0, 1.0)
+    optimizer = keras.optimizers.SGD(1.0)
+    guard = clip(optimizer, max_norm=0.5)
+    grads = make(a, b)
+    before = [grad.double() for grad in grads]
+    norm = float(torch.stack(before).norm())
+    expected = [1.0 - grad * 0.5 / norm for grad in before]
+    optimizer.apply(grads, [a, b])
+    assert float(guard.last_norm) == pytest.approx(norm)
+    torch.testing.assert_close([a.value.detach().double(), b.value.detach().double()], expected, atol=1e-6, rtol=0)
+    if grads[0].data_ptr() != a.value.data_ptr():
+        assert torch.equal(grads[0].double(), before[0])  # nobody wrote through what is shared
+
+
+def test_gradients_with_memory_of_their_own_are_clipped_where_they_are():
+    a, b = variables(1.0, 1.0)
+    optimizer = keras.optimizers.SGD(1.0)
+    clip(optimizer, max_norm=0.5)
+    grads = [torch.ones(3), torch.ones(6)[::2]]
+    optimizer.apply(grads, [a, b])
+    assert float(torch.stack(grads).norm()) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("bad", [4, 8, 12], ids=["first of its batches", "second", "last"])
+def test_what_became_zero_is_not_kept_by_accumulation(bad):
+    """Keras would multiply the gathered NaN by 0."""
+    inputs = INPUTS.copy()
+    inputs[bad] = numpy.nan
+    optimizer = OPTIMIZERS["Adam, accumulation"]()
+    guard = clip(optimizer, nonfinite="zero")
+    model = fit(optimizer, inputs, epochs=1)
+    assert (guard.steps, guard.nonfinite_steps) == (2, 1)
+    assert not any(bool(gathered.value.any()) for gathered in optimizer._accumulated_gradients)
+    assert all(bool(weight.isfinite().all()) for weight in weights(model))
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [({"nonfinite": "raise"}, fastclip.NonFiniteGradientError), ({"skip_limit": 1}, fastclip.SkipLimitError)],
+    ids=["raise", "skip_limit"],
+)
+@pytest.mark.parametrize("bad", [0, 15], ids=["first of its batches", "last"])
+def test_accumulation_begins_anew_after_an_error(options, error, bad):
+    """As after a skip. And Keras makes a new error of the message, which is one of ours all the same."""
+    inputs = INPUTS[:16].copy()
+    inputs[bad] = numpy.nan
+    optimizer, reference = [keras.optimizers.SGD(0.1, momentum=0.9, gradient_accumulation_steps=4) for _ in range(2)]
+    guard = clip(optimizer, max_norm=0.3, **options)
+    clip(reference, max_norm=0.3)
+    model, other = model_with(optimizer), model_with(reference)
+    with pytest.raises(error):
+        model.fit(inputs, TARGETS[:16], batch_size=4, shuffle=False, verbose=0)
+    guard.skip_limit = None
+    for one in (model, other):
+        one.fit(INPUTS, TARGETS, batch_size=4, shuffle=False, verbose=0)
+    assert all(map(torch.equal, weights(model), weights(other)))
+    assert int(optimizer._iterations) == int(reference._iterations) + 4
+
+
+def test_the_error_can_be_pickled_and_made_of_its_message():
+    error = fastclip.NonFiniteGradientError("bad", "kernel", (1, 2), math.inf)
+    copy = pickle.loads(pickle.dumps(error))
+    assert (str(copy), copy.tensor, copy.index, copy.value) == ("bad", "kernel", (1, 2), math.inf)
+    bare = fastclip.NonFiniteGradientError("bad")
+    assert (str(bare), bare.tensor, bare.index) == ("bad", "", ())
+    assert math.isnan(bare.value)
+
+
+@pytest.mark.parametrize("wrap", [lambda inner: inner, keras.optimizers.LossScaleOptimizer], ids=["", "scaled"])
+def test_several_optimizers_in_one_are_clipped_each(wrap):
+    inner = keras.optimizers.SGD(0.1)
+    optimizer = wrap(keras.optimizers.MultiOptimizer(keras.optimizers.OptimizerMap(inner)))
+    with pytest.raises(TypeError, match=r"clip each of its optimizers, which are in \.optimizers once it is built"):
+        clip(optimizer)
+    assert "_clip_gradients" not in vars(inner)
+    guard = clip(inner, max_norm=0.3)
+    fit(optimizer)
+    assert guard.clipped_steps > 0
+
+
+def test_the_guard_can_be_set():
+    (a,) = variables(0.0)
+    optimizer = keras.optimizers.SGD(1.0)
+    guard = clip(optimizer, max_norm=1.0)
+    assert (guard.max_norm, guard.skip_limit, guard.nonfinite) == (1.0, 100, "skip")
+    guard.max_norm = 0.25
+    optimizer.apply([torch.tensor([0.0, 4.0, 0.0])], [a])
+    assert a.value.tolist() == pytest.approx([0.0, -0.25, 0.0])
+    guard.skip_limit = 1
+    with pytest.raises(fastclip.SkipLimitError):
+        optimizer.apply([torch.full((3,), math.nan)], [a])
+    guard.nonfinite = "raise"
+    with pytest.raises(fastclip.NonFiniteGradientError):
+        optimizer.apply([torch.full((3,), math.nan)], [a])
+    with pytest.raises(ValueError, match="skip_limit"):
+        guard.skip_limit = 0
+    with pytest.raises(ValueError, match="nonfinite must be one of"):
+        guard.nonfinite = "ignore"
+
+
+def test_a_rule_without_a_bound_has_none_to_set():
+    guard = clip(keras.optimizers.SGD(), policy="ZScore")
+    with pytest.raises(ValueError, match="has no max_norm"):
+        guard.max_norm = 1.0
+
+
+def test_a_skipped_step_applies_no_constraint():
+    (a,) = variables(1.0)
+    a.constraint = lambda weight: weight * 0.5
+    optimizer = keras.optimizers.SGD(1.0)
+    clip(optimizer)
+    optimizer.apply([torch.full((3,), math.nan)], [a])
+    assert a.value.tolist() == [1.0] * 3
+    optimizer.apply([torch.zeros(3)], [a])
+    assert a.value.tolist() == [0.5] * 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -9,13 +10,12 @@ import keras
 import torch
 from torch import Tensor
 
-from fastclip.checks import nonfinite_rule, whole
 from fastclip.clipping import examine
 from fastclip.ladder import Ladder
 from fastclip.policies import Bound, GlobalNorm, Policy, policy_of
 from fastclip.reading import any_of
-from fastclip.record import Record, Reports
-from fastclip.tensors import GroupNames, grads_among
+from fastclip.record import Adjustable, Record
+from fastclip.tensors import GroupNames, grads_among, read_only
 from fastclip.types import IN_A_ROW, SKIPPED, STEPS
 
 # Everything that a Keras optimizer does with the gradients once it has clipped them.
@@ -27,21 +27,35 @@ AFTER_CLIPPING = (
 )
 
 
-class KerasGuard(Reports):
+class KerasGuard(Adjustable):
     """What :func:`clip` returns: ``last_norm``, ``clip_rate``, ``skipped_steps`` and so on.
 
     Attributes:
         optimizer: the Keras optimizer whose gradients are clipped.
         policy: the rule.
-        nonfinite: what NaN and Inf do.
+        max_norm, nonfinite, skip_limit: as they were given; may be set at any time.
     """
 
     def __init__(self, optimizer: Any, policy: Policy, nonfinite: str, skip_limit: int | None) -> None:
         self.optimizer, self.policy, self.nonfinite = optimizer, policy, nonfinite
         self._record, self._ladder = Record(), Ladder(None, None)
-        self._record.skip_limit = skip_limit
-        self._variables: list[Any] = []
+        self.skip_limit = skip_limit
+        self._places: list[int] = []  # of this step's gradients, among the variables that the optimizer was built with
         self._skipped = False
+        self._unconstrained: list[tuple[Any, Any]] = []  # variables whose constraints a skip holds back, with those
+
+    @property
+    def max_norm(self) -> Any:
+        """The bound of the joint norm, where the policy has one."""
+        policy: Any = self.policy
+        return policy.max_norm
+
+    @max_norm.setter
+    def max_norm(self, value: Any) -> None:
+        policy: Any = self.policy
+        if not hasattr(policy, "max_norm"):
+            raise ValueError(f"{policy!r} has no max_norm")
+        policy.max_norm = value
 
     def install(self) -> None:
         """Puts itself into the optimizer object."""
@@ -49,24 +63,44 @@ class KerasGuard(Reports):
         apply, update = optimizer.apply, optimizer._backend_apply_gradients
 
         def guarded_apply(grads: Any, trainable_variables: Any = None) -> None:
-            self._skipped = False
-            apply(grads, trainable_variables)
-            skipped, self._skipped = self._skipped, False  # fit() ends with a method that is held back below
-            if skipped and not optimizer.gradient_accumulation_steps:
-                optimizer._iterations.assign_sub(1)
-            elif skipped:  # the count is one of batches, and Keras empties what it gathered by a product: 0 x NaN = NaN
-                with torch.no_grad():
-                    for gathered in optimizer._accumulated_gradients:
-                        if gathered is not None:
-                            gathered.value.zero_()
+            try:
+                apply(grads, trainable_variables)
+                if self._skipped and not optimizer.gradient_accumulation_steps:  # else it counts batches
+                    optimizer._iterations.assign_sub(1)
+            finally:
+                self._skipped = False  # fit() ends with a method that is held back below
+                for variable, constraint in self._unconstrained:
+                    variable.constraint = constraint
+                self._unconstrained = []
 
         def guarded_update(grads: Any, trainable_variables: Any) -> None:
-            self._variables = trainable_variables
+            self._places = [optimizer._get_variable_index(variable) for variable in trainable_variables]
+            check_gradients(grads, trainable_variables, self._places)
             update(grads, trainable_variables)
+            if self._skipped:  # Keras applies the constraints next
+                self._unconstrained = [(v, v.constraint) for v in trainable_variables if v.constraint is not None]
+                for variable, _ in self._unconstrained:
+                    variable.constraint = None
+
+        def guarded_look(grads: list[Tensor]) -> list[Tensor]:
+            try:
+                return self.look(grads)
+            except Exception:
+                if optimizer.gradient_accumulation_steps:  # as at a skip: what was gathered is lost, its batches count
+                    empty()
+                    optimizer._iterations.assign_add(1)
+                raise
+
+        def empty() -> None:
+            """Keras empties what it gathered by a product, and 0 x NaN = NaN."""
+            for gathered in optimizer._accumulated_gradients:
+                if gathered is not None:
+                    gathered.assign(torch.zeros_like(gathered.value))
 
         optimizer.apply = guarded_apply
         optimizer._backend_apply_gradients = guarded_update
-        optimizer._clip_gradients = self.look
+        optimizer._clip_gradients = guarded_look
+        optimizer._backend_reset_gradient_accumulators = empty
         for name in AFTER_CLIPPING:
             setattr(optimizer, name, self._unless_skipped(getattr(optimizer, name)))
 
@@ -79,10 +113,14 @@ class KerasGuard(Reports):
 
     @torch.no_grad()
     def look(self, grads: list[Tensor]) -> list[Tensor]:
-        """Reads and clips the gradients of a step in place, and returns them."""
-        variables = [variable.value for variable in self._variables]
-        names = GroupNames([(0, {"params": variables, "param_names": [v.path for v in self._variables]})])
-        share = grads_among(grads)._replace(names=names, parameters=variables)
+        """Reads and clips the gradients of a step, in place where their memory is their own, and returns them."""
+        listed = self.optimizer._trainable_variables  # with and without a gradient: rules learn by the place
+        weights = [variable.value for variable in listed]
+        slots: list[Any] = [None] * len(listed)
+        for place, grad in zip(self._places, with_own_memory(grads, weights), strict=True):
+            slots[place] = grad
+        names = GroupNames([(0, {"params": weights, "param_names": [variable.path for variable in listed]})])
+        share = grads_among(slots)._replace(names=names, parameters=weights)
         (finding,), _ = examine([(share, self.policy)], self.nonfinite)
         verdict = finding.decide()
         found_inf = finding.noted.found_inf
@@ -93,12 +131,34 @@ class KerasGuard(Reports):
         self._ladder.climb(self.optimizer, counts[STEPS], counts[SKIPPED], counts[IN_A_ROW], self._reason)
         self._record.check_streak(counts[IN_A_ROW])
         verdict.apply(skip=self._skipped)
-        return grads
+        return [slots[place] for place in self._places]
 
     def _reason(self) -> tuple[str, tuple[str, ...]]:
         """Of a skip, for the event that tells of it."""
         bad = tuple(self._record.bad()) if self.nonfinite == "skip" else ()
         return ("NaN or Inf in the gradients", bad) if bad else (f"decided by {self.policy!r}", ())
+
+
+def check_gradients(grads: Any, variables: Any, places: list[int]) -> None:
+    """Raises for what is no tensor, and for a variable with two gradients, which would be clipped as two variables'."""
+    for grad, variable in zip(grads, variables, strict=True):
+        if not isinstance(grad, Tensor):
+            raise TypeError(f"the gradient of {variable.path} is a {type(grad).__name__}, not a torch.Tensor")
+    counts = Counter(places)
+    for variable, place in zip(variables, places, strict=True):
+        if counts[place] > 1:
+            raise ValueError(f"{variable.path} is listed twice: add its gradients. Nothing was written")
+
+
+def with_own_memory(grads: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
+    """The gradients, with copies of those that share memory, with another one, a weight or within themselves: what is
+    written to one of them would be written to the other, too."""
+    counts = Counter(t.untyped_storage().data_ptr() for t in [*grads, *weights] if t.layout == torch.strided)
+
+    def shares(grad: Tensor) -> bool:
+        return grad.layout != torch.strided or counts[grad.untyped_storage().data_ptr()] > 1 or bool(read_only(grad))
+
+    return [grad.clone() if shares(grad) else grad for grad in grads]
 
 
 def clip(
@@ -124,7 +184,7 @@ def clip(
 
     Raises:
         RuntimeError: Keras runs on another backend than torch.
-        TypeError: not a Keras optimizer.
+        TypeError: not a Keras optimizer, or a ``MultiOptimizer``: its own optimizers can be clipped.
         ValueError: the optimizer clips by itself, or has been given to this function before.
 
     Example:
@@ -141,6 +201,11 @@ def clip(
         raise TypeError(f"optimizer: expected a keras.optimizers.Optimizer, got {type(optimizer).__name__}")
     while isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         optimizer = optimizer.inner_optimizer
+    if isinstance(optimizer, keras.optimizers.MultiOptimizer):
+        raise TypeError(
+            "a MultiOptimizer hands its gradients on: clip each of its optimizers, which are in .optimizers once it "
+            "is built; each goes by the norm of its own variables"
+        )
     for name in ("clipnorm", "global_clipnorm", "clipvalue"):
         if getattr(optimizer, name) is not None:
             raise ValueError(f"the optimizer has {name}={getattr(optimizer, name)}: leave it out, fastclip clips")
@@ -149,7 +214,6 @@ def clip(
     if policy is not None and max_norm is not None:
         raise ValueError(f"policy={policy!r} brings its own bound; leave max_norm out")
     chosen = GlobalNorm(1.0 if max_norm is None else max_norm) if policy is None else policy_of(policy)
-    limit = None if skip_limit is None else whole("skip_limit", skip_limit, least=1)
-    guard = KerasGuard(optimizer, chosen, nonfinite_rule(nonfinite), limit)
+    guard = KerasGuard(optimizer, chosen, nonfinite, skip_limit)
     guard.install()
     return guard
