@@ -7,7 +7,7 @@ import copyreg
 import functools
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -153,6 +153,7 @@ class ClippedOptimizer(Reports, Optimizer):
     param_groups = _inners("param_groups")
     state = _inners("state")
     defaults = _inners("defaults")
+    zero_grad = _inners("zero_grad")  # with its own signature, which accelerate looks at
     _optimizer_state_dict_pre_hooks = _inners("_optimizer_state_dict_pre_hooks")
     _optimizer_state_dict_post_hooks = _inners("_optimizer_state_dict_post_hooks")
     _optimizer_load_state_dict_pre_hooks = _inners("_optimizer_load_state_dict_pre_hooks")
@@ -235,9 +236,6 @@ class ClippedOptimizer(Reports, Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         self._inner.add_param_group(param_group)
-
-    def zero_grad(self, *args: Any, **kwargs: Any) -> None:
-        self._inner.zero_grad(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         # What others put on the object, hooks and a scheduler's counting `step`, stays behind, as in torch.
@@ -377,12 +375,16 @@ SETTINGS = frozenset(inspect.signature(ClippedOptimizer.__init__).parameters) - 
 SETTINGS_OF_CLASS = SETTINGS - {"names"}  # each object has its own parameters
 
 
+def own_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings for one optimizer: copies of what learns. The rest may be held on to, such as a tensor as the bound."""
+    return {name: copy.deepcopy(value) if name in PER_OBJECT else value for name, value in settings.items()}
+
+
 @functools.cache
 def _clipped(optimizer_class: Any, settings: tuple[tuple[str, Any], ...]) -> Any:
     def __init__(self: ClippedOptimizer, params: Any, *args: Any, **kwargs: Any) -> None:
         given = {**dict(settings), **{name: kwargs.pop(name) for name in SETTINGS & kwargs.keys()}}
-        own = {name: copy.deepcopy(value) if name in PER_OBJECT else value for name, value in given.items()}
-        ClippedOptimizer.__init__(self, optimizer_class(params, *args, **kwargs), **own)
+        ClippedOptimizer.__init__(self, optimizer_class(params, *args, **kwargs), **own_settings(given))
 
     body = {"__init__": __init__, "__module__": __name__, "__doc__": f"{optimizer_class.__name__}, clipped."}
     made = _ClippedClass(f"Clipped{optimizer_class.__name__}", (ClippedOptimizer,), body)

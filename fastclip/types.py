@@ -223,12 +223,12 @@ class NonFiniteGradientError(FastclipError, RuntimeError):
     penalty, from weights that aren't finite themselves, brought them in.
 
     Attributes:
-        tensor: name or position of the first bad gradient.
+        tensor: name or position of the first bad gradient; "" where somebody else raised it anew from its message.
         index: position of its first bad element, one number per dimension.
         value: that element, ``nan`` or ``±inf``.
     """
 
-    def __init__(self, message: str, tensor: str, index: tuple[int, ...], value: complex):
+    def __init__(self, message: str, tensor: str = "", index: tuple[int, ...] = (), value: complex = math.nan):
         super().__init__(message)
         self.tensor, self.index, self.value = tensor, index, value
 

@@ -7,7 +7,7 @@ from accelerate.tracking import GeneralTracker
 
 import fastclip
 from fastclip.integrations.accelerate import log_clipping
-from fastclip.integrations.facts import facts, reports_of
+from fastclip.integrations.facts import facts, fresh, reports_of
 
 MAX_NORM = 0.5
 INPUTS = torch.randn(48, 6, generator=torch.Generator().manual_seed(0))
@@ -75,6 +75,14 @@ def test_save_and_load_state(tmp_path):
     assert fresh.scheduler.get_last_lr() == theirs.scheduler.get_last_lr()
 
 
+@pytest.mark.parametrize("to_none", [True, False])
+def test_gradients_are_dropped_or_zeroed(to_none):
+    run = Run(wrap=True)
+    run.accelerator.backward(run.model(INPUTS).sum())
+    run.optimizer.zero_grad(set_to_none=to_none)
+    assert all(p.grad is None if to_none else bool((p.grad == 0).all()) for p in run.model.parameters())
+
+
 def test_the_prepared_optimizer_cannot_be_wrapped():
     with pytest.raises(TypeError, match=r"Put fastclip inside: accelerator.prepare\(fastclip.ClippedOptimizer"):
         fastclip.ClippedOptimizer(Run(wrap=False).optimizer)
@@ -127,6 +135,20 @@ def test_a_patch_reaches_accelerate(monkeypatch, name):
     with fastclip.patch():
         getattr(run.accelerator, name)(run.model.parameters(), MAX_NORM)
     assert len(calls) == 1
+
+
+def test_settings_for_one_optimizer_share_what_does_not_learn():
+    class Group:
+        def __deepcopy__(self, memo):
+            raise TypeError("a process group can't be copied")
+
+    model, shared = torch.nn.Linear(2, 1), {"group": Group(), "max_norm": torch.tensor(1.0)}
+    learning = {"policy": fastclip.policies.ZScore(), "backoff": fastclip.SpikeBackoff()}
+    own = fresh({**shared, **learning}, model)
+    assert own["names"] is model
+    assert all(own[name] is value for name, value in shared.items())
+    assert all(type(own[name]) is type(value) and own[name] is not value for name, value in learning.items())
+    assert fresh({"names": None}, model) == {"names": None}
 
 
 def test_facts_find_what_is_attached_at_any_depth():

@@ -121,7 +121,8 @@ def test_what_a_policy_has_learned_is_in_the_checkpoint(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create:UserWarning")
-def test_a_groups_own_policy_goes_on_from_a_checkpoint(tmp_path):
+@pytest.mark.parametrize("saved", ["during", "after"])
+def test_a_groups_own_policy_goes_on_from_a_checkpoint(tmp_path, saved):
     class Grouped(Module):
         def configure_optimizers(self):
             first, last = self.layers[0].parameters(), self.layers[2].parameters()
@@ -130,12 +131,48 @@ def test_a_groups_own_policy_goes_on_from_a_checkpoint(tmp_path):
 
     whole = trained(tmp_path, Grouped(), callbacks=[Clip(max_norm=MAX_NORM)])
     saves = lightning.pytorch.callbacks.ModelCheckpoint(tmp_path, "first")
-    trained(tmp_path, Grouped(), [Clip(max_norm=MAX_NORM), saves], max_epochs=1, enable_checkpointing=True)
+    first = trained(tmp_path, Grouped(), [Clip(max_norm=MAX_NORM), saves], max_epochs=1, enable_checkpointing=True)
+    if saved == "after":
+        first.save_checkpoint(tmp_path / "first.ckpt")
     resumed = trained(tmp_path, Grouped(), callbacks=[Clip(max_norm=MAX_NORM)], resume=tmp_path / "first.ckpt")
     assert_alike(resumed, whole)
     ours, theirs = (trainer.optimizers[0].param_groups[1]["policy"] for trainer in (resumed, whole))
     assert int(ours.count) == int(theirs.count) > 3
     torch.testing.assert_close(ours.mean, theirs.mean)
+
+
+def test_another_rule_for_a_checkpoint(tmp_path):
+    """The error says what to leave out of the checkpoint; then it resumes."""
+    path = tmp_path / "first.ckpt"
+    first = trained(tmp_path, callbacks=[Clip(policy=policies.ZScore(warmup=3))], max_epochs=1)
+    first.save_checkpoint(path)
+    with pytest.raises(ValueError, match=r"saved by another policy.*checkpoint\['callbacks'\]\.pop\('Clip'\)"):
+        trained(tmp_path, callbacks=[Clip(max_norm=MAX_NORM)], resume=path)
+    checkpoint = torch.load(path)
+    checkpoint["callbacks"].pop("Clip")
+    for state in checkpoint["optimizer_states"]:
+        state.pop("fastclip", None)
+    torch.save(checkpoint, path)
+    clip = Clip(max_norm=MAX_NORM)
+    trained(tmp_path, callbacks=[clip], resume=path)
+    assert clip.guards[0].steps == 10
+
+
+def test_a_validated_checkpoint_is_not_trained_on(tmp_path):
+    class Validated(Module):
+        def validation_step(self, batch, index):
+            pass
+
+    first = trained(tmp_path, callbacks=[Clip(policy=policies.ZScore(warmup=3))], max_epochs=1)
+    first.save_checkpoint(tmp_path / "first.ckpt")
+    clip = Clip(policy=policies.ZScore(warmup=3))
+    settings = {"accelerator": "cpu", "max_epochs": 1, "logger": False, "enable_checkpointing": False}
+    settings |= {"enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": tmp_path}
+    trainer = lightning.Trainer(**settings, callbacks=[clip])
+    data = torch.utils.data.DataLoader(INPUTS, batch_size=8)
+    trainer.validate(Validated(), data, ckpt_path=tmp_path / "first.ckpt", verbose=False)
+    trainer.fit(Module(), data)
+    assert int(clip.guards[0].policy.count) == 5
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -192,6 +229,27 @@ def test_the_optimizer_is_its_own_again_after_training(tmp_path):
     trainer = trained(tmp_path, callbacks=[clip])
     assert reports_of(trainer.optimizers[0]) is None
     assert clip.guards[0].steps == 15
+
+
+@pytest.mark.parametrize("kind", ["tensor", "method"])
+def test_a_bound_may_change_while_it_trains(tmp_path, kind):
+    class Halving(Module):
+        bound = torch.tensor(MAX_NORM)
+
+        def bound_now(self, step):
+            return self.bound
+
+        def on_train_batch_start(self, batch, index):
+            self.bound = self.bound.mul_(0.5)
+            norms.append(float(self.bound))
+
+        def on_train_batch_end(self, *batch):
+            clipped.append(float(torch.nn.utils.get_total_norm([p.grad for p in self.parameters()])))
+
+    norms, clipped, module = [], [], Halving()
+    module.bound = torch.tensor(MAX_NORM)
+    trained(tmp_path, module, [Clip(max_norm=module.bound if kind == "tensor" else module.bound_now)], max_epochs=1)
+    assert clipped == pytest.approx(norms, rel=1e-4)
 
 
 def test_two_optimizers_are_logged_apart(tmp_path):

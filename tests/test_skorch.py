@@ -11,7 +11,7 @@ from sklearn.model_selection import GridSearchCV, RandomizedSearchCV, Stratified
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import MinMaxScaler
 from skorch import NeuralNetClassifier, NeuralNetRegressor
-from skorch.callbacks import GradientNormClipping
+from skorch.callbacks import Callback, Checkpoint, GradientNormClipping, LoadInitState
 
 import fastclip
 from fastclip import policies
@@ -117,6 +117,56 @@ def test_further_training_takes_another_rule(first, then):
     assert (reports_of(estimator.optimizer_).skip_limit, int(reports_of(estimator.optimizer_).steps)) == (7, 30)
 
 
+def test_a_tensor_as_the_bound_may_change():
+    bound = torch.tensor(1.0)
+    estimator = fitted(net(callbacks=[("clip", Clip(bound))]))
+    before = [weight.clone() for weight in weights(estimator)]
+    for now in (bound.fill_(0.0), torch.tensor(0.0)):  # itself, and another one of the same value
+        estimator.set_params(callbacks__clip__max_norm=now)
+        estimator.partial_fit(INPUTS, LABELS)
+        assert all(map(torch.equal, weights(estimator), before))
+    now.fill_(1.0)
+    estimator.partial_fit(INPUTS, LABELS)
+    assert not torch.equal(weights(estimator)[0], before[0])
+
+
+class Sets(Callback):
+    """Calls ``set_params`` after the first epoch."""
+
+    def __init__(self, **values):
+        self.values = values
+
+    def on_epoch_end(self, net, **kwargs):
+        if len(net.history) == 1:
+            net.set_params(**self.values)
+
+
+def test_set_params_takes_effect_while_it_trains():
+    estimator = fitted(net(callbacks=[("clip", Clip(1.0)), ("sets", Sets(callbacks__clip__max_norm=1e-3))]))
+    assert float(torch.nn.utils.get_total_norm([p.grad for p in estimator.module_.parameters()])) <= 1.001e-3
+    estimator = fitted(net(callbacks=[("clip", Clip(1.0)), ("sets", Sets(callbacks__clip__skip_limit=7))]))
+    assert (reports_of(estimator.optimizer_).skip_limit, int(reports_of(estimator.optimizer_).steps)) == (7, 15)
+
+
+def test_a_new_optimizer_while_it_trains_is_clipped_too():
+    estimator = fitted(net(callbacks=[("clip", Clip(1.0)), ("sets", Sets(module__between=torch.nn.ReLU))]))
+    assert isinstance(estimator.module_.layers[1], torch.nn.ReLU)
+    assert reports_of(estimator.optimizer_).steps == 10
+
+
+@pytest.mark.parametrize("own", [
+    {"optimizer": fastclip.clipped(torch.optim.SGD, policy=policies.ZScore(warmup=3))},
+    {"callbacks": [("clip", Clip(policy=policies.ZScore(warmup=3)))]},
+], ids=["class", "callback"])  # fmt: skip
+def test_what_was_learned_comes_back_with_the_initial_state(own, tmp_path):
+    """Where the callback stands before the one that loads."""
+    checkpoint = Checkpoint(dirname=tmp_path, monitor=None)
+    callbacks = own.get("callbacks", [])
+    fitted(net(**own | {"callbacks": [*callbacks, ("saves", checkpoint)]}))
+    resumed = net(**own | {"callbacks": [*callbacks, ("loads", LoadInitState(checkpoint))]}, max_epochs=1)
+    assert int(reports_of(fitted(resumed).optimizer_).policy.count) == 20
+
+
 def test_the_history_tells():
     estimator = fitted(net(callbacks=[("clip", Clip(max_norm=MAX_NORM))]))
     batches = [batch for epoch in estimator.history for batch in epoch["batches"] if "train_loss" in batch]
@@ -188,6 +238,34 @@ def test_a_net_without_module_has_names_too():
     estimator = fitted(net(cls=Generator, callbacks=[("clip", Clip(MAX_NORM))], train_split=None))
     guard = reports_of(estimator.optimizer_)
     assert guard.last_stats.names == [f"gen.{name}" for name, _ in estimator.gen_.named_parameters()]
+
+
+class Two(Generator):
+    """A net with two optimizers, neither of them with the usual name."""
+
+    def initialize_module(self):
+        super().initialize_module()
+        self.disc_ = self.initialized_instance(self.module, {})
+        return self
+
+    def initialize_optimizer(self, *args, **kwargs):
+        self.gen_optimizer_ = torch.optim.SGD(self.gen_.parameters(), lr=0.1)
+        self.disc_optimizer_ = torch.optim.SGD(self.disc_.parameters(), lr=0.1)
+        return self
+
+    def infer(self, x, **kwargs):
+        return self.gen_(x) + self.disc_(x)
+
+
+def test_optimizers_of_other_names():
+    poisoned = INPUTS.copy()
+    poisoned[9] = math.nan
+    estimator = fitted(net(cls=Two, callbacks=[("clip", Clip(MAX_NORM))], train_split=None), poisoned)
+    first, second = reports_of(estimator.gen_optimizer_), reports_of(estimator.disc_optimizer_)
+    assert (int(first.steps), int(second.steps)) == (18, 18)
+    assert estimator.history[-1, "batches", -1, "grad_norm"] == float(first.last_norm) != float(second.last_norm)
+    assert estimator.history[-1, "skipped_steps"] == 3
+    assert neg_skipped_steps(estimator) == -3.0
 
 
 def test_the_spike_rate():

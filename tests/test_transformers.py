@@ -123,6 +123,32 @@ def test_a_bound_of_zero_means_none(tmp_path, monkeypatch):
     assert logged(ours, "clip_rate") == [0.0] * 12
 
 
+def test_a_negative_bound_means_none(tmp_path):
+    ours = trained(tmp_path, Clipped, max_grad_norm=-1.0)
+    torch.testing.assert_close(weights(ours), weights(trained(tmp_path, max_grad_norm=-1.0)), atol=1e-6, rtol=0)
+    assert reports_of(ours.optimizer).max_norm == math.inf
+
+
+@pytest.mark.parametrize("optimizer", [None, lambda made: torch.optim.SGD(made.parameters(), lr=0.1)])
+def test_a_log_before_training(tmp_path, optimizer):
+    made = model()
+    optimizers = (None, None) if optimizer is None else (optimizer(made), None)
+    trainer = Clipped(model=made, args=arguments(tmp_path), train_dataset=Tokens(), optimizers=optimizers)
+    trainer.log({"loss": 1.0})
+    assert "grad_norm" not in trainer.state.log_history[0]
+
+
+def test_without_a_wrapper_training_says_so(tmp_path):
+    class Bare(Clipped):
+        def create_optimizer(self, model=None):
+            super().create_optimizer(model)
+            self.optimizer = self.optimizer.inner
+            return self.optimizer
+
+    with pytest.raises(TypeError, match="no fastclip in this AcceleratedOptimizer"):
+        trained(tmp_path, Bare)
+
+
 def test_settings_of_the_class(tmp_path):
     class Guarded(ClippedTrainer, Trainer):
         clipping = {"policy": policies.ZScore(warmup=2), "skip_limit": 7}  # noqa: RUF012
@@ -132,6 +158,15 @@ def test_settings_of_the_class(tmp_path):
     assert isinstance(wrapper.policy, policies.ZScore)
     assert wrapper.skip_limit == 7
     assert wrapper.policy is not Guarded.clipping["policy"]
+
+
+def test_a_tensor_as_the_bound_may_change_while_it_trains(tmp_path):
+    bound = torch.tensor(MAX_NORM)
+
+    class Bounded(ClippedTrainer, Trainer):
+        clipping = {"max_norm": bound}  # noqa: RUF012
+
+    assert reports_of(trained(tmp_path, Bounded).optimizer).max_norm is bound
 
 
 def test_a_bad_step_is_skipped_and_logged(tmp_path):

@@ -2,6 +2,7 @@
 
 import csv
 import math
+from typing import ClassVar
 
 import numpy
 import offline
@@ -124,6 +125,88 @@ def test_a_bad_step_is_skipped_at_once(data, tmp_path):
     (event,) = reports_of(ours.optimizer).events
     assert {*event.tensors} <= {name for name, _ in ours.model.named_parameters()}
     assert ours.nan_recovery_attempts == 0
+
+
+def test_columns_stay_the_same_before_the_first_step(data, tmp_path):
+    """An epoch of two batches, and a step after every eighth image: the first comes in the second epoch."""
+    ours = trained(data, tmp_path, Clipped, nbs=3 * BATCH, val=False, epochs=3)
+    with ours.csv.open() as file:
+        header, *lines = csv.reader(file)
+    assert [len(line) for line in lines] == [len(header)] * 3
+    assert results(ours)[0]["clip/grad_norm"] == "nan"
+    assert float(results(ours)[-1]["clip/grad_norm"]) > 0.0
+    assert [name for name in ours.read_results_csv() if name.startswith("clip/")] == [
+        "clip/grad_norm", "clip/clip_rate", "clip/skipped_steps"
+    ]  # fmt: skip
+
+
+def with_bad_losses(base, at, spoils=False):
+    """A trainer with a NaN in the loss, and where it ``spoils`` in batch norm's statistics, at some batches."""
+
+    class Bad(base):
+        seen = 0
+        epochs_run: ClassVar[list[int]] = []
+
+        def preprocess_batch(self, batch):
+            Bad.seen += 1
+            return super().preprocess_batch(batch)
+
+        @property
+        def loss(self):
+            return self._loss
+
+        @loss.setter
+        def loss(self, value):
+            self._loss = value * math.nan if value is not None and Bad.seen in at else value
+
+        def run_callbacks(self, event):
+            super().run_callbacks(event)
+            if event == "on_train_epoch_start":
+                Bad.epochs_run.append(self.epoch)
+
+        def optimizer_step(self):
+            super().optimizer_step()
+            if spoils and Bad.seen in at:
+                next(buffer for buffer in self.model.buffers() if buffer.is_floating_point()).fill_(math.nan)
+
+    return Bad
+
+
+def test_an_epoch_that_ends_with_a_skipped_step_is_kept(data, tmp_path):
+    last = set(range(4, 12, 2))
+    Bad = with_bad_losses(Clipped, at=last)
+    ours = trained(data, tmp_path, Bad, epochs=5)
+    assert Bad.epochs_run == [0, 1, 2, 3, 4]
+    assert ours.nan_recovery_attempts == 0
+    assert reports_of(ours.optimizer).skipped_steps == len(last)
+    Alone = with_bad_losses(DetectionTrainer, at=last)
+    with pytest.raises(RuntimeError, match="NaN persisted"):
+        trained(data, tmp_path / "alone", Alone, epochs=5)
+
+
+@pytest.mark.parametrize(
+    ("nonfinite", "nbs", "spoils"),
+    [("skip", 3 * BATCH, False), ("skip", BATCH, True), ("propagate", BATCH, False), ("propagate", 3 * BATCH, False)],
+    ids=["still accumulating", "statistics", "weights", "gradients"],
+)
+def test_ultralytics_goes_back_where_there_is_harm(data, tmp_path, nonfinite, nbs, spoils):
+    """In the weights, in batch norm's statistics, or in gradients that a later step would let through."""
+
+    class Other(Clipped):
+        clipping = {"max_norm": 10.0, "nonfinite": nonfinite}  # noqa: RUF012
+
+    Bad = with_bad_losses(Other, at={4}, spoils=spoils)
+    trained(data, tmp_path, Bad, nbs=nbs)
+    assert Bad.epochs_run == ([0, 1, 1] if spoils or nonfinite == "propagate" else [0, 1])
+
+
+def test_a_tensor_as_the_bound_may_change_while_it_trains(data, tmp_path):
+    bound = torch.tensor(1.0)
+
+    class Bounded(Clipped):
+        clipping = {"max_norm": bound}  # noqa: RUF012
+
+    assert reports_of(trained(data, tmp_path, Bounded, epochs=1, val=False).optimizer).max_norm is bound
 
 
 def test_the_mixin_wants_to_be_first():

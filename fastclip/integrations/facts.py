@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
 from fastclip.amp import GUARD
-from fastclip.optim import ClippedOptimizer
+from fastclip.optim import ClippedOptimizer, own_settings
 from fastclip.record import Reports
 
 
@@ -27,9 +26,8 @@ def reports_of(optimizer: Any) -> Reports | None:
 
 
 def fresh(settings: Mapping[str, Any], model: Any) -> dict[str, Any]:
-    """Copies of a guard's settings, for one optimizer: what learns is its own. Names are the model's, unless given."""
-    own = copy.deepcopy({name: value for name, value in settings.items() if name != "names"})
-    return {"names": settings.get("names", model), **own}
+    """A guard's settings, for one optimizer: what learns is its own. Names are the model's, unless given."""
+    return {"names": model, **own_settings(settings)}
 
 
 def facts(optimizer: Any) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import statistics
 from collections.abc import Sequence
@@ -10,11 +9,12 @@ from typing import Any
 
 from skorch import NeuralNet
 from skorch.callbacks import Callback
+from torch import Tensor
 
 from fastclip.guard import Guard
 from fastclip.integrations.facts import facts, reports_of
 from fastclip.ladder import Rollback, SpikeBackoff
-from fastclip.optim import attach
+from fastclip.optim import attach, own_settings
 from fastclip.policies import Bound, Policy
 
 SPIKE_FACTOR = 10.0
@@ -29,7 +29,11 @@ class Clip(Callback):  # type: ignore[misc]
     ``optimizer=fastclip.clipped(torch.optim.SGD)``, clips by itself, and the callback only records. Its parameters can
     be cloned and searched over: ``callbacks__clip__max_norm``. With several optimizers those of the first are recorded.
     Further training (``partial_fit``) goes on with what was learned and counted, but starts anew with both where
-    ``set_params`` has given another rule meanwhile.
+    ``set_params`` has given another rule meanwhile. While the net trains ``set_params`` counts from the next batch on.
+
+    What a policy has learned is in ``save_params(f_optimizer=...)``. To get it back let the callback stand before
+    ``LoadInitState``: it attaches when training begins, and an optimizer without fastclip loads only what is its own.
+    ``load_params`` before the first training comes too early for the callback; the class form takes it at any time.
 
     Args:
         max_norm, policy, nonfinite, skip_limit, backoff, rollback: as in :class:`fastclip.ClippedOptimizer`; each
@@ -55,8 +59,15 @@ class Clip(Callback):  # type: ignore[misc]
         self.rollback = rollback
 
     def on_train_begin(self, net: Any, X: Any = None, y: Any = None, **kwargs: Any) -> None:
+        self._attach(net)
+
+    def on_batch_begin(self, net: Any, batch: Any = None, training: bool | None = None, **kwargs: Any) -> None:
+        if training:  # set_params may have given another rule, or another optimizer, since the last one
+            self._attach(net)
+
+    def _attach(self, net: Any) -> None:
         rule = [self.max_norm, self.policy, self.backoff, self.rollback]
-        is_the_same = rule == self.rule_  # objects that learn are equal to none but themselves
+        is_the_same = self.rule_ is not None and all(map(_is_same, rule, self.rule_))
         for name in net._optimizers:
             optimizer = getattr(net, f"{name}_")
             guard = reports_of(optimizer)
@@ -64,18 +75,18 @@ class Clip(Callback):  # type: ignore[misc]
                 guard.remove()
                 guard = None
             if guard is None:
-                attach(optimizer, **copy.deepcopy(self.get_params(deep=False)), names=_named_parameters(net))
+                attach(optimizer, **own_settings(self.get_params(deep=False)), names=_named_parameters(net))
             elif isinstance(guard, Guard):
                 guard.nonfinite, guard.skip_limit = self.nonfinite, self.skip_limit
         self.rule_ = rule
 
     def on_batch_end(self, net: Any, batch: Any = None, training: bool | None = None, **kwargs: Any) -> None:
         if training:
-            norm = reports_of(net.optimizer_).last_norm  # type: ignore[union-attr]
+            norm = reports_of(_first_optimizer(net)).last_norm  # type: ignore[union-attr]
             net.history.record_batch("grad_norm", math.nan if norm is None else float(norm))
 
     def on_epoch_end(self, net: Any, dataset_train: Any = None, dataset_valid: Any = None, **kwargs: Any) -> None:
-        known = facts(net.optimizer_)
+        known = facts(_first_optimizer(net))
         net.history.record("clip_rate", known["clip_rate"])
         net.history.record("skipped_steps", int(known["skipped_steps"]))
 
@@ -106,6 +117,18 @@ def spike_rate(norms: Sequence[float], factor: float = SPIKE_FACTOR, window: int
         spikes += bool(before) and norm > factor * statistics.median(before[-window:])
         before.append(norm)
     return spikes / len(norms) if norms else 0.0
+
+
+def _is_same(setting: Any, before: Any) -> bool:
+    """Objects that learn are equal to none but themselves; tensors of one value may change apart."""
+    if isinstance(setting, Tensor) or isinstance(before, Tensor):
+        return setting is before
+    return bool(setting == before)
+
+
+def _first_optimizer(net: Any) -> Any:
+    """A net may call its optimizers as it likes."""
+    return getattr(net, f"{net._optimizers[0]}_")
 
 
 def _named_parameters(net: Any) -> list[tuple[str, Any]]:
@@ -156,4 +179,4 @@ def neg_skipped_steps(estimator: Any, X: Any = None, y: Any = None) -> float:
     Raises:
         TypeError: there is no fitted net, or no fastclip in its optimizer.
     """
-    return -facts(_net(estimator).optimizer_)["skipped_steps"]
+    return -facts(_first_optimizer(_net(estimator)))["skipped_steps"]

@@ -23,7 +23,7 @@ class ClippedTrainer:
 
     Attributes:
         clipping: arguments of :class:`fastclip.ClippedOptimizer`; without a bound or a policy ``args.max_grad_norm`` is
-            the bound, and 0 there means none.
+            the bound, and 0 or less there means none.
 
     Raises:
         TypeError: the class isn't mixed with a ``Trainer``, or with one that steps in another way.
@@ -45,7 +45,8 @@ class ClippedTrainer:
         if reports_of(optimizer) is None:
             settings = fresh(self.clipping, trainer.model if model is None else model)
             if not settings.keys() & {"max_norm", "policy"}:
-                settings["max_norm"] = trainer.args.max_grad_norm or math.inf
+                bound = trainer.args.max_grad_norm
+                settings["max_norm"] = bound if bound > 0 else math.inf
             trainer.optimizer = ClippedOptimizer(optimizer, **settings)
         return trainer.optimizer
 
@@ -57,7 +58,8 @@ class ClippedTrainer:
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds what the wrapper knows to the lines about training steps."""
-        if "loss" in logs:
-            optimizer: Any = self.optimizer  # type: ignore[attr-defined]
-            logs = {**logs, **facts(optimizer)}
+        trainer: Any = self
+        # before training there is no wrapper, and a user may log a loss of his own
+        if "loss" in logs and (trainer.is_in_train or reports_of(trainer.optimizer) is not None):
+            logs = {**logs, **facts(trainer.optimizer)}
         super().log(logs, *args, **kwargs)  # type: ignore[misc]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
+
+from torch import Tensor
 
 from fastclip.integrations.facts import facts, fresh, reports_of
 from fastclip.optim import ClippedOptimizer
@@ -14,8 +17,9 @@ class ClippedTrainer:
     Pass the class as ``model.train(trainer=MyTrainer, ...)``. The optimizer that the trainer builds is wrapped in
     :class:`fastclip.ClippedOptimizer`, and the trainer's own ``unscale_`` and ``clip_grad_norm_`` are left out. A
     step with NaN or Inf does not happen, so that the weights stay good until the end of the epoch, where ultralytics
-    would look. ``results.csv`` gets ``clip/grad_norm`` (before clipping, of the latest step), ``clip/clip_rate`` and
-    ``clip/skipped_steps``.
+    would look; and where the epoch's last loss was NaN, but all weights and buffers are finite, it does not go back an
+    epoch. ``results.csv`` gets ``clip/grad_norm`` (before clipping, of the latest step; NaN until there is one),
+    ``clip/clip_rate`` and ``clip/skipped_steps``.
 
     Attributes:
         clipping: arguments of :class:`fastclip.ClippedOptimizer`; the bound of 10 is ultralytics' own.
@@ -50,5 +54,26 @@ class ClippedTrainer:
 
     def save_metrics(self, metrics: dict[str, Any]) -> None:
         """Adds what the wrapper knows."""
-        known = {f"clip/{name}": value for name, value in facts(self.optimizer).items()}  # type: ignore[attr-defined]
-        super().save_metrics({**metrics, **known})  # type: ignore[misc]
+        # the file has one header, also where its first line comes before the first step
+        known = {"grad_norm": math.nan, **facts(self.optimizer)}  # type: ignore[attr-defined]
+        super().save_metrics({**metrics, **{f"clip/{name}": value for name, value in known.items()}})  # type: ignore[misc]
+
+    def _handle_nan_recovery(self, epoch: int) -> bool:
+        """Goes back an epoch only where something has gone bad: a NaN in the epoch's last loss alone cost one step."""
+        trainer: Any = self
+        loss = trainer.loss
+        if loss is not None and not loss.isfinite() and self._is_unharmed():
+            trainer.loss = None  # it is what ultralytics looks at, beside the fitness
+        went_back: bool = super()._handle_nan_recovery(epoch)  # type: ignore[misc]
+        trainer.loss = loss
+        return went_back
+
+    def _is_unharmed(self) -> bool:
+        """Whether all weights and buffers are finite, and bad gradients that are still being accumulated will do no
+        harm either."""
+        trainer: Any = self
+        if reports_of(trainer.optimizer).nonfinite == "propagate":  # type: ignore[union-attr]
+            return False
+        models = [trainer.model, trainer.ema.ema] if trainer.ema else [trainer.model]
+        values = [value for model in models for value in model.state_dict().values()]
+        return all(bool(value.isfinite().all()) for value in values if isinstance(value, Tensor))
