@@ -1,9 +1,10 @@
 """What a call on a GPU costs the host, without a GPU: kernels are launched, and don't run.
 
 ``python -m fastclip.bench.host cuda-emulated`` wants a build with ``FASTCLIP_CUDA=emulated``, ``... triton`` a Triton
-that compiles; each in a process of its own. As on a device no value is known to the host. What the driver takes for a
-launch is not in it, and torch's few operations are those of the CPU; one, of a microsecond, comes with a tally: the
-host would otherwise act on counts that no kernel has filled.
+that compiles; each in a process of its own. ``--without-native``: as where no C++ was compiled either, and Python makes
+the table of addresses. As on a device no value is known to the host. What the driver takes for a launch is not in it,
+and torch's few operations are those of the CPU; one, of a microsecond, comes with a tally: the host would otherwise act
+on counts that no kernel has filled.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 import fastclip
-from fastclip import backends
+from fastclip import backends, tensors
 from fastclip._native import C
 from fastclip.backends import cuda, tables, triton
 
@@ -37,8 +38,10 @@ class Idle(torch.optim.SGD):
     step.__module__ = torch.optim.SGD.__module__
 
 
-def use(backend: str) -> None:
+def use(backend: str, native: bool = True) -> None:
     """From now on this backend serves, its launches do nothing, and no value is known to the host."""
+    if not native:
+        tables.C = tensors.C = None
     stand_in: Any = cuda if backend == cuda.name else triton
     if stand_in is cuda:
         C.cuda_set_idle(True)
@@ -55,10 +58,10 @@ def use(backend: str) -> None:
             vars(module)["known_to_host"] = lambda tensor: False
 
 
-def calls(tensors: int) -> dict[str, Callable[[], Any]]:
+def calls(count: int) -> dict[str, Callable[[], Any]]:
     """By what they do, over float32 gradients of a cache line each."""
     parameters: list[Tensor] = []
-    for _ in range(tensors):
+    for _ in range(count):
         parameters.append(torch.nn.Parameter(torch.zeros(16)))
         parameters[-1].grad = torch.zeros(16)
     # what the kernels should have filled holds anything
@@ -101,6 +104,7 @@ def markdown(times: dict[str, list[float]]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastclip.bench.host", description=__doc__.splitlines()[0])
     parser.add_argument("backend", choices=[backend.name for backend in (cuda, triton)])
+    parser.add_argument("--without-native", action="store_true", help="Triton's, as where nothing was compiled")
     parser.add_argument("--seconds", type=float, default=SECONDS, metavar="S", help="for each number")
     parser.add_argument("--markdown", type=report.place, metavar="FILE", help="write the table; - for the terminal")
     args = parser.parse_args(argv)
@@ -108,10 +112,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("the CUDA kernels of this build run on a GPU: bench/gpu.py times them there")
     if args.backend == triton.name and triton.INTERPRETED:
         parser.error("TRITON_INTERPRET is set: nothing is launched, or compiled")
-    use(args.backend)
+    if args.backend == cuda.name and args.without_native:
+        parser.error("the CUDA kernels are native code")
+    use(args.backend, not args.without_native)
     times: dict[str, list[float]] = {}
-    for tensors in TENSORS:
-        for what, call in calls(tensors).items():
+    for count in TENSORS:
+        for what, call in calls(count).items():
             times.setdefault(what, []).append(least(call, args.seconds))
     report.write(markdown(times), args.markdown)
     return 0

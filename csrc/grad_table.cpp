@@ -1,6 +1,7 @@
 #include "grad_table.h"
 
 #include <algorithm>
+#include <cstring>
 #include <string>
 
 namespace fastclip {
@@ -326,11 +327,17 @@ std::int64_t size_bytes(const GradTable& table) {
 
 const py::bytes& facts(GradTable& table) {
   if (table.facts) return table.facts;
-  std::vector<std::int64_t> numbers;
-  numbers.reserve(3 * table.tensors.size());
-  for (const TensorRef& tensor : table.tensors)
-    numbers.insert(numbers.end(), {reinterpret_cast<std::intptr_t>(tensor.data), tensor.size, static_cast<std::int64_t>(tensor.dtype)});
-  table.facts = py::bytes(reinterpret_cast<const char*>(numbers.data()), numbers.size() * sizeof(std::int64_t));
+  constexpr std::size_t kNumbers = 3;
+  auto made = py::reinterpret_steal<py::bytes>(
+      PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(kNumbers * sizeof(std::int64_t) * table.tensors.size())));
+  if (!made) throw py::error_already_set();
+  char* at = PyBytes_AS_STRING(made.ptr());
+  for (const TensorRef& tensor : table.tensors) {
+    const std::int64_t numbers[kNumbers] = {reinterpret_cast<std::intptr_t>(tensor.data), tensor.size, static_cast<std::int64_t>(tensor.dtype)};
+    std::memcpy(at, numbers, sizeof numbers);
+    at += sizeof numbers;
+  }
+  table.facts = std::move(made);
   return table.facts;
 }
 

@@ -55,8 +55,7 @@ GradTable partners(const GradTable& table, const py::list& weights);
 // Of all tensors together.
 std::int64_t size_bytes(const GradTable& table);
 
-// Address, elements and dtype of each tensor, as int64; equal bytes mean the same tensors at the same places. Made once,
-// so that Python hashes it once.
+// Address, elements and dtype of each tensor, as int64; equal bytes mean the same tensors at the same places. Made once.
 const py::bytes& facts(GradTable& table);
 
 // Where the elements of a dense tensor on this device lie; `name` is for the error.

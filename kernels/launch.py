@@ -57,7 +57,7 @@ class Where:
                 for w in works
             ]
 
-        key = self.device, facts, None if counts is None else tuple(counts), weights
+        key = facts, weights, None if counts is None else tuple(counts), self.device
         found: list[Work] = _cache.get(self.stream, key, make, self.capturing)
         return found
 
@@ -67,7 +67,7 @@ class Where:
         def make() -> Tensor:
             return to_device(np.cumsum([0, *counts], dtype=np.int64), self.device)
 
-        found: Tensor = _cache.get(self.stream, (self.device, tuple(counts)), make, self.capturing)
+        found: Tensor = _cache.get(self.stream, (tuple(counts), self.device), make, self.capturing)
         return found
 
     def workspace(self, kept: dict[tuple[torch.device, int], Tensor], size: int, dtype: torch.dtype) -> Tensor:

@@ -6,7 +6,6 @@ on sizes and dtypes only. A chunk is a unit or a piece of one, or where units ar
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -108,7 +107,7 @@ class DeviceCache:
     CAPACITY = 64  # lists; an optimizer with clipping by units and a penalty uses four
 
     def __init__(self) -> None:
-        self._entries: OrderedDict[Any, Any] = OrderedDict()
+        self._entries: list[tuple[int, Any, Any]] = []  # stream, key, and what was made; the latest that was used last
         self._of_graphs: list[Any] = []  # a captured graph reads them for as long as it lives
 
     def get(self, stream: int, key: Any, make: Callable[[], Any], capturing: bool) -> Any:
@@ -118,23 +117,21 @@ class DeviceCache:
             RuntimeError: it would have to be made while a graph is being captured: the graph would copy it anew from
                 host memory at each replay.
         """
-        place = stream, key
-        if capturing and place not in self._entries:
-            place = next((other for other in reversed(self._entries) if other[1] == key), place)
-        entry = self._entries.get(place)
-        if entry is None:
+        # Looked for one after the other: other addresses differ at once, and to hash all takes longer than the rest.
+        for found in reversed(self._entries):
+            if found[1] == key and (found[0] == stream or capturing):
+                break
+        else:
             if capturing:
                 raise RuntimeError(
                     "these gradients are new to fastclip's Triton kernels, and a CUDA graph is being captured: run the "
                     "same call once before the capture, with gradients at the same addresses (allocate them before, "
                     "and use zero_grad(set_to_none=False)); the CUDA backend has no such limit"
                 )
-            entry = make()
-            self._entries[place] = entry
-            if len(self._entries) > self.CAPACITY:
-                self._entries.popitem(last=False)
-        else:
-            self._entries.move_to_end(place)
+            found = stream, key, make()
+        if not self._entries or self._entries[-1] is not found:  # a new list, as another thread may be looking
+            others = [entry for entry in self._entries if entry is not found]
+            self._entries = [*others[-self.CAPACITY + 1 :], found]
         if capturing:
-            self._of_graphs.append(entry)
-        return entry
+            self._of_graphs.append(found[2])
+        return found[2]

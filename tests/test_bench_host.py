@@ -19,12 +19,14 @@ PROGRAM = """
 import sys
 from fastclip.bench import host
 host.TENSORS = (1, 2, 4, 8)
-sys.exit(host.main([{backend!r}, "--seconds", "0.001"]))
+code = host.main([{backend!r}, "--seconds", "0.001", *{more!r}])
+print("native:", host.tables.C is not None, file=sys.stderr)
+sys.exit(code)
 """
 
 
-def timed(python: Python, backend: str, interpret: str = "0") -> subprocess.CompletedProcess[str]:
-    return python(PROGRAM.format(backend=backend), TRITON_INTERPRET=interpret)
+def timed(python: Python, backend: str, *more: str, interpret: str = "0") -> subprocess.CompletedProcess[str]:
+    return python(PROGRAM.format(backend=backend, more=more), TRITON_INTERPRET=interpret)
 
 
 def check_table(printed: str) -> None:
@@ -44,7 +46,16 @@ def test_triton_launches_are_timed_without_a_gpu(python: Python) -> None:
     done = timed(python, "triton")
     assert done.returncode == 0, done.stderr
     check_table(done.stdout)
+    assert f"native: {C is not None}" in done.stderr
     assert "nothing is launched" in timed(python, "triton", interpret="1").stderr
+
+
+def test_it_is_timed_without_native_code_too(python: Python) -> None:
+    done = timed(python, "triton", "--without-native")
+    assert done.returncode == 0, done.stderr
+    check_table(done.stdout)
+    assert "native: False" in done.stderr
+    assert timed(python, cuda.name, "--without-native").returncode == 2
 
 
 def test_cuda_launches_are_timed_where_they_are_emulated(python: Python, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,6 +75,13 @@ def test_it_is_the_native_one(in_python: None, device_type: int) -> None:
     assert seen(tables.table_of([], device_type)) == seen(C.GradTable([], device_type))
 
 
+@pytest.mark.parametrize("odd", range(len(tensors())))
+def test_one_of_another_kind_is_seen_among_plain_ones(in_python: None, odd: int) -> None:
+    grads = [torch.randn(3), tensors()[odd], torch.randn(2, 2)]
+    for device_type in (CPU, CUDA):
+        assert seen(tables.table_of(grads, device_type)) == seen(C.GradTable(grads, device_type))
+
+
 def test_units_lie_in_the_same_pieces(in_python: None) -> None:
     grads = [grad for grad in C.GradTable(tensors(), CPU).grads if not grad.is_conj()]
     for masks in itertools.product(range(8), repeat=1):

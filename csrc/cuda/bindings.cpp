@@ -150,6 +150,7 @@ void tally(const py::object& before, const py::object& factor, const py::object&
 void define_cuda(py::module_& m) {
   m.attr("CUDA") = kDeviceType;
   m.attr("cuda_emulated") = kDeviceType == kDLCPU;
+  m.attr("cuda_parameter_bytes") = cuda::parameter_bytes();
   m.def("cuda_unavailable", &cuda::why_unavailable);
   m.def("cuda_workspace", &workspace_for, py::arg("table"), py::arg("units"), py::arg("extras"), py::arg("penalised"));
   m.def("cuda_read", &read, py::arg("table"), py::arg("units"), py::arg("norm_type"), py::arg("extras"), py::arg("divisor"),

@@ -65,6 +65,7 @@ void zero_nonfinite(const Tensors& tensors, const Place& place);
 void tally(const double* before, const Scalar& factor, const Scalar& skip, const Scalar& found, double* after,
            const Place& place);
 
+int parameter_bytes();  // that a launch may have
 std::string why_unavailable();
 bool is_capturing(int device, void* stream);
 

@@ -361,6 +361,8 @@ void join(const double* unit_rows, const Units& units, double norm_type, double*
   }
 }
 
+int parameter_bytes() { return kParameterBytes; }
+
 std::string why_unavailable() { return why_no_device(); }
 
 bool is_capturing(int device, void* stream) {

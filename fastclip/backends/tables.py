@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 import struct
 from dataclasses import dataclass, field
+from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ WIDE = {CODES[torch.float64], CODES[torch.complex128]}
 PENALISED = 3  # the last one that a penalty is added to
 
 PLAIN = {Tensor, torch.nn.Parameter}
+_DTYPE, _LAYOUT = attrgetter("dtype"), attrgetter("layout")
 is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 READ_ONLY = "8-bit floats are read for statistics only; torch has no arithmetic that writes them"
@@ -63,32 +66,39 @@ def table_of(grads: list[Tensor], device_type: int, native: Any = None) -> Any:
     if C is not None:
         return native if native is not None and native.device_type == device_type else C.GradTable(grads, device_type)
     table = PlainTable(device_type)
-    for position, grad in enumerate(grads):
-        code = COMMON.get(grad.dtype)
-        # Nearly all are like this: asked in an order and a way that costs little.
-        if not (
-            code is not None
-            and type(grad) in PLAIN
-            and grad.device == table.device
-            and grad.layout is torch.strided
-            and grad.is_contiguous()
-            and not is_wrapped(grad)
-            and (address := grad.data_ptr())
-        ):
-            reason = _refusal(grad) or _elsewhere(grad, table)
-            if reason:
+    if grads and device_type_of(grads[0].device) == device_type and (numbers := _numbers_of_alike(grads)):
+        table.grads, table.numbers, table.device = grads, numbers, grads[0].device
+    else:
+        for position, grad in enumerate(grads):
+            if reason := _refusal(grad) or _elsewhere(grad, table):
                 table.refused[position] = reason
                 continue
             if grad.dtype in FLOAT8:
                 table.readonly[position] = READ_ONLY
-            code, address = CODES[grad.dtype], grad.data_ptr()
-        table.numbers += (address, grad.numel(), code)
-        table.grads.append(grad)
-        table.positions.append(position)
+            table.numbers += (grad.data_ptr(), grad.numel(), CODES[grad.dtype])
+            table.grads.append(grad)
+            table.positions.append(position)
+        if not table.refused:
+            table.positions = []
     table.wide = not WIDE.isdisjoint(table.numbers[2::3])
-    if not table.refused:
-        table.positions = []
     return table
+
+
+def _numbers_of_alike(grads: list[Tensor]) -> list[int] | None:
+    """Of plain dense gradients of one device, with memory, that can be written: as nearly all are. None of others. Each
+    question goes to all of them at once, which takes half of the time."""
+    if not (
+        set(map(type, grads)) <= PLAIN
+        and set(map(_LAYOUT, grads)) == {torch.strided}
+        and (all(map(Tensor.is_contiguous, grads)) or all(map(_is_dense, grads)))
+        and len(set(map(Tensor.get_device, grads))) == 1  # a meta tensor's is the CPU's, but it has no address
+        and not any(map(is_wrapped, grads))
+        and COMMON.keys() >= set(dtypes := list(map(_DTYPE, grads)))
+        and all(addresses := list(map(Tensor.data_ptr, grads)))
+    ):
+        return None
+    sizes, codes = map(Tensor.numel, grads), map(COMMON.__getitem__, dtypes)
+    return list(chain.from_iterable(zip(addresses, sizes, codes, strict=True)))
 
 
 def pieces(table: Any, masks: list[int]) -> list[int]:

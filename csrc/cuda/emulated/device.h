@@ -29,8 +29,11 @@ struct alignas(16) uint4 {
 
 namespace fastclip::cuda {
 
-inline constexpr bool kEmulated = true;
-inline constexpr int kParameterBytes = 32764;
+// Those of an nvcc before 12.1 are 4,096.
+#if !defined(FASTCLIP_PARAMETER_BYTES)
+#define FASTCLIP_PARAMETER_BYTES 32764
+#endif
+inline constexpr int kParameterBytes = FASTCLIP_PARAMETER_BYTES;
 
 // ---- inside a kernel -------------------------------------------------------------------------------
 

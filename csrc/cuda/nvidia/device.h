@@ -12,8 +12,6 @@
 
 namespace fastclip::cuda {
 
-inline constexpr bool kEmulated = false;
-
 // Since CUDA 12.1 the parameters of a kernel may take 32,764 bytes; they are compiled for compute capability 7.0
 // and above, which is where larger ones work.
 #if CUDART_VERSION >= 12010
