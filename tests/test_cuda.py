@@ -41,7 +41,7 @@ def kernels() -> None:
 
 
 # As csrc/cuda/table.h has them; test_chunks_are_cut_where_these_tests_think holds it.
-PARAMETER_BYTES = 32764 - 160
+PARAMETER_BYTES = getattr(C, "cuda_parameter_bytes", 32764) - 160
 TENSORS_OF_A_LAUNCH, PAIRS_OF_A_LAUNCH = PARAMETER_BYTES // 27 // 8 * 8, PARAMETER_BYTES // 35 // 8 * 8
 JOINS_OF_A_LAUNCH = PARAMETER_BYTES // 8
 PIECES_OF_WARP = 1024
