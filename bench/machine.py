@@ -98,7 +98,10 @@ def versions() -> dict[str, Any]:
 
 @functools.cache
 def commit() -> str | None:
-    """Of the source tree that this file is in; None for an installed copy or without git."""
+    """What FASTCLIP_COMMIT says, for a tree that was copied without its history; else that of the source tree that this
+    file is in; None for an installed copy or without git."""
+    if told := os.environ.get("FASTCLIP_COMMIT"):
+        return told
     if not (TREE / ".git").exists():
         return None
     git = ["git", "-C", str(TREE)]

@@ -55,6 +55,26 @@ def in_any_order(work: Callable[[], list[Tensor]], seeds: tuple[int, ...] = (0, 
     return results[0]
 
 
+def captured(work: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """What replays a CUDA graph of ``work``, and gives what that gave; emulated, ``work`` itself."""
+    if emulated():
+        return work
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        made = work()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return made
+
+    return replay
+
+
 @contextmanager
 def order(seed: int) -> Iterator[None]:
     """Emulated, threads and blocks come in another order for each seed; 0 is the one in which they are numbered."""

@@ -38,8 +38,9 @@ def test_every_row_is_checked_and_timed(written: tuple[int, dict, str]) -> None:
 
 
 def test_what_must_not_wait_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether it waits a GPU has to say; here that the question itself is sound."""
+    """Whether it waits a GPU has to say; here that the question itself is sound, also where a backend is forced."""
     monkeypatch.setattr(gpu, "no_syncs", contextlib.nullcontext)
+    monkeypatch.setattr(gpu.fastclip.backends, "forced", "cpu")
     assert "wait for nothing" in gpu.FACTS["host syncs"](gpu.Inputs(gpu.tiny(GPT2)))
 
 
@@ -58,6 +59,52 @@ def test_a_run_that_is_cut_off_leaves_its_rows(monkeypatch: pytest.MonkeyPatch, 
         gpu.main(["--device", "cpu", "--tiny", "--rounds", "1", "--json", str(files[0]), "--markdown", str(files[1])])
     assert [row["name"] for row in json.loads(files[0].read_text())["rows"]] == rows
     assert all(f"| {name}" in files[1].read_text() for name in rows)
+
+
+def test_a_run_that_is_cut_off_leaves_its_facts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found = iter([{"name": "first", "verdict": "ok", "text": "as it should be"}])
+
+    def cut_off(*args: object) -> dict:
+        if (own := next(found, None)) is None:
+            raise KeyboardInterrupt
+        return own
+
+    monkeypatch.setattr(gpu, "fact", cut_off)
+    file = tmp_path / "gpu.json"
+    with pytest.raises(KeyboardInterrupt):
+        gpu.main(["--device", "cpu", "--tiny", "--rounds", "1", "--only", "norm 1 GiB fp32", "--json", str(file)])
+    assert [own["name"] for own in json.loads(file.read_text())["facts"]] == ["first"]
+
+
+@pytest.mark.parametrize(
+    ("ours", "torchs", "why"),
+    [
+        ({}, {"multi_tensor": 3}, "saw 0 launches of fastclip's"),
+        ({"fastclip::read": 1}, {}, "0 of torch's"),
+        ({"fastclip::read": 2, "fill": 1}, {"multi_tensor": 3}, "3 launches"),
+    ],
+)
+def test_launches_that_nobody_saw_are_no_proof(
+    monkeypatch: pytest.MonkeyPatch, ours: dict[str, int], torchs: dict[str, int], why: str
+) -> None:
+    seen = iter([ours, torchs])
+    monkeypatch.setattr(gpu, "launches", lambda call: next(seen))
+    with pytest.raises(gpu.WrongResult, match=why):
+        gpu.FACTS["launches of a clip, clipping"](gpu.Inputs(gpu.tiny(GPT2)))
+
+
+def test_a_row_tells_when_the_device_waited_for_the_host() -> None:
+    clock = gpu.Clock("cpu")
+    row = next(row for row in gpu.all_rows() if row.clock == "device")
+    inputs = gpu.Inputs(gpu.tiny(row.workload))
+    assert "head start" not in gpu.measured(row, inputs, clock, 1, 1.0)["verdict"]
+    clock.head_start = 0.0
+    assert "head start" in gpu.measured(row, inputs, clock, 1, 1.0)["verdict"]
+
+
+def test_the_commit_of_a_tree_without_its_history_can_be_told(python) -> None:
+    done = python("from fastclip.bench import machine; print(machine.commit())", FASTCLIP_COMMIT="0123abc")
+    assert done.stdout.strip() == "0123abc"
 
 
 def test_a_wrong_result_has_no_time(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,37 +166,71 @@ def test_the_script_is_sound_and_names_what_exists() -> None:
         assert (ROOT / "bench" / f"{name}.py").exists(), name
 
 
+@pytest.fixture
+def script(tmp_path: Path):
+    """Runs the script with stand-ins for its tools, which list how they were called. -> (exit status, steps, calls)."""
+
+    def tool(name: str, body: str) -> Path:
+        path = tmp_path / name
+        path.write_text(f'#!/bin/sh\necho "$FASTCLIP_CUDA $FASTCLIP_BACKEND {name} $*" >>"{tmp_path}/calls"\n{body}\n')
+        path.chmod(0o755)
+        return path
+
+    def run(
+        *seconds: str, sanitizer: int = 0, numbers: int = 0, build: int = 0
+    ) -> tuple[int, dict[str, str], str, Path]:
+        tool("compute-sanitizer", f"exit {sanitizer}")
+        for name in ("nvidia-smi", "nvcc"):
+            tool(name, "")
+        python = tool(
+            "python",
+            f'[ "$1" = - ] && exec "{sys.executable}" "$@"\necho torch\n'
+            f'case "$*" in *bench.gpu\\ --json*) exit {numbers};; esac\n'
+            f'case "$FASTCLIP_CUDA $*" in 1\\ *pip\\ install*) exit {build};; esac',
+        )
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("FASTCLIP_")}
+        env = {**clean, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(python), "FASTCLIP_COMMIT": "0123abc"}
+        out = tmp_path / "out"
+        command = ["bash", str(ROOT / "bench/gpu.sh"), str(out), *seconds]
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        steps = {step["step"]: step["exit"] for step in json.loads((out / "steps.json").read_text())}
+        return done.returncode, steps, (tmp_path / "calls").read_text(), out
+
+    return run
+
+
 @pytest.mark.parametrize(
     ("sanitizer", "numbers", "code"),
     [(0, 0, 0), (3, 0, 0), (9, 0, 1), (0, 1, 1)],  # refused by the machine; found something; missed numbers
     ids=["clean", "refused", "found", "numbers fail"],
 )
 def test_the_script_runs_every_step_and_fails_by_what_was_found(
-    tmp_path: Path, sanitizer: int, numbers: int, code: int
+    script, sanitizer: int, numbers: int, code: int
 ) -> None:
-    """With stand-ins for its tools, which list how they were called."""
-
-    def tool(name: str, body: str) -> Path:
-        path = tmp_path / name
-        path.write_text(f'#!/bin/sh\necho "{name} $*" >>"{tmp_path}/calls"\n{body}\n')
-        path.chmod(0o755)
-        return path
-
-    tool("compute-sanitizer", f"exit {sanitizer}")
-    for name in ("nvidia-smi", "nvcc"):
-        tool(name, "")
-    failing = f'case "$*" in *bench.gpu\\ --json*) exit {numbers};; esac'
-    python = tool("python", f'[ "$1" = - ] && exec "{sys.executable}" "$@"\necho torch\n{failing}')
-    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(python)}
-    out = tmp_path / "out"
-    done = subprocess.run(["bash", str(ROOT / "bench/gpu.sh"), str(out)], env=env, capture_output=True, text=True)
-    assert done.returncode == code, done.stderr
-    steps = {step["step"]: step["exit"] for step in json.loads((out / "steps.json").read_text())}
+    status, steps, called, out = script(sanitizer=sanitizer, numbers=numbers)
+    assert status == code
     assert steps["numbers"] == str(numbers)
     assert {f"compute-sanitizer {name}" for name in ("memcheck", "racecheck", "initcheck")} <= steps.keys()
     assert all(steps[name] == str(sanitizer) for name in steps if name.startswith("compute-sanitizer"))
-    called = (tmp_path / "calls").read_text()
     assert called.count("compute-sanitizer --tool") == 3
     assert "--tool memcheck --report-api-errors no --error-exitcode 9" in called
     assert "python -m fastclip.bench.model --json" in called
+    assert " cuda python -m fastclip.bench.gpu --json" in called
+    assert "tests/test_on_gpu.py" in called
+    assert "build without CUDA's kernels" not in steps
     assert "gpu.md was not written" in (out / "summary.md").read_text()
+
+
+def test_where_the_kernels_do_not_compile_tritons_are_measured(script) -> None:
+    status, steps, called, _ = script(build=1)
+    assert status == 1
+    assert (steps["build"], steps["build without CUDA's kernels"]) == ("1", "0")
+    assert "0  python -m pip install" in called
+    assert " triton python -m fastclip.bench.gpu --json" in called
+    assert "tests/test_cuda.py" not in called
+
+
+def test_a_script_without_time_has_not_done_its_work(script) -> None:
+    status, steps, _, _ = script("3")
+    assert status == 1
+    assert steps["build"] == steps["numbers"] == "no time left"

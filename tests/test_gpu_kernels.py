@@ -232,6 +232,24 @@ def test_neighbours_change_no_bit(dtype: torch.dtype) -> None:
         assert all(torch.equal(a, own[i]) for a, i in zip(alone[2:], order, strict=True))
 
 
+@pytest.mark.parametrize("request_", [Request(), Request(1.0, extras=True)], ids=str)
+def test_dtypes_share_a_launch(request_: Request) -> None:
+    """Of each the same bits as alone, read and written."""
+    grads = [randn(size, dtype=dtype).to(gpu.device()) for size in (chunk(torch.float64) + 3, 5) for dtype in DTYPES]
+    rows, totals, _ = read(grads, request_)
+    for i, grad in enumerate(grads):
+        assert torch.equal(bits(rows[:, i]), bits(read([grad], request_)[0][:, 0]))
+    assert totals[0].item() == pytest.approx(norm(grads, request_.norm_type), rel=1e-6)
+
+    own = [grad.clone() for grad in grads if grad.dtype in WRITABLE]
+    apart = [grad.clone() for grad in own]
+    factors = torch.rand(len(own), dtype=torch.float64, device=gpu.device())
+    gpu.kernels.scale_(gpu.kernels.table_of(own), factors)
+    for grad, factor in zip(apart, factors, strict=True):
+        gpu.kernels.scale_(gpu.kernels.table_of([grad]), factor.reshape(1))
+    assert all(torch.equal(bits(a), bits(b)) for a, b in zip(own, apart, strict=True))
+
+
 # ---- memory that must be filled, and memory that is only borrowed
 
 
