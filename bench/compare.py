@@ -25,6 +25,7 @@ from .rows import CLIPPING, Contestant, Inputs, Row, all_rows
 from .workloads import GPT2, Workload
 
 MOST_ROUNDS = 20  # times those asked for, where calls are short
+PROGRAM = "python -m fastclip.bench.compare"
 MEMORY_ROW = "extra memory of clip_grad_norm_"
 MEMORY_LIMIT_BYTES = 1_000_000
 
@@ -228,8 +229,8 @@ def _set_shares(results: Results) -> None:
             contestant["of_reading_speed"] = contestant["bytes_per_s"] / results["reading_speed"]["bytes_per_s"]
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m fastclip.bench.compare", description=__doc__.splitlines()[0])
+def _parser(program: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=program, description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a few rows, in less than 20 seconds")
     parser.add_argument("--only", default="", metavar="SUBSTRING", help="only rows whose name contains it")
     parser.add_argument("--rounds", type=int, help="at least so many per row (default 9, quick 5)")
@@ -243,9 +244,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def _no_such_row(wanted: str, quick: bool) -> str:
+    names = [row.name for row in all_rows() if row.quick or not quick]
+    if not quick:
+        return f"no row's name contains {wanted!r}; they are: {'; '.join([*names, MEMORY_ROW])}"
+    return (
+        f"no quick row's name contains {wanted!r}; they are: {'; '.join(names)}. {PROGRAM} without --quick has all rows"
+    )
+
+
+def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     """Returns 0; 1 if a contestant was wrong. A ratio below its floor is flagged and is no failure: machines differ."""
-    parser = _parser()
+    parser = _parser(program)
     args = parser.parse_args(argv)
     if args.threads < 1 or (args.rounds is not None and args.rounds < 1):
         parser.error("--threads and --rounds must be at least 1")
@@ -253,7 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = [row for row in all_rows() if wanted in row.name.lower() and (row.quick or not args.quick)]
     memory_of = GPT2 if wanted in MEMORY_ROW and not args.quick else None
     if not rows and memory_of is None:
-        parser.error(f"no row's name contains {args.only!r}; they are: {', '.join(row.name for row in all_rows())}")
+        parser.error(_no_such_row(args.only, args.quick))
     settings = Settings(
         rounds=args.rounds or (5 if args.quick else 9),
         budget_s=0.3 if args.quick else 2.0,

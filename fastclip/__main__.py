@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.command == "bench":
         from fastclip.bench import compare
 
-        return int(compare.main(["--quick", *rest]))
+        return int(compare.main(["--quick", *rest], program="fastclip bench"))
     if arguments.command in ("report", "watch"):
         from fastclip.report import command
 

@@ -20,12 +20,12 @@ from fastclip.amp import GUARD
 from fastclip.checks import whole
 from fastclip.guard import Guard
 from fastclip.ladder import Event
-from fastclip.monitoring.flags import Census, FlagRules, Flags, settings
+from fastclip.monitoring.flags import Census, FlagRules, Flags, History, settings
 from fastclip.monitoring.found import Found
 from fastclip.monitoring.places import Tensors
 from fastclip.monitoring.records import FORMAT, VERSION, StepRecord, packed, spelled
 from fastclip.monitoring.shipping import Shipment, Sighting, sighting
-from fastclip.monitoring.sinks import Events, Sink, sink_of
+from fastclip.monitoring.sinks import Events, Sink, sink_of, tell_apart
 from fastclip.record import Outcome, Record, Reports
 from fastclip.tensors import GroupNames, Names, check_named, named
 from fastclip.version import __version__
@@ -113,6 +113,7 @@ class GradMonitor:
         self._sent_at = time.monotonic()
         self._resumed_at: int | None = None
         self._announced = -1  # tensors that the sinks know of; -1: not even the header
+        self._told: dict[str, Any] = {}  # by the latest header, of the optimizer
         self._record: Record | None = None  # of what is watched
         self._sinks: list[Sink] = []
         try:
@@ -125,6 +126,7 @@ class GradMonitor:
             raise
         if on_event is not None:
             self._sinks.append(Events(on_event))
+        tell_apart(self._sinks)
         self.step = max((sink.step for sink in self._sinks), default=0)
         self._is_open, self._pid = True, os.getpid()
         self._at_exit = _at_the_end_of(self)
@@ -175,7 +177,7 @@ class GradMonitor:
 
     @property
     def lost(self) -> dict[str, int]:
-        """For each sink how many records, or events, did not get there."""
+        """For each sink how many records, or events, did not get there; of sinks of one name the second ends in 2."""
         return {sink.name: sink.lost for sink in self._sinks}
 
     def _listen(self, outcome: Outcome) -> None:
@@ -203,26 +205,34 @@ class GradMonitor:
             for sink in self._sinks:
                 sink.take(batch)
 
+    @property
+    def _rules(self) -> dict[str, Any]:
+        """What a header tells of the optimizer."""
+        return {
+            "policy": self._policy,
+            "nonfinite": self._guarded.nonfinite,
+            "norm_type": spelled(float(self._guarded.policy.norm_type)),
+        }
+
     def _announce(self) -> None:
         """Tells the sinks of tensors that they don't know yet."""
         if self._announced == len(self._names):
             return
         header: dict[str, Any] = {}
         if self._announced < 0:
+            self._told = self._rules
             header = {
                 "format": FORMAT,
                 "version": VERSION,
                 "fastclip": __version__,
                 "torch": torch.__version__,
                 "time": round(time.time(), 3),
-                "policy": self._policy,
-                "nonfinite": self._guarded.nonfinite,
-                "norm_type": spelled(float(self._guarded.policy.norm_type)),
+                **self._told,
                 "every": self._every,
                 "flags": {name: spelled(value) for name, value in settings(self._flags.rules).items()},
             }
             if self._resumed_at is not None:
-                header["resumed_at"] = self._resumed_at
+                header["resumed_at"], self._resumed_at = self._resumed_at, None
         sizes = [self._tensors.sizes[i] for i in self._tensors.included]
         for sink in self._sinks:
             sink.start(header, self._names, sizes)
@@ -319,7 +329,7 @@ class GradMonitor:
         self.flush()
         if opt is not None:
             self._watch(opt, names)
-            self._announced = min(self._announced, 0)
+            self._announced = min(self._announced, 0) if self._rules == self._told else -1
         self._fold = None if fold is None else str(fold)
         self._flags.reset()
         for sink in self._sinks:
@@ -345,10 +355,8 @@ class GradMonitor:
             RuntimeError: the monitor is closed.
         """
         self._check_open()
-        if missing := {"step", "fold", "names", "flags"} - state_dict.keys():
-            raise ValueError(
-                f"this is no state of a GradMonitor: {', '.join(sorted(missing))} missing. Nothing was changed"
-            )
+        if wrong := _what_is_wrong(state_dict):
+            raise ValueError(f"this is no state of a GradMonitor: {wrong}. Nothing was changed")
         self.flush()
         if state_dict["names"] == self._names:
             self._flags.history.load_state_dict(state_dict["flags"])
@@ -373,6 +381,18 @@ class GradMonitor:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
+
+
+def _what_is_wrong(state_dict: dict[str, Any]) -> str:
+    """Of what should be the state of a monitor; "" if nothing is."""
+    if missing := {"step", "fold", "names", "flags"} - state_dict.keys():
+        return f"{', '.join(sorted(missing))} missing"
+    try:
+        whole("step", state_dict["step"])
+        History.check_state_dict(state_dict["flags"], len(state_dict["names"]))
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return ""
 
 
 def _at_the_end_of(monitor: GradMonitor) -> Callable[[], None]:

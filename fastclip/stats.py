@@ -49,7 +49,8 @@ class GradStats:
         found_inf: 0-d float32, 1.0 if any element is NaN or Inf.
         nans, infs: ``[n]`` int64, number of such elements in each gradient.
         tensor_max_abs: ``[n]``, largest magnitude of each gradient, NaN if it holds one; None without extras.
-        zeros: ``[n]`` int64, number of elements equal to 0; None without extras.
+        zeros: ``[n]`` int64, number of elements equal to 0, those that a sparse gradient doesn't list included; None
+            without extras.
         sizes: elements in each gradient.
         names: the caller's names, or ``parameters[i]`` / ``grads[i]``.
         norm_type: the p of the norms.

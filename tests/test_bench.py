@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import fastclip
+import fastclip.__main__
 from fastclip._native import C
 
 
@@ -717,6 +718,29 @@ def test_compare_refuses_senseless_arguments(arguments, capsys):
     with pytest.raises(SystemExit):
         compare.main(arguments)
     assert capsys.readouterr().err
+
+
+def test_an_unknown_row_is_told_which_ones_there_are(monkeypatch, capsys):
+    """Only those that can run: the short command has no others, and says where they are."""
+    names = {"norm, slow": False, "norm, quick": True, "clip, quick": True}
+    table = [rows.Row(name, (TINY,), rows.clip_norm, quick=quick) for name, quick in names.items()]
+    monkeypatch.setattr(compare, "all_rows", lambda: table)
+
+    def told(main, *arguments):
+        with pytest.raises(SystemExit) as error:
+            main([*arguments])
+        assert error.value.code == 2
+        return capsys.readouterr().err.splitlines()
+
+    *usage, message = told(fastclip.__main__.main, "bench", "--only", "norm, slow")
+    assert usage[0].startswith("usage: fastclip bench [-h]")
+    assert message == (
+        "fastclip bench: error: no quick row's name contains 'norm, slow'; they are: norm, quick; clip, quick. "
+        f"{compare.PROGRAM} without --quick has all rows"
+    )
+    *usage, message = told(compare.main, "--only", "none")
+    assert usage[0].startswith(f"usage: {compare.PROGRAM} [-h]")
+    assert message.endswith(f"they are: {'; '.join([*names, compare.MEMORY_ROW])}")
 
 
 def test_reading_speed_is_the_best_of_two_readers_before_and_after(monkeypatch):

@@ -3,6 +3,8 @@
 import atexit
 import copy
 import csv
+import errno
+import fcntl
 import gc
 import json
 import math
@@ -24,7 +26,7 @@ from far import go_far, no_waiting
 import fastclip
 from fastclip import ClippedOptimizer, GradMonitor, policies
 from fastclip.backends import cuda
-from fastclip.monitoring import records, shipping
+from fastclip.monitoring import records, shipping, sinks
 from fastclip.monitoring.found import Found
 from fastclip.monitoring.records import decoded, encoded, number, packed, spelled
 
@@ -126,6 +128,25 @@ def test_a_step_in_which_nan_became_zero(told):
     assert [(event.kind, event.tensors) for event in events] == [("non-finite", ("c",))]
 
 
+@pytest.mark.parametrize("nonfinite", ["skip", "propagate"])
+def test_inf_in_one_of_several_tensors_is_no_error_in_the_records(nonfinite, told):
+    """It is multiplied by 0; warnings are errors here, and would come out of the step."""
+    parameters = model_of()
+    rule = policies.PerTensorNorm(1.0)
+    opt = ClippedOptimizer(torch.optim.SGD(parameters, lr=0.0), policy=rule, nonfinite=nonfinite)
+    with GradMonitor(opt, sinks=told.append, buffer=4) as monitor:
+        for step in range(6):
+            give(parameters, step)
+            if step == 3:
+                parameters[2].grad[0, 0] = math.inf
+            opt.step()
+    assert [record.step for record in told] == [1, 2, 3, 4, 5, 6]
+    assert list(monitor.lost.values()) == [0]
+    assert (told[3].total_norm, told[3].infs) == (math.inf, 1)
+    assert told[3].clipped_norm is None if nonfinite == "skip" else math.isnan(told[3].clipped_norm)
+    assert 0 < told[4].clipped_norm < told[4].total_norm
+
+
 def test_a_skip_for_another_reason_blames_no_tensor():
     parameters, events = model_of(), []
     opt = optimizer_of(parameters, nonfinite="zero")
@@ -192,18 +213,19 @@ def test_what_is_done_to_the_learning_rate_is_told(told):
 
 
 @pytest.mark.parametrize(
-    ("policy", "after"),
+    ("policy", "after", "bound"),
     [
-        (policies.PerTensorNorm(0.5), lambda grads: norm_of([g * min(1, 0.5 / norm_of([g])) for g in grads])),
-        (policies.Value(1e3), norm_of),
-        (policies.Value(0.1), None),
-        (policies.Unitwise(1e-3), "read"),
-        (policies.GlobalNorm(0.5, norm_type=math.inf), "read"),
-        (policies.Chain(policies.ZScore(), policies.GlobalNorm(0.5)), "read"),
+        (policies.PerTensorNorm(0.5), lambda grads: norm_of([g * min(1, 0.5 / norm_of([g])) for g in grads]), None),
+        (policies.Value(1e3), norm_of, None),
+        (policies.Value(0.1), None, None),
+        (policies.Unitwise(1e-3), "read", None),
+        (policies.GlobalNorm(0.5, norm_type=math.inf), "read", 0.5),
+        (policies.Chain(policies.ZScore(), policies.GlobalNorm(0.5)), "read", 0.5),
+        (policies.Chain(policies.Unitwise(0.1), policies.GlobalNorm(0.1)), "read", None),
     ],
     ids=lambda value: repr(value) if isinstance(value, policies.Policy) else "",
 )
-def test_norms_after_other_rules(policy, after, told):
+def test_norms_after_other_rules(policy, after, bound, told):
     parameters = model_of()
     opt = ClippedOptimizer(torch.optim.SGD(parameters, lr=0.0), policy=policy)
     with GradMonitor(opt, sinks=told.append, census_every=None):
@@ -221,6 +243,7 @@ def test_norms_after_other_rules(policy, after, told):
         assert record.clip_coef < 1.0
     else:
         assert record.clipped_norm == pytest.approx(after(before), rel=1e-5)
+    assert record.max_norm == (None if bound is None else pytest.approx(bound, rel=1e-5))
 
 
 def test_groups_with_rules_of_their_own_are_joined(told):
@@ -298,6 +321,22 @@ def test_shares_of_zeros_and_subnormal_numbers(told):
             opt.step()
     assert [record.zeros for record in told] == [2500 / 10_100, None, 2500 / 10_100]
     assert told[0].subnormals == pytest.approx(2500 / 10_100, rel=0.01)  # counted in a sample
+
+
+@pytest.mark.parametrize("looked_up", [(3, 7, 7, 900), ()], ids=str)
+def test_shares_of_sparse_gradients_are_those_of_dense_ones(looked_up, told):
+    for sparse in (False, True):
+        table, bias = torch.nn.Embedding(1000, 2, sparse=sparse), torch.nn.Parameter(torch.zeros(4))
+        opt = ClippedOptimizer(torch.optim.SGD([*table.parameters(), bias], lr=0.1), 1e6)
+        with GradMonitor(opt, sinks=told.append, census_every=1):
+            rows = table(torch.tensor(looked_up, dtype=torch.int64))
+            ((rows * torch.tensor([1.0, 1e-39])).sum() + bias.sum()).backward()
+            opt.step()
+    dense, sparse = told
+    different = len(set(looked_up))
+    assert dense.zeros == sparse.zeros == (2000 - 2 * different) / 2004
+    assert dense.subnormals == pytest.approx(different / 2004)
+    assert sparse.subnormals == pytest.approx(different / 2004)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64])
@@ -596,6 +635,37 @@ def test_what_is_no_state_of_a_monitor_is_told():
     assert monitor.step == 3
 
 
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"step": None}, "step: expected a number"),
+        ({"step": -1}, "step must be a whole number of at least 0"),
+        ({"names": 3}, "has no len"),
+        ({"flags": None}, "flags: expected a dict, got NoneType"),
+        ({"flags": {}}, "flags: count, found, highest, in_block"),
+        ({"mean": None}, "flags: mean is no tensor with 4 elements"),
+        ({"mean": torch.zeros(3)}, "flags: mean is no tensor with 4 elements"),
+        ({"in_block": "many"}, "flags: in_block: expected a number"),
+    ],
+    ids=str,
+)
+def test_a_damaged_state_changes_nothing(damage, message):
+    parameters = model_of()
+    opt = optimizer_of(parameters)
+    monitor = GradMonitor(opt)
+    for step in range(3):
+        give(parameters, step)
+        opt.step()
+    before = monitor.state_dict()
+    ((name, wrong),) = damage.items()
+    damaged = before | {"step": 7, name: wrong} if name in before else before | {"flags": before["flags"] | damage}
+    if name == "step":
+        damaged["flags"] = {key: value + 1 for key, value in before["flags"].items()}
+    with pytest.raises(ValueError, match=f"no state of a GradMonitor: .*{message}.*Nothing was changed"):
+        monitor.load_state_dict(damaged)
+    assert repr(monitor.state_dict()) == repr(before)
+
+
 def test_a_monitor_that_was_refused_another_optimizer_goes_on(tmp_path):
     parameters, path = model_of(), tmp_path / "run.jsonl"
     opt = optimizer_of(parameters)
@@ -742,6 +812,18 @@ def test_a_killed_run_loses_at_most_its_last_line(when, tmp_path):
     assert steps_of(path) == list(range(1, len(steps) + 4))  # each line is whole again
 
 
+@pytest.mark.parametrize("name", ["run.jsonl", "run.csv"])
+def test_a_file_cut_in_its_first_line_is_begun_anew(name, tmp_path):
+    path, parameters = tmp_path / name, model_of()
+    run_on(parameters, [path], 2)
+    first = path.read_bytes().partition(b"\n")[0]
+    for length in (1, len(first) // 2, len(first)):
+        path.write_bytes(first[:length])
+        run_on(parameters, [path], 2)
+        assert path.read_bytes().partition(b"\n")[0][:40] == first[:40]
+        assert path.read_bytes().count(b"\n") == (4 if name.endswith("jsonl") else 3)
+
+
 def test_one_file_has_one_monitor(tmp_path):
     path = tmp_path / "run.jsonl"
     (tmp_path / "link.jsonl").symlink_to(path)
@@ -761,6 +843,74 @@ def test_one_file_has_one_monitor(tmp_path):
     gc.collect()
     assert len(list(Path("/proc/self/fd").iterdir())) == descriptors - 1
     GradMonitor(optimizer_of(model_of()), sinks=path).close()
+
+
+HOLDING = """
+import os, sys, torch, fastclip
+parameter = torch.nn.Parameter(torch.zeros(50))
+opt = fastclip.ClippedOptimizer(torch.optim.SGD([parameter], lr=0.1), 1.0)
+monitor = fastclip.GradMonitor(opt, sinks=sys.argv[1], buffer=1)
+parameter.grad = torch.ones(50)
+opt.step()
+if sys.argv[2] == "fork":
+    if os.fork() == 0:
+        opt.step()
+        print(monitor.lost[sys.argv[1]], flush=True)
+        sys.stdin.read()
+    os._exit(0)
+print("open", flush=True)
+sys.stdin.read()
+"""
+
+
+def holding(path, how):
+    """A process with a monitor on the file, or with a child that outlives it; ends when its input is closed."""
+    arguments = [sys.executable, "-W", "ignore", "-c", HOLDING, str(path), how]
+    return subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("name", ["run.jsonl", "run.csv"])
+def test_one_file_has_one_process(name, tmp_path):
+    path = tmp_path / name
+    with holding(path, "stay") as process:
+        assert process.stdout.readline() == "open\n"
+        content = path.read_bytes()
+        with pytest.raises(ValueError, match=r"another process writes there.*Nothing was written"):
+            GradMonitor(optimizer_of(model_of()), sinks=path)
+        assert path.read_bytes() == content
+        process.kill()
+        process.wait()
+        with GradMonitor(optimizer_of(model_of()), sinks=path) as monitor:
+            assert monitor.step == 1
+
+
+def test_a_child_that_outlives_a_run_holds_no_file(tmp_path):
+    """As the workers of a DataLoader may for a while. What it records itself would stand between its parent's lines."""
+    path = tmp_path / "run.jsonl"
+    with holding(path, "fork") as process:
+        assert process.stdout.readline() == "1\n"  # lost
+        assert process.wait() == 0
+        with GradMonitor(optimizer_of(model_of()), sinks=path) as monitor:
+            assert monitor.step == 1
+    assert steps_of(path) == [1]
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    def flock(error):
+        def refuse(*_):
+            raise OSError(error, os.strerror(error))
+
+        return refuse
+
+    path = tmp_path / "run.jsonl"
+    monkeypatch.setattr(fcntl, "flock", flock(errno.ENOLCK))
+    run_on(model_of(), [path], 2)
+    monkeypatch.setattr(fcntl, "flock", flock(errno.EIO))
+    with pytest.raises(OSError, match="Input/output error"):
+        GradMonitor(optimizer_of(model_of()), sinks=path)
+    monkeypatch.setattr(sinks, "fcntl", None)  # as on Windows
+    run_on(model_of(), [path], 2)
+    assert steps_of(path) == [1, 2, 3, 4]
 
 
 def test_a_pattern_that_is_found_nowhere_is_told():
@@ -907,6 +1057,23 @@ def test_functions_that_raise_are_warned_of_once(told):
     assert sorted(monitor.lost.values()) == [0, 4]
 
 
+def test_sinks_of_one_name_are_counted_apart():
+    parameters = model_of()
+    opt = optimizer_of(parameters)
+    monitor = GradMonitor(opt, sinks=[lambda record: 1 / 0, lambda record: None, lambda record: None])
+    names = list(monitor.lost)
+
+    def train():
+        for step in range(5):
+            give(parameters, step)
+            opt.step()
+        monitor.close()
+
+    assert "<lambda>: ZeroDivisionError" in warned_once(train)
+    assert names == [names[0], f"{names[0]} 2", f"{names[0]} 3"]
+    assert list(monitor.lost.values()) == [5, 0, 0]
+
+
 def test_an_on_event_that_raises_is_counted():
     parameters = model_of()
     opt = optimizer_of(parameters)
@@ -1000,6 +1167,32 @@ def test_folds(tmp_path, told):
     assert [(record.step, record.fold) for record in told] == [(i + 1, str(i // 4)) for i in range(12)]
     assert [line["fold"] for line in lines_of(path) if line["kind"] == "fold"] == ["0", "1", "2"]
     assert all(list(record.norms()) == ["a", "b", "c", "d"] for record in told)
+
+
+def test_a_fold_of_another_rule_has_a_header_of_its_own(tmp_path):
+    path, parameters = tmp_path / "run.jsonl", model_of()
+    first = run_on(parameters, [path], 2)
+    opt = optimizer_of(parameters)
+    with GradMonitor(opt, sinks=path) as monitor:
+        monitor.load_state_dict(first)
+        for fold, (max_norm, nonfinite) in enumerate([(1.0, "skip"), (1.0, "skip"), (0.01, "skip"), (0.01, "zero")]):
+            monitor.reset(fold, opt=optimizer_of(parameters, max_norm, nonfinite=nonfinite))
+            give(parameters, fold)
+            monitor._guarded.step()
+    headers = [line for line in lines_of(path) if line["kind"] == "header"]
+    assert [(header["policy"][:24], header["nonfinite"]) for header in headers] == [
+        ("GlobalNorm(max_norm=1, n", "skip"),
+        ("GlobalNorm(max_norm=1, n", "skip"),
+        ("GlobalNorm(max_norm=0.01", "skip"),
+        ("GlobalNorm(max_norm=0.01", "zero"),
+    ]
+    assert [header.get("resumed_at") for header in headers] == [None, 2, None, None]
+    kinds = [line["kind"] for line in lines_of(path)]
+    assert kinds == [
+        *("header", "tensors", "step", "step"),
+        *("header", "tensors", "fold", "step", "tensors", "fold", "step"),
+        *("header", "tensors", "fold", "step") * 2,
+    ]
 
 
 def test_a_new_fold_forgets_the_past():

@@ -41,6 +41,21 @@ def test_facts_are_right(route: str) -> None:
     assert stats.names == [f"grads[{i}]" for i in range(5)]
 
 
+@pytest.mark.filterwarnings("ignore:Sparse (CSR|CSC|BSR|BSC) tensor support:UserWarning")
+def test_zeros_of_sparse_gradients_are_those_of_dense_ones(route: str) -> None:
+    dense = torch.tensor([[0.0, 0.0], [3.0, 0.0], [0.0, 4.0]])
+    hybrid = torch.sparse_coo_tensor([[1, 2]], dense[1:], (3, 2), check_invariants=True)
+    twice = torch.sparse_coo_tensor([[1, 1, 2], [0, 0, 1]], [1.0, 2.0, 4.0], (3, 2), check_invariants=True)
+    cancelled = torch.sparse_coo_tensor([[1, 1], [0, 0]], [1.0, -1.0], (3, 2), check_invariants=True)
+    nothing = torch.zeros(3, 2).to_sparse()
+    compressed = [dense.to_sparse_csr(), dense.to_sparse_csc(), dense.to_sparse_bsr((3, 1))]
+    grads = [dense, dense.to_sparse(), hybrid.coalesce(), twice, cancelled, nothing, *compressed]
+    stats = fastclip.grad_stats(grads)
+    assert stats.zeros.tolist() == [4, 4, 4, 4, 6, 6, 4, 4, 4]
+    assert stats.zeros.tolist() == [int((grad.to_dense() == 0).sum()) for grad in grads]
+    assert stats.sizes == [6] * len(grads)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_facts_of_every_dtype(backend: str, dtype: torch.dtype) -> None:
     grads = [randn(size, dtype=dtype) for size in (1, 70, 3000)]

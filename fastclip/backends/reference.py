@@ -28,6 +28,7 @@ from fastclip.types import (
     TOTAL_INFS,
     TOTAL_NANS,
     TOTAL_NORM,
+    ZEROS,
     Request,
     known_to_host,
     map_magnitudes,
@@ -90,8 +91,10 @@ def read(
     totals: Tensor | None = None,
     heads: Tensor | None = None,
 ) -> None:
-    for column, grad in enumerate(table.grads):
+    for column, (grad, source) in enumerate(zip(table.grads, table.sources, strict=True)):
         rows[:, column] = _stats_of(grad, request)
+        if request.extras and source.layout != torch.strided:
+            rows[ZEROS, column] += source.numel() - grad.numel()  # what it doesn't list is 0
     if grad_scale is not None:
         divisor = grad_scale.detach().reshape(()).to(rows) if isinstance(grad_scale, Tensor) else grad_scale
         map_magnitudes(rows, request, lambda magnitudes: magnitudes / divisor)

@@ -124,6 +124,18 @@ class History:
         known = {name: torch.from_numpy(values.copy()) for name, values in self._columns.items()}
         return {**known, "in_block": torch.tensor(self.in_block, device="cpu")}
 
+    @classmethod
+    def check_state_dict(cls, state_dict: dict[str, torch.Tensor], size: int) -> None:
+        """Raises ``ValueError`` or ``TypeError`` if it isn't that of a history of ``size`` tensors."""
+        if not isinstance(state_dict, dict):
+            raise TypeError(f"flags: expected a dict, got {type(state_dict).__name__}")
+        if missing := {*cls.START, "in_block"} - state_dict.keys():
+            raise ValueError(f"flags: {', '.join(sorted(missing))} missing")
+        for name in cls.START:
+            if not isinstance(values := state_dict[name], torch.Tensor) or values.shape != (size,):
+                raise ValueError(f"flags: {name} is no tensor with {size} elements")
+        whole("flags: in_block", state_dict["in_block"])
+
     def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
         self._columns = {name: state_dict[name].cpu().numpy().copy() for name in self.START}
         self.in_block = int(state_dict["in_block"])

@@ -67,12 +67,14 @@ class Found:
                 self.zeros, self.subnormal = np.full((2, len(self.norms)), math.nan)
             self.zeros[places], self.subnormal[places] = zeros, subnormal
         whole = isinstance(coef, (int, float))
+        of_units = after is not None  # then the coefficient is the least of theirs
         if after is None:
-            after = total * coef if whole else self._joined(own * coef)
+            with np.errstate(invalid="ignore", over="ignore"):  # Inf times 0 is NaN, here as in the gradient
+                after = total * coef if whole else self._joined(own * coef)
         self._after.append(None if unknown else float(after))
         self._totals.append(total)
         self.clip_coef = min(self.clip_coef, float(coef if whole else np.min(coef, initial=1.0)))
-        self.is_one_number = whole and not unknown and len(self._totals) == 1
+        self.is_one_number = whole and not of_units and not unknown and len(self._totals) == 1
         bound = seen.request.max_norm
         self.max_norm = bound if len(self._totals) == 1 and math.isfinite(bound) else None
 

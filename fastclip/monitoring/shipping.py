@@ -79,17 +79,18 @@ def sighting(outcome: Outcome, step: int, time: float, fold: str | None, census:
 @torch.no_grad()
 def subnormal_shares(grads: Sequence[Tensor], like: Tensor) -> Tensor:
     """Of each gradient the share of elements whose magnitude is below the smallest normal number of its dtype, but not
-    0, among at most SAMPLE of them, evenly spaced; on the device and in the dtype of ``like``."""
+    0, among at most SAMPLE of them, evenly spaced; on the device and in the dtype of ``like``. A sparse gradient is
+    looked at where it lists elements; the others are 0."""
     shares = like.new_zeros(len(grads))
-    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    kinds: dict[tuple[torch.device, torch.dtype], list[tuple[int, Tensor, float]]] = {}
     for i, grad in enumerate(grads):
-        if grad.numel():
-            kinds.setdefault((grad.device, grad.dtype), []).append(i)
+        flat = dense(grad).reshape(-1)
+        if flat.numel():
+            sample = flat[:: -(-flat.numel() // SAMPLE)] if flat.numel() > SAMPLE else flat
+            stands_for = len(sample) * (grad.numel() / flat.numel())
+            kinds.setdefault((grad.device, grad.dtype), []).append((i, sample, stands_for))
     for (device, dtype), members in kinds.items():
-        samples = []
-        for i in members:
-            flat = dense(grads[i]).reshape(-1)
-            samples.append(flat[:: -(-flat.numel() // SAMPLE)] if flat.numel() > SAMPLE else flat)
+        places, samples, elements = zip(*members, strict=True)
         values = torch.cat(samples)
         values = torch.view_as_real(values).flatten(1) if values.is_complex() else values.unsqueeze(1)
         values = values.to(torch.float32) if dtype in FLOAT8 else values
@@ -98,8 +99,8 @@ def subnormal_shares(grads: Sequence[Tensor], like: Tensor) -> Tensor:
         ends = torch.tensor([len(sample) for sample in samples], device="cpu").cumsum(0)
         at_ends = counts[(ends - 1).to(device, non_blocking=True)]
         own = at_ends.diff(prepend=at_ends.new_zeros(1)).to(like)
-        lengths = on_device([len(sample) * values.shape[1] for sample in samples], like.dtype, like.device)
-        shares[on_device(members, torch.int64, like.device)] = own / lengths
+        lengths = on_device([count * values.shape[1] for count in elements], like.dtype, like.device)
+        shares[on_device(places, torch.int64, like.device)] = own / lengths
     return shares
 
 

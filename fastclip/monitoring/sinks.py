@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import mmap
@@ -17,6 +18,11 @@ from typing import Any
 from fastclip.ladder import Event
 from fastclip.monitoring import records
 from fastclip.monitoring.records import SCALARS, StepRecord, spelled
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 PREFIX = "fastclip/"  # of what goes to TensorBoard and wandb
 CHARTED = ("total_norm", "clipped_norm", "max_norm", "clip_coef", "clipped", "skipped", "rolled_back", "nans", "infs")
@@ -81,10 +87,17 @@ class Sink:
 
 
 _OPEN: weakref.WeakValueDictionary[tuple[int, int], File] = weakref.WeakValueDictionary()  # by device and inode
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # of file systems that have none
 
 
 class File(Sink):
-    """Lines appended to a file, each batch in one write: a killed process leaves one of them at most unfinished."""
+    """Lines appended to a file, each batch in one write: a killed process leaves one of them at most unfinished.
+
+    Attributes:
+        BEGINNING: with what each such file begins.
+    """
+
+    BEGINNING = b""
 
     def __init__(self, path: Path) -> None:
         super().__init__(str(path))
@@ -101,17 +114,43 @@ class File(Sink):
 
     def _claim(self) -> None:
         """Raises ``ValueError`` if another one writes into the file: lines of two runs would stand in it, mixed."""
+        if not self._is_regular:
+            return
         status = os.fstat(self._descriptor)
         other = _OPEN.get(place := (status.st_dev, status.st_ino))
-        if self._is_regular and other is not None and other._close.alive:
+        if other is not None and other._close.alive:
             raise ValueError(
                 f"{self.name}: another GradMonitor of this process writes there; close() it first, or choose another "
                 "file. Nothing was written"
             )
+        self._lock()
         _OPEN[place] = self
+
+    def _lock(self) -> None:
+        """Holds for as long as the descriptor is open in any process: a program that starts has no copy of it, and a
+        forked child closes its own."""
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{self.name}: another process writes there; give each process, as each rank, a file of its own. "
+                "Nothing was written"
+            ) from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+
+    def leave_to_parent(self) -> None:
+        """In a forked child: its copy would hold the lock for as long as it lives, though the parent were gone."""
+        self._close()
+        self._descriptor = -1
 
     @property
     def _size(self) -> int:
+        if self._descriptor < 0:
+            raise OSError("only the process writes there from which this one was forked")
         return os.fstat(self._descriptor).st_size if self._is_regular else 0
 
     def _lines_backwards(self) -> Iterator[tuple[int, bytes]]:
@@ -138,7 +177,10 @@ class File(Sink):
         """Raises ``ValueError`` if the file isn't one to go on with."""
         try:
             if self._size:
-                self._check_beginning(os.pread(self._descriptor, 1 << 16, 0).partition(b"\n")[0])
+                first, end, _ = os.pread(self._descriptor, 1 << 16, 0).partition(b"\n")
+                if not end and self._size == len(first) and _agree(first, self.BEGINNING):
+                    return 0  # nothing but an unfinished first line: as if the file were empty
+                self._check_beginning(first)
             for _, line in self._lines_backwards():
                 step = self._step_of(line) if line.endswith(b"\n") else None
                 if step is not None:
@@ -189,8 +231,23 @@ class File(Sink):
         self._close()
 
 
+def _agree(line: bytes, beginning: bytes) -> bool:
+    return line.startswith(beginning) or beginning.startswith(line)
+
+
+def _leave_files_to_parent() -> None:
+    for file in list(_OPEN.values()):
+        file.leave_to_parent()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_files_to_parent)
+
+
 class JsonLines(File):
     """A file of the documented format."""
+
+    BEGINNING = records.line(records.HEADER, format=records.FORMAT, version=records.VERSION).rstrip(b"}\n") + b","
 
     def __init__(self, path: Path) -> None:
         self._beginning, self._folds = b"", b""  # lines that must come before the next record
@@ -199,7 +256,7 @@ class JsonLines(File):
 
     def start(self, header: dict[str, Any], names: Sequence[str], sizes: Sequence[int]) -> None:
         if header:
-            self._beginning = records.line(records.HEADER, **header)
+            self._beginning += records.line(records.HEADER, **header)
         self._beginning += records.line(records.TENSORS, names=list(names), sizes=list(sizes))
 
     def fold(self, step: int, fold: str) -> None:
@@ -245,11 +302,14 @@ def _json(line: bytes) -> dict[str, Any]:
 class Csv(File):
     """A table of everything but the norms of single tensors; NaN and Inf are spelled as in the other format."""
 
+    COLUMNS = (*SCALARS, "events")
+    BEGINNING = ",".join(COLUMNS).encode()
+
     def write(self, batch: list[StepRecord]) -> None:
         text = io.StringIO(newline="")
         table = csv.writer(text, lineterminator="\n")
         if not self._size:
-            table.writerow([*SCALARS, "events"])
+            table.writerow(self.COLUMNS)
         for record in batch:
             cells = [getattr(record, name) for name in SCALARS]
             cells = [" ".join(map(str, spelled(cell))) if isinstance(cell, list) else spelled(cell) for cell in cells]
@@ -259,7 +319,7 @@ class Csv(File):
         self.append(text.getvalue().encode())
 
     def _check_beginning(self, line: bytes) -> None:
-        if line.decode(errors="replace").strip().split(",") != [*SCALARS, "events"]:
+        if line.strip() != self.BEGINNING:
             raise ValueError("its first line has other columns")
 
     def _step_of(self, line: bytes) -> int | None:
@@ -355,6 +415,17 @@ class Events(Sink):
                     self._function(event)
                 except Exception as error:  # a user's function: training must go on
                     self.give_up(1, error)
+
+
+def tell_apart(sinks: Sequence[Sink]) -> None:
+    """Of those of one name the second ends in 2, and so on."""
+    names: set[str] = set()
+    for sink in sinks:
+        own, count = sink.name, 1
+        while sink.name in names:
+            count += 1
+            sink.name = f"{own} {count}"
+        names.add(sink.name)
 
 
 def sink_of(given: Any) -> Sink:
