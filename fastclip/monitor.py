@@ -249,7 +249,7 @@ class GradMonitor:
             for each, own_norms, places, leaves in zip(sightings, norms, placed, shipment.unpack(), strict=True)
         ]
         bad = {i: each.bad for i, each in enumerate(found) if each.bad is not None}
-        censuses = {i: each.census(self._sizes) for i, each in enumerate(found) if each.zeros is not None}
+        censuses = {i: each.census() for i, each in enumerate(found) if each.zeros is not None}
         if not self._all_included:
             bad = {i: own for i, which in bad.items() if (own := which[self._included]).any()}
             censuses = {i: Census(*(part[self._included] for part in census)) for i, census in censuses.items()}

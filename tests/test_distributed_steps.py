@@ -375,6 +375,20 @@ def test_a_monitor_on_a_rank_without_parameters():
     assert last == [(5.0, None)]
 
 
+def watched_shards():
+    mesh = mesh_of(2)
+    p = torch.nn.Parameter(placed(torch.ones(4, 2), mesh, [Shard(0)]))
+    p.grad, told = placed(torch.tensor([[0.0, 0.0], [0.0, 0.0], [3.0, 0.0], [0.0, 4.0]]), mesh, [Shard(0)]), []
+    opt = fastclip.ClippedOptimizer(torch.optim.SGD([p], lr=0.1))
+    with fastclip.GradMonitor(opt, sinks=told.append, census_every=1):
+        opt.step()
+    return [(record.total_norm, record.zeros, record.norms()[record.worst]) for record in told]
+
+
+def test_a_monitor_looks_at_its_ranks_own_elements():
+    assert ranks(2).run(watched_shards) == [[(5.0, 1.0, 0.0)], [(5.0, 0.5, 5.0)]]
+
+
 def snapshot_of_marked():
     bad = dist.get_rank() == 1
     p = torch.nn.Parameter(torch.full((2,), math.nan if bad else 1.0))

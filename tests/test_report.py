@@ -25,9 +25,10 @@ from fastclip.report import digest as digests
 from fastclip.report.digest import BINS, INF, MISSING, NAN, ZERO, Bins, Digest
 from fastclip.report.page import page_of
 from fastclip.report.reading import Reader, lines_of
-from fastclip.report.terminal import Tail, View, follow, sparkline
+from fastclip.report.terminal import ASCII_BARS, Tail, View, follow, sparkline
 
 NAMES = ("a.weight", "b.weight")
+LARGEST = sys.float_info.max
 
 
 def digest_from(lines, fit=True):
@@ -176,6 +177,99 @@ def test_a_tensor_whose_nan_became_zero_comes_first():
     assert (first.name, first.nonfinite, second.nonfinite) == (NAMES[1], 1, 0)
 
 
+def shares_of(*steps, norm_types=(2.0,)):
+    """Of files that follow each other, one for each norm type, with the same steps."""
+    lines = []
+    for norm_type in norm_types:
+        header = recorded.HEADER | {"norm_type": records.spelled(norm_type)}
+        lines += [records.line(records.HEADER, **header), recorded.beginning("abc")[1]]
+        for norms in steps:
+            total = float(np.linalg.norm([norm for norm in norms if norm is not None], norm_type))
+            columns = [i for i, norm in enumerate(norms) if norm is not None]
+            known = [norms[i] for i in columns]
+            changes = {"total_norm": total, "columns": None if len(known) == 3 else columns, "worst": "a"}
+            lines.append(records.step_line(recorded.step(len(lines), known, "abc", **changes)))
+    digest = digest_from(lines)
+    assert digest.reader.problems() == []
+    return digest, [tensor.share for tensor in digest.tensors()]
+
+
+@pytest.mark.parametrize(
+    ("steps", "shares"),
+    [
+        ([(1, 1, 1), (math.nan, 1, 1)] * 5, [1 / 3, 1 / 3, 1 / 3]),
+        ([(1, 1, 1), (0, 0, 0)] * 5, [1 / 3, 1 / 3, 1 / 3]),
+        ([(3, 1, 0)] * 9 + [(0, 0, 2)], [0.81, 0.09, 0.1]),
+        ([(3, 1, None)] * 9 + [(None, None, 2)], [0.81, 0.09, 0.1]),
+    ],
+    ids=["nan", "all zero", "zero", "no gradient"],
+)
+def test_shares_of_the_norm_add_up(steps, shares):
+    _, found = shares_of(*steps)
+    assert found == pytest.approx(shares)
+
+
+@pytest.mark.parametrize(
+    ("norm_type", "what"),
+    [(1.0, "total norm"), (2.0, "squared total norm"), (3.0, "total norm to the power of 3")],
+)
+def test_shares_of_other_norms_add_up(norm_type, what):
+    digest, found = shares_of((2, 2, 2), (5, 5, 5), norm_types=(norm_type,))
+    assert found == pytest.approx([1 / 3] * 3)
+    page = page_of(digest)
+    assert f"<small>33% of the {what}</small>" in page
+    assert f"share: mean part of the {what}; NaN" in page
+
+
+def test_an_inf_norm_has_no_shares():
+    digest, found = shares_of((1, 2, 9), (4, 5, 1), norm_types=(math.inf,))
+    assert found == [None] * 3
+    assert max(digest.tensors(), key=lambda tensor: tensor.gravity).name == "b"  # of the largest usual norm
+    page = page_of(digest)
+    assert "the largest usual norm" in page
+    assert ">Share<" not in page
+    assert "share: " not in page
+
+
+def test_shares_where_the_norm_changes():
+    """Each record by its own norm, also of those that are joined at a time."""
+    _, found = shares_of((1, 1, 2), norm_types=(1.0, 2.0, math.inf))
+    assert found == pytest.approx([(1 / 4 + 1 / 6) / 2, (1 / 4 + 1 / 6) / 2, (2 / 4 + 4 / 6) / 2])
+
+
+@pytest.mark.parametrize(
+    ("kind", "count", "told"),
+    [
+        ("dead", 1, "flagged dead once"),
+        ("exploding", 3, "flagged exploding 3 times"),
+        ("non-finite", 1, "NaN or Inf in 1 record"),
+        ("non-finite", 1234, "NaN or Inf in 1,234 records"),
+    ],
+)
+def test_the_tile_tells_how_often_a_tensor_was_flagged(kind, count, told):
+    lines = recorded.beginning(NAMES)
+    for number in range(1, count + 1):
+        lines.append(records.step_line(recorded.step(number, [1, 1], NAMES, events=[Event(number, kind, "", NAMES)])))
+    assert f"<small>{told}</small>" in page_of(digest_from(lines))
+
+
+def test_the_table_tells_which_tensors_of_an_event_count():
+    names = [f"{i}.weight" for i in range(records.MOST_NAMES + 5)]
+    event = Event(1, "exploding", "", tuple(names))
+    lines = [*recorded.beginning(names), records.step_line(recorded.step(1, np.ones(25), names, events=[event]))]
+    digest = digest_from(lines)
+    assert sum(tensor.flags["exploding"] for tensor in digest.tensors()) == records.MOST_NAMES == 20
+    assert "how often it was flagged, where one event counts for its first 20 tensors" in page_of(digest)
+
+
+def test_a_norm_of_0_is_a_number():
+    lines = recorded.beginning(NAMES)
+    for number, norms in enumerate(([0.0, 0.0], [1.0, 0.0], [math.nan, 0.0]), 1):
+        lines.append(records.step_line(recorded.step(number, norms, NAMES)))
+    page = data_of(page_of(digest_from(lines)))
+    assert page["norm"] == page["low_norm"] == page["high_norm"] == [0.0, 1.0, None]
+
+
 def test_tables_of_the_page():
     page = page_of(digest_from(recorded.run(400, folds=4)))
     assert "Stability of the folds" in page
@@ -307,7 +401,7 @@ def test_no_value_breaks_the_report(data):
         | st.floats()
         | st.integers()
         | st.text(max_size=9)
-        | st.sampled_from(["NaN", "Infinity"]),
+        | st.sampled_from(["NaN", "Infinity", LARGEST, -LARGEST]),
         lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
         max_leaves=4,
     )
@@ -317,6 +411,19 @@ def test_no_value_breaks_the_report(data):
         content[data.draw(st.sampled_from(sorted(content)))] = data.draw(json_values)
         lines[place] = json.dumps(content).encode() + b"\n"
     page_of(digest_from(lines))
+
+
+@pytest.mark.parametrize("value", [LARGEST, 0.9999 * LARGEST, float(np.finfo(np.float32).max), 5e-324])
+def test_the_largest_and_least_numbers_are_shown(value, tmp_path):
+    from fastclip.report import figures
+
+    changes = {"total_norm": value, "max_norm": value, "loss": value}
+    steps = [recorded.step(n, [1.0, 1.0], NAMES, **changes) for n in range(1, 4)]
+    digest = digest_from([*recorded.beginning(NAMES), *map(records.step_line, steps)])
+    page = data_of(page_of(digest))
+    for name in ("norm", "low_norm", "high_norm", "bound", "loss"):
+        assert page[name] == [pytest.approx(value, rel=1e-3)] * 3
+    assert len(figures.save(digest, tmp_path)) == 3
 
 
 def test_records_that_are_lost_or_told_twice():
@@ -415,6 +522,30 @@ def test_no_page_takes_the_place_of_its_recording(tmp_path, capsys, way):
     assert run.read_bytes() == b"".join(recorded.run(10))
 
 
+@pytest.mark.parametrize("command", ["report", "watch"])
+@pytest.mark.parametrize("run", ["", ".", "..", "/"])
+def test_a_folder_is_no_run(command, run, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        fastclip_command(command, run)
+    assert "expected the .jsonl file of a monitor" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_enough_is_no_wrong_folder(tmp_path, monkeypatch):
+    """As ``head -1`` is, after which print raises."""
+    run = tmp_path / "run.jsonl"
+    run.write_bytes(b"".join(recorded.run(10)))
+    told = []
+
+    def tell(*words, **_):
+        if told:
+            raise BrokenPipeError
+        told.append(words)
+
+    monkeypatch.setattr("builtins.print", tell)
+    with pytest.raises(BrokenPipeError):
+        fastclip_command("report", run, "--png", tmp_path)
+
+
 def test_report_writes_page_and_figures(tmp_path, capsys):
     run = tmp_path / "run.jsonl"
     run.write_bytes(b"".join(recorded.run(100, folds=2)))
@@ -447,9 +578,21 @@ def test_figures_show_what_the_page_shows(tmp_path):
     assert drawn["skipped"].get_xdata().tolist() == [200]
     assert set(drawn["bound"].get_ydata()) == {2.0}
     assert len(drawn["clipped"].get_xdata()) == digest.totals.clipped
-    heat, bad = figures._heat_map(digest).axes[0].images
+    heat, bad, zero = figures._heat_map(digest).axes[0].images
     assert heat.get_array().shape == (4, 400)
     assert np.argwhere(~bad.get_array().mask).tolist() == [[2, 199]]
+    assert np.argwhere(~zero.get_array().mask).tolist() == [[3, step] for step in range(350, 400)]
+
+
+@pytest.mark.parametrize(("norms", "lone"), [([1, math.nan, 2, 3, math.nan, 4], [1, 6]), ([5], [1])])
+def test_norms_without_neighbours_are_drawn(norms, lone):
+    from fastclip.report import figures
+
+    steps = [recorded.step(n, [norm, 0.0], NAMES) for n, norm in enumerate(norms, 1)]
+    (axes,) = figures._norm(digest_from([*recorded.beginning(NAMES), *map(records.step_line, steps)])).axes
+    dots = [line for line in axes.lines if line.get_marker() == "." and line.get_color() == figures.NORM]
+    assert [line.get_xdata().tolist() for line in dots] == [lone]
+    assert dots[0].get_ydata().tolist() == pytest.approx([norms[step - 1] for step in lone])
 
 
 def test_report_says_what_it_could_not_read(tmp_path, capsys):
@@ -505,6 +648,86 @@ def test_watch_takes_markup_for_text(tmp_path, capsys, monkeypatch):
     run.write_bytes(b"".join(recorded.run(40, names=("[red]a", "[/]b", "c", "d"))))
     assert fastclip_command("watch", run, "--once") == 0
     assert "[/]b" in capsys.readouterr().out
+
+
+CLEARS = "a\x1b]0;title\x07\x1b[2J\x9b2J"
+
+
+@pytest.mark.parametrize("where", ["tensor", "fold", "kind", "reason", "version"])
+def test_no_name_commands_the_terminal(tmp_path, capsys, monkeypatch, where):
+    monkeypatch.setenv("COLUMNS", "300")
+    name = CLEARS if where == "tensor" else "a"
+    lines = recorded.beginning([name])
+    if where == "version":
+        lines[0] = records.line(records.HEADER, **recorded.HEADER | {"version": CLEARS})
+    event = Event(1, CLEARS if where == "kind" else "dead", CLEARS if where == "reason" else "", (name,))
+    changes = {"events": [event], "fold": CLEARS if where == "fold" else None}
+    run = tmp_path / "run.jsonl"
+    run.write_bytes(b"".join([*lines, records.step_line(recorded.step(1, [1.0], [name], **changes))]))
+    assert fastclip_command("watch", run, "--once") == 0
+    out = capsys.readouterr().out
+    assert "]0;title" in out
+    assert not set("\x1b\x07\x9b") & set(out)
+    assert fastclip_command("report", run) == 0
+    assert "\x1b" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8", "cp1252"])
+@pytest.mark.parametrize("columns", ["20", "300"])
+def test_watch_in_any_encoding(tmp_path, encoding, columns):
+    run, names = tmp_path / "run.jsonl", ("c", "lone\ud800", "größe.weight", "d")
+    run.write_bytes(b"".join(recorded.run(100, names=names)))
+    result = subprocess.run(
+        [sys.executable, "-m", "fastclip", "watch", str(run), "--once"],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": encoding, "COLUMNS": columns},
+    )
+    assert (result.returncode, result.stderr) == (0, b"")
+    text = result.stdout.decode(encoding)
+    assert ("█" in text) == (encoding == "utf-8")
+    assert "!" in text
+    if columns == "300":
+        assert "lone" in text
+        assert ("größe" in text) == (encoding != "ascii")
+
+
+def test_report_of_a_name_that_the_terminal_has_no_letters_for(tmp_path):
+    run = tmp_path / "größe.jsonl"
+    run.write_bytes(b"".join(recorded.run(10)))
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    program = [sys.executable, "-m", "fastclip", "report", str(run)]
+    result = subprocess.run(program, capture_output=True, text=True, env=environment)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "gr??e.html: 10 records" in result.stdout
+
+
+def test_a_long_file_is_read_in_pieces(tmp_path):
+    """What has been read is shown meanwhile."""
+    path, lines = tmp_path / "run.jsonl", recorded.run(20)
+    path.write_bytes(b"".join(lines))
+    view, seen = View(path), []
+    while not view.look(0.0):
+        seen.append(view.records)
+    assert seen == list(range(1, 21))
+    path.write_bytes(b"".join([*lines, *recorded.run(25)[22:]]))
+    assert view.look()
+    assert [row.step for row in view.rows] == list(range(1, 26))
+    assert view.reader.problems() == []
+
+
+def test_what_is_there_is_shown_at_once(tmp_path, monkeypatch):
+    import rich.console
+
+    path, out = tmp_path / "run.jsonl", io.StringIO()
+    path.write_bytes(b"".join(recorded.run(20)))
+
+    def sleep(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastclip.report.terminal.time.sleep", sleep)
+    assert follow(path, console=rich.console.Console(file=out, force_terminal=True, width=100, height=40)) == 0
+    assert "of 20 " in out.getvalue()
+    assert "no record yet" not in out.getvalue()
 
 
 def test_a_tail_gives_each_whole_line_once(tmp_path):
@@ -600,6 +823,7 @@ def test_sparklines():
     assert sparkline([1.0, 10.0, 100.0], 3) == "▁▅█"
     assert sparkline([1.0, 1.0, 100.0, 1.0], 2) == "▁█"
     assert sparkline([1.0, math.nan, 0.0, 2.0], 4) == "▁! █"
+    assert sparkline([1.0, 10.0, 100.0], 3, ASCII_BARS) == "_+@"
 
 
 def test_a_view_forgets_old_records(tmp_path):

@@ -1,5 +1,6 @@
 """The page in a real browser: it works by mouse and keyboard, in light and dark, on a phone, and asks for nothing."""
 
+import math
 import os
 import shutil
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import recorded
 
+from fastclip.monitoring import records
 from fastclip.report.digest import digest_of
 from fastclip.report.page import page_of
 
@@ -42,23 +44,37 @@ def opened(browser, page_file):
     """Opens the page; afterwards nothing may have gone wrong in it, and nothing else have been asked for."""
     pages = []
 
-    def open_page(width=1280, height=900, **settings):
+    def open_page(width=1280, height=900, file=page_file, **settings):
         page = browser.new_page(viewport={"width": width, "height": height}, **settings)
         wrong, requests = [], []
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
         page.on("request", lambda request: requests.append(request.url))
-        page.goto(page_file.as_uri())
+        page.goto(file.as_uri())
         settle(page)
-        pages.append((page, wrong, requests))
+        pages.append((page, wrong, requests, file.as_uri()))
         return page
 
     yield open_page
-    for page, wrong, requests in pages:
+    for page, wrong, requests, address in pages:
         assert page.evaluate("window.broken") is None
         page.close()
         assert wrong == []
-        assert requests == [page_file.as_uri()]
+        assert requests == [address]
+
+
+@pytest.fixture
+def page_with(tmp_path):
+    """Makes the page of a run with these norms in each step."""
+
+    def make(names, steps):
+        run, page = tmp_path / "run.jsonl", tmp_path / "run.html"
+        lines = [records.step_line(recorded.step(n, norms, names)) for n, norms in enumerate(steps, 1)]
+        run.write_bytes(b"".join([*recorded.beginning(names), *lines]))
+        page.write_text(page_of(digest_of(run)), encoding="utf-8")
+        return page
+
+    return make
 
 
 def settle(page):
@@ -120,6 +136,128 @@ def test_the_heat_map_has_the_colours_of_the_norms(opened):
     assert cell(1, 150) == pytest.approx([253, 231, 37], abs=25)  # the light end
     dead = cell(3, 590)
     assert max(dead) - min(dead) < 25  # grey
+
+
+def colours(page, canvas, wanted):
+    """How many pixels have the colour of this name, or nearly so."""
+    return page.evaluate(
+        """([id, wanted]) => {
+            const c = document.getElementById(id), [red, green, blue] = rgb(css(wanted));
+            const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;
+            let count = 0;
+            const isNear = (a, b) => Math.abs(a - b) < 24;
+            for (let i = 0; i < d.length; i += 4)
+                count += d[i + 3] > 200 && isNear(d[i], red) && isNear(d[i + 1], green) && isNear(d[i + 2], blue);
+            return count;
+        }""",
+        [canvas, wanted],
+    )
+
+
+@pytest.mark.parametrize("steps", [[(3.0,)], [(3.0,), (math.nan,)] * 50], ids=["one record", "each second NaN"])
+def test_norms_without_neighbours_are_drawn(opened, page_with, steps):
+    page = opened(file=page_with(["weight"], steps))
+    assert colours(page, "norm", "--accent") >= 5 * sum(math.isfinite(norm) for (norm,) in steps)
+    assert colours(page, "norm", "--bound") > 300  # a dashed line through all of it
+    page.locator("#heat").focus()
+    page.keyboard.press("ArrowDown")
+    settle(page)
+    assert colours(page, "line", "--accent") >= 5 * sum(math.isfinite(norm) for (norm,) in steps)
+
+
+def test_a_norm_of_0_is_told_and_drawn(opened, page_with):
+    page = opened(file=page_with(["weight"], [(0.0,)] * 20))
+    assert text(page, "norm-readout") == "step 20: norm 0, bound 2, loss 0.05"
+    assert "0" in words_drawn(page, "norm", "drawNorm()")
+    page = opened(file=page_with(["weight"], [(1.0,)] * 20))
+    assert "0" not in words_drawn(page, "norm", "drawNorm()")
+
+
+def words_drawn(page, canvas, call):
+    return page.evaluate(
+        """([id, call]) => {
+            const draw = document.getElementById(id).getContext('2d'), words = [];
+            draw.fillText = (text) => words.push(text);
+            eval(call);
+            delete draw.fillText;
+            return words;
+        }""",
+        [canvas, call],
+    )
+
+
+LORA = "base_model.model.model.language_model.layers.{}.self_attn.{}_proj.lora_{}.default.weight"
+
+
+@pytest.mark.parametrize("others", [[], ["base_model.model.lm_head.modules_to_save.default.weight"]])
+def test_long_names_are_told_apart(opened, page_with, others):
+    """Their common parts are left out; numbers stay, also where another name has fewer parts in common."""
+    names = [LORA.format(layer, which, a) for layer in (7, 11) for which in "qk" for a in "AB"] + others
+    page = opened(file=page_with(names, [[1.0, 9.0] + [1.0] * (len(names) - 2)] * 20))
+    drawn = words_drawn(page, "heat", "drawHeat()")[: len(names)]
+    assert len(set(drawn)) == len(names)
+    if not others:
+        assert drawn[:2] == ["7.self_attn.q_proj.lora_A", "7.self_attn.q_proj.lora_B"]
+    for word, layer in zip(drawn, [7] * 4 + [11] * 4, strict=False):
+        assert f".{layer}." in f".{word}"
+    tile = page.locator("#first")
+    assert tile.get_attribute("title") == names[1]
+    assert ".7" in f".{tile.inner_text()}"
+    assert tile.inner_text() != names[1]
+    assert tile.evaluate("(e) => e.offsetWidth <= e.parentNode.clientWidth")
+
+
+@pytest.mark.parametrize(
+    ("names", "label"),
+    [
+        (["layers.0.weight", "layers.1.weight"], "0.weight"),
+        (["h.0.ln_1.weight", "g.bias"], "h.0.l1.weight"),
+        (["a" * 40, "b" * 40], "aaaaa…aaaaa"),
+        (["one.very_long_name.of_a_tensor_that_is_alone"], "of_a_t…alone"),
+        (["a.b", "a.b.a.b.a.b.a.b.a.b"], "b.a.b.a.b.a.b.a.b"),
+    ],
+)
+def test_names_are_shortened_as_far_as_needed(opened, page_with, names, label):
+    page = opened(file=page_with(names, [[1.0] * len(names)]))
+    told = page.evaluate(
+        """([name, like]) => {
+            const draw = document.createElement('canvas').getContext('2d');
+            draw.font = '12px ' + css('--mono');
+            const room = draw.measureText(like).width + 0.1;
+            const words = (room) => shorten(draw, formFor(draw, name, room)(name), room);
+            return [words(room), words(draw.measureText(name).width)];
+        }""",
+        [names[-1] if names[0] == "a.b" else names[0], label],
+    )
+    assert told[0] == label
+
+
+def test_a_heat_map_of_any_height(opened, page_with):
+    """One that no browser would have a canvas for."""
+    count, bad = 14_000, 9_876
+    names = [f"h.{i}.weight" for i in range(count)]
+    norms = [[1.0 + i % 7 for i in range(count)] for _ in range(4)]
+    norms[2][bad] = math.nan
+    page = opened(file=page_with(names, norms), device_scale_factor=2)
+    page.evaluate(f"choose({bad})")
+    page.wait_for_function("heatPlace.above > 0")  # the box tells of its scrolling with a later frame
+    box = page.evaluate("Object.assign({}, heatPlace)")
+    size = page.evaluate(
+        "(({ clientWidth, clientHeight }) => [clientWidth, clientHeight])(document.getElementById('heat'))"
+    )
+    y = box["top"] + (bad + 0.5) * box["row"] - box["above"]
+    x = box["left"] + 2.3 / 4 * box["inner"]
+    assert 0 < y < 640
+    assert pixels(page, "heat", x / size[0], y / size[1]) == pytest.approx([255, 31, 79], abs=2)
+    assert names[bad] in words_drawn(page, "heat", "drawHeat()")
+    page.locator("#heat").click(position={"x": x, "y": y + 3 * box["row"]})
+    settle(page)
+    assert text(page, "heat-readout").startswith(f"{names[bad + 3]}, step 3: norm about ")
+    page.evaluate("document.getElementById('heat-scroll').scrollTop = 1e9")
+    page.wait_for_function("heatPlace.above > 60_000")
+    drawn = words_drawn(page, "heat", "drawHeat()")
+    assert "step 1" in drawn
+    assert "h.13998.weight" in drawn
 
 
 def test_clicking_a_cell_tells_of_it(opened):

@@ -23,7 +23,7 @@ class Found:
     Attributes:
         norms: of the gradients before clipping.
         bad: which hold NaN or Inf; None for none.
-        zeros, subnormal: counts of zeros and shares of subnormal numbers; None where not counted.
+        zeros, subnormal: shares of zeros and of subnormal numbers; None where not counted.
         is_one_number: whether all gradients were multiplied by the same.
     """
 
@@ -102,9 +102,9 @@ class Found:
                 return int(which.argmax())
         return int(self.norms.argmax())
 
-    def census(self, sizes: Floats) -> Census:
+    def census(self) -> Census:
         assert self.zeros is not None
-        return Census(1.0 - self.zeros / np.maximum(sizes, 1.0), self.subnormal)
+        return Census(1.0 - self.zeros, self.subnormal)
 
     def shares(self, sizes: Floats) -> tuple[float, float] | tuple[None, None]:
         """Of zeros and of subnormal numbers among the elements of all counted tensors; None if none was counted."""
@@ -112,5 +112,5 @@ class Found:
             return None, None
         known = ~np.isnan(self.zeros)
         elements = max(float(sizes[known].sum()), 1.0)
-        subnormal = (self.subnormal * sizes)[known].sum()
-        return float(self.zeros[known].sum() / elements), float(subnormal / elements)
+        zeros, subnormal = (float((own * sizes)[known].sum() / elements) for own in (self.zeros, self.subnormal))
+        return zeros, subnormal

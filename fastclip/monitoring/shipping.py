@@ -26,7 +26,7 @@ class Sighting(NamedTuple):
 
     Attributes:
         leaves: clipped, skipped, loss, each reason, each learning rate, then for each of ``seen``: rows, totals,
-            clip_coef, norm after it, largest magnitudes, counts of zeros, shares of subnormal numbers.
+            clip_coef, norm after it, largest magnitudes, shares of zeros, shares of subnormal numbers.
         unknown: of each of ``seen`` whether only another read would tell the norm after clipping.
     """
 
@@ -58,8 +58,10 @@ def sighting(outcome: Outcome, step: int, time: float, fold: str | None, census:
             rows, largest = rows[:ALWAYS_FIELDS], rows[MAX_ABS]
         if census:
             counted = read(reading.plan, Request(extras=True), outcome.grad_scale).rows
-            largest, zeros = counted[MAX_ABS], counted[ZEROS]
-            subnormal = subnormal_shares(reading.plan.grads.tensors, counted)
+            grads = reading.plan.grads.tensors  # of sharded ones this rank's own elements, as those that are counted
+            sizes = on_device([max(grad.numel(), 1) for grad in grads], counted.dtype, counted.device)
+            largest, zeros = counted[MAX_ABS], counted[ZEROS] / sizes
+            subnormal = subnormal_shares(grads, counted)
         unknown.append(clamp is not None or (unit_coefs is not None and after is None))
         leaves += [rows, seen.totals, coef, after, largest, zeros, subnormal]
     return Sighting(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from pathlib import Path
 
@@ -21,6 +22,9 @@ def report(argv: list[str]) -> int:
     )
     parser.add_argument("--png", type=Path, metavar="FOLDER", help="also the figures as PNG there; needs matplotlib")
     arguments = parser.parse_args(argv)
+    _print_anything()
+    if arguments.run.is_dir() or not arguments.run.name:
+        parser.error(f"{arguments.run}: expected the .jsonl file of a monitor")
     output: Path = arguments.output or arguments.run.with_suffix(".html")
     if output.exists() and arguments.run.exists() and output.samefile(arguments.run):
         parser.error(f"{output} is the recording itself: name another page with -o. Nothing was written")
@@ -41,10 +45,11 @@ def report(argv: list[str]) -> int:
         except ModuleNotFoundError as error:
             return _lacks(error, "plots")
         try:
-            for path in figures.save(digest, arguments.png):
-                print(path)
+            paths = figures.save(digest, arguments.png)
         except OSError as error:
             parser.error(f"--png: {error}")
+        for path in paths:
+            print(path)
     return 0
 
 
@@ -54,6 +59,7 @@ def watch(argv: list[str]) -> int:
     parser.add_argument("run", type=Path, help="a .jsonl file of a monitor; waited for until it is there")
     parser.add_argument("--once", action="store_true", help="show what there is, once")
     arguments = parser.parse_args(argv)
+    _print_anything()
     if arguments.run.is_dir() or arguments.run.suffix == ".csv":
         parser.error(f"{arguments.run}: expected the .jsonl file of a monitor")
     try:
@@ -61,6 +67,12 @@ def watch(argv: list[str]) -> int:
     except ModuleNotFoundError as error:
         return _lacks(error, "watch")
     return terminal.follow(arguments.run, once=arguments.once)
+
+
+def _print_anything() -> None:
+    """Names may hold what the terminal's encoding does not."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 def _lacks(error: ModuleNotFoundError, extra: str) -> int:

@@ -135,14 +135,14 @@ class Tensor:
     largest: float  # finite norm
     largest_at: int
     typical: float  # geometric mean of the norms
-    share: float  # mean of its part of the squared total norm
+    share: float | None  # mean of its part of the total norm to the power p; None where the parts have no such sum
     nonfinite: int  # records in which it held NaN or Inf, also where they became 0
     flags: Counter[str]
 
     @property
     def gravity(self) -> tuple[float, ...]:
         flags = self.flags
-        return self.nonfinite, flags["exploding"], flags["vanishing"] + flags["dead"], self.share
+        return self.nonfinite, flags["exploding"], flags["vanishing"] + flags["dead"], self.share or 0.0, self.typical
 
 
 class Digest:
@@ -169,13 +169,14 @@ class Digest:
         self._sums: dict[str, Floats] = {
             name: np.empty(0) for name in ("largest", "at", "logs", "found", "share", "bad")
         }
+        self._shared = 0  # records whose total norm can be shared out
 
     def read(self, lines: Iterable[bytes]) -> None:
         """Takes in lines of a file."""
         for row in self.reader.rows(lines):
-            self._block.append(row)
-            if len(self._block) == BLOCK:
+            if len(self._block) == BLOCK or (self._block and row.norm_type != self._block[0].norm_type):
                 self._join_block()
+            self._block.append(row)
         self._join_block()
 
     @property
@@ -229,7 +230,7 @@ class Digest:
             "loss": np.where(np.isfinite(losses), losses, -math.inf),
         }
         self.bins.add(values, norms)
-        self._sum_up(steps, totals, norms)
+        self._sum_up(steps, totals, norms, rows[0].norm_type)
 
     def _take(self, row: Row, spike: bool) -> None:
         self.records += 1
@@ -254,8 +255,11 @@ class Digest:
                 if event.kind in ("exploding", "non-finite"):
                     fold.flagged[name] += 1
 
-    def _sum_up(self, steps: Floats, totals: Floats, norms: NDArray[np.float32]) -> None:
+    def _sum_up(self, steps: Floats, totals: Floats, norms: NDArray[np.float32], norm_type: float) -> None:
         """Of each tensor over the whole run."""
+        # the maximum of an inf-norm is no sum; a tensor of norm 0 or without gradient has its part, which is 0
+        can_share = np.isfinite(totals) & (totals > 0) & (0 < norm_type < math.inf)
+        self._shared += int(can_share.sum())
         sums = self._sums
         for name, known in sums.items():
             missing = norms.shape[1] - len(known)
@@ -273,8 +277,10 @@ class Digest:
         positive = known > 0
         with np.errstate(divide="ignore", invalid="ignore"):
             sums["logs"] += np.where(positive, np.log(known, dtype=np.float64), 0.0).sum(axis=0)
-            shares = np.square(known.astype(np.float64) / totals[:, None])
-        sums["share"] += np.where(positive & np.isfinite(shares), shares, 0.0).sum(axis=0)
+        if can_share.any():
+            with np.errstate(over="ignore"):
+                parts = (np.maximum(known, 0.0)[can_share] / totals[can_share, None]) ** norm_type
+            sums["share"] += np.where(np.isfinite(parts), parts, 0.0).sum(axis=0)
         sums["found"] += positive.sum(axis=0)
         sums["bad"] += (~finite).sum(axis=0)
 
@@ -289,7 +295,7 @@ class Digest:
                 largest=max(s["largest"][i], 0.0),
                 largest_at=int(s["at"][i]),
                 typical=math.exp(s["logs"][i] / s["found"][i]) if s["found"][i] else 0.0,
-                share=s["share"][i] / s["found"][i] if s["found"][i] else 0.0,
+                share=s["share"][i] / self._shared if self._shared else None,
                 nonfinite=max(int(s["bad"][i]), flags[name]["non-finite"]),
                 flags=flags[name],
             )
@@ -302,13 +308,14 @@ class Digest:
             self.bins.halve()
 
     def series(self) -> dict[str, Floats]:
-        """One number a bin; NaN where there is none."""
+        """One number a bin; NaN where there is none. ``middle``: of the norms above 0, or else 0."""
         used, values = self.bins.used, self.bins.values
         own = {name: values[name][:used] for name in Bins.FIELDS}
-        with np.errstate(divide="ignore", invalid="ignore"):
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             middle = np.exp(own["logs"] / own["positive"])
-        known = {name: np.where(np.isfinite(own[name]), own[name], math.nan) for name in own}
-        return {**known, "middle": middle}
+        # rounded, it could lie above the largest of its norms, and that be the largest number
+        own["middle"] = np.where(own["positive"] > 0, np.minimum(middle, own["highest"]), own["highest"])
+        return {name: np.where(np.isfinite(values), values, math.nan) for name, values in own.items()}
 
     def heat_map(self) -> tuple[Codes, float, float]:
         """``[tensors, bins]`` codes, and the decimal logarithms of the norms for which LOWEST and HIGHEST stand."""

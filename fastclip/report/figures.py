@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.colors import LogNorm
+from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
 
 from fastclip.report.digest import Digest
 
 # Okabe and Ito: told apart by every kind of colour vision.
 NORM, BOUND, CLIPPED, SKIPPED = "#0072B2", "#CC79A7", "#E69F00", "#D55E00"
+ZERO = "#C3C9D4"  # as on the page
+TOP = 1e250  # of what is drawn: above it the margin of a logarithmic axis overflows
 LABELS = 40  # of tensors at the side of a heat map
 
 
@@ -38,12 +40,17 @@ def _axes(height: float) -> tuple[Figure, Any]:
 
 def _norm(digest: Digest) -> Figure:
     figure, axes = _axes(3.6)
-    series = digest.series()
+    series = {name: np.minimum(values, TOP) for name, values in digest.series().items()}
     steps = series["last"]
     axes.fill_between(steps, series["lowest"], series["highest"], color=NORM, alpha=0.2, linewidth=0)
-    axes.plot(steps, series["middle"], color=NORM, linewidth=1.2, label="total norm")
-    if np.isfinite(series["bound"]).any():
-        axes.plot(steps, series["bound"], color=BOUND, linestyle="--", label="bound")
+    for name, label, colour, style in (("middle", "total norm", NORM, "-"), ("bound", "bound", BOUND, "--")):
+        known = np.isfinite(series[name])
+        if name == "middle" or known.any():
+            axes.plot(steps, series[name], color=colour, linestyle=style, linewidth=1.2, label=label)
+        # what has no neighbour has no line
+        before, after = np.append(False, known[:-1]), np.append(known[1:], False)
+        lone = known & ~before & ~after
+        axes.plot(steps[lone], series[name][lone], color=colour, linestyle="", marker=".", markersize=4)
     for name, colour, marker in (("clipped", CLIPPED, "|"), ("skipped", SKIPPED, "v"), ("rolled_back", BOUND, "D")):
         which = series[name] > 0
         if which.any():  # in the axes' own height: at the foot of it, or at its top
@@ -97,7 +104,11 @@ def _heat_map(digest: Digest) -> Figure:
         axes.imshow(
             bad, aspect="auto", interpolation="nearest", cmap="autumn", vmin=0, vmax=99, extent=image.get_extent()
         )
-        figure.colorbar(image, ax=axes, label="norm; red: NaN or Inf")
+        zero = np.ma.masked_where(heat != 0, heat)
+        axes.imshow(
+            zero, aspect="auto", interpolation="nearest", cmap=ListedColormap([ZERO]), extent=image.get_extent()
+        )
+        figure.colorbar(image, ax=axes, label="norm; red: NaN or Inf, grey: 0")
         each = -(-len(names) // LABELS)
         places = range(0, len(names), each)
         # a name may hold what matplotlib takes for formulas

@@ -85,22 +85,48 @@ function crosshair(draw, left, width, top, bottom) {
   draw.lineTo(x, bottom);
   draw.stroke();
 }
-function logAxis(draw, low, high, y, left, width) {
+function tick(draw, words, y, left, width) {
   draw.textAlign = "right";
   draw.textBaseline = "middle";
-  const first = Math.ceil(low), last = Math.floor(high), by = Math.max(1, Math.ceil((last - first) / 6));
   draw.lineWidth = 1;
+  draw.strokeStyle = css("--grid");
+  draw.beginPath();
+  draw.moveTo(left, y);
+  draw.lineTo(left + width, y);
+  draw.stroke();
+  draw.fillStyle = css("--soft");
+  draw.fillText(words, left - 6, y);
+}
+function logAxis(draw, low, high, y, left, width) {
+  const first = Math.ceil(low), last = Math.floor(high), by = Math.max(1, Math.ceil((last - first) / 6));
   const ticks = [];
   for (let e = first; e <= last; e += by) ticks.push(e);
   if (ticks.length < 2) ticks.splice(0, ticks.length, low, (low + high) / 2, high);
-  for (const e of ticks) {
-    draw.strokeStyle = css("--grid");
+  for (const e of ticks) tick(draw, shown(Number((10 ** e).toPrecision(2))), y(e), left, width);
+}
+
+// a line through the values that there are, a dot for one that stands alone; wide: each is as wide as its bin
+function line(draw, left, width, y, colour, { dash = [], wide = false } = {}) {
+  const half = wide ? (place(1, left, width) - place(0, left, width)) / 2 : 0;
+  const lone = [];
+  let before = null, from = 0;
+  draw.strokeStyle = draw.fillStyle = colour;
+  draw.lineWidth = 1.6;
+  draw.setLineDash(dash);
+  draw.beginPath();
+  for (let b = state.from; b <= state.to; b++) {
+    const v = b < state.to ? y(b) : null, x = place(b + 0.5, left, width);
+    if (v === null && before !== null && b - from === 1 && !wide) lone.push([place(from + 0.5, left, width), before]);
+    if (v !== null && before === null) { from = b; draw.moveTo(x - half, v); } else if (v !== null) draw.lineTo(x - half, v);
+    if (v !== null && wide) draw.lineTo(x + half, v);
+    before = v;
+  }
+  draw.stroke();
+  draw.setLineDash([]);
+  for (const [x, v] of lone) {
     draw.beginPath();
-    draw.moveTo(left, y(e));
-    draw.lineTo(left + width, y(e));
-    draw.stroke();
-    draw.fillStyle = css("--soft");
-    draw.fillText(shown(Number((10 ** e).toPrecision(2))), left - 6, y(e));
+    draw.arc(x, v, 2.5, 0, 2 * Math.PI);
+    draw.fill();
   }
 }
 
@@ -108,8 +134,9 @@ function drawNorm() {
   const { draw, width, height } = prepare(byId("norm"), window.innerWidth <= 640 ? 230 : 300);
   if (!bins) return;
   const left = gutter(), inner = width - left - 8, top = 14, strip = height - 30, bottom = strip - 14;
-  let low = Infinity, high = -Infinity;
+  let low = Infinity, high = -Infinity, hasZero = false;
   for (let b = state.from; b < state.to; b++) {
+    hasZero ||= data.low_norm[b] === 0;
     for (const v of [data.low_norm[b], data.high_norm[b], data.bound[b]]) {
       if (v > 0) { low = Math.min(low, Math.log10(v)); high = Math.max(high, Math.log10(v)); }
     }
@@ -117,9 +144,11 @@ function drawNorm() {
   if (low > high) { low = 0; high = 1; }
   const pad = Math.max(0.05 * (high - low), 0.08);
   low -= pad; high += pad;
-  const y = (e) => bottom - (e - low) / (high - low) * (bottom - top);
+  const ground = hasZero ? bottom - 16 : bottom; // 0 has no place on a logarithmic axis, but one below it
+  const y = (e) => ground - (e - low) / (high - low) * (ground - top);
   const at = (v) => v > 0 ? y(Math.log10(v)) : bottom;
   logAxis(draw, low, high, y, left, inner);
+  if (hasZero) tick(draw, "0", bottom, left, inner);
   stepAxis(draw, left, inner, height - 15);
   draw.fillStyle = css("--band");
   for (let b = state.from; b < state.to; b++) {
@@ -127,23 +156,9 @@ function drawNorm() {
     const x = place(b, left, inner), w = Math.max(place(b + 1, left, inner) - x, 1);
     draw.fillRect(x, at(data.high_norm[b]), w, Math.max(at(data.low_norm[b]) - at(data.high_norm[b]), 1));
   }
-  const line = (values, colour, dash, thick) => {
-    draw.strokeStyle = colour;
-    draw.lineWidth = thick;
-    draw.setLineDash(dash);
-    draw.beginPath();
-    let on = false;
-    for (let b = state.from; b < state.to; b++) {
-      if (values[b] === null) { on = false; continue; }
-      const x = place(b + 0.5, left, inner), v = at(values[b]);
-      if (on) draw.lineTo(x, v); else draw.moveTo(x, v);
-      on = true;
-    }
-    draw.stroke();
-    draw.setLineDash([]);
-  };
-  line(data.norm, css("--accent"), [], 1.6);
-  line(data.bound, css("--bound"), [6, 4], 1.6);
+  const heightOf = (values) => (b) => values[b] === null ? null : at(values[b]);
+  line(draw, left, inner, heightOf(data.norm), css("--accent"));
+  line(draw, left, inner, heightOf(data.bound), css("--bound"), { dash: [6, 4], wide: true });
   // a mark is as wide as a pixel at least, so that none is lost
   for (let b = state.from; b < state.to; b++) {
     const x = place(b, left, inner), w = Math.max(place(b + 1, left, inner) - x, 1.5);
@@ -176,19 +191,7 @@ function drawRate() {
   const { draw, width, height } = prepare(byId("rate"), 120);
   if (!bins) return;
   const left = gutter(), inner = width - left - 8, top = 8, bottom = height - 22;
-  draw.textAlign = "right";
-  draw.textBaseline = "middle";
-  for (const share of [0, 0.5, 1]) {
-    const y = bottom - share * (bottom - top);
-    draw.strokeStyle = css("--grid");
-    draw.lineWidth = 1;
-    draw.beginPath();
-    draw.moveTo(left, y);
-    draw.lineTo(left + inner, y);
-    draw.stroke();
-    draw.fillStyle = css("--soft");
-    draw.fillText(`${share * 100}%`, left - 6, y);
-  }
+  for (const share of [0, 0.5, 1]) tick(draw, `${share * 100}%`, bottom - share * (bottom - top), left, inner);
   stepAxis(draw, left, inner, height - 14);
   // over some bins: single steps are clipped or not, their rate is that of a neighbourhood
   const reach = Math.max(Math.ceil((state.to - state.from) / inner * 6), Math.round((state.to - state.from) / 60), 1);
@@ -211,54 +214,89 @@ function drawRate() {
   crosshair(draw, left, inner, top, bottom);
 }
 
-// --- heat map
-const heatPlace = { left: 0, inner: 0, top: 4, row: 6 };
-function shorten(draw, name, room) {
-  if (draw.measureText(name).width <= room) return name;
-  let keep = name.length;
-  while (keep > 3 && draw.measureText("…" + name.slice(-keep)).width > room) keep--;
-  return "…" + name.slice(-keep);
+// --- names
+const longest = data.names.reduce((a, b) => b.length > a.length ? b : a, "");
+const [begin, end] = shared(data.names.map((name) => name.split(".")));
+// how many parts all names begin with, and how many they end with; of each name one part at least is its own
+function shared(names) {
+  const most = names.reduce((least, parts) => Math.min(least, parts.length), Infinity) - 1;
+  const isShared = (at) => names.every((parts) => parts.at(at) === names[0].at(at));
+  let begin = 0, end = 0;
+  while (tensors && begin < most && isShared(begin)) begin++;
+  while (tensors && begin + end < most && isShared(-1 - end)) end++;
+  return [begin, end];
 }
+const without = (begin, end) => (name) => name.split(".").slice(begin).slice(0, -end || undefined).join(".");
+const forms = [without(0, 0), without(begin, 0), without(begin, end)];
+const fits = (draw, words, room) => draw.measureText(words).width <= room;
+const formFor = (draw, name, room) => forms.find((form) => fits(draw, form(name), room)) ?? forms.at(-1);
+// "layers.7.self_attn.q_proj" becomes "l.7.self_attn.q_proj", "l.7.sa.q_proj": numbers and the end tell names apart
+function shorten(draw, name, room) {
+  const parts = name.split("."), isTooLong = () => !fits(draw, parts.join("."), room);
+  for (let i = 0; i < parts.length - 1 && isTooLong(); i++) parts[i] = parts[i].replace(/(\p{L})\p{L}*|_/gu, "$1");
+  const words = parts.join(".");
+  if (!isTooLong()) return words;
+  let keep = words.length;
+  const cut = () => words.slice(0, Math.ceil(keep / 2)) + "…" + words.slice(words.length - Math.floor(keep / 2));
+  while (keep > 2 && !fits(draw, cut(), room)) keep--;
+  return cut();
+}
+function nameFirst() {
+  const tile = byId("first"), draw = document.createElement("canvas").getContext("2d"), room = tile.parentNode.clientWidth;
+  const { fontWeight, fontSize } = getComputedStyle(tile);
+  draw.font = `${fontWeight} ${fontSize} ${css("--mono")}`;
+  tile.textContent = shorten(draw, formFor(draw, tile.title, room)(tile.title), room);
+}
+
+// --- heat map
+const TALLEST = 2000; // pixels that are drawn at a time: a browser limits a canvas, and each move of the cursor draws it anew
+const heatPlace = { left: 0, inner: 0, top: 4, row: 6, above: 0 };
 function drawHeat() {
   const rows = state.order.length, narrow = window.innerWidth <= 640;
   const row = Math.max(narrow ? 4 : 5, Math.min(20, Math.floor(420 / Math.max(rows, 1))));
-  const { draw, width, height } = prepare(byId("heat"), Math.max(rows * row, 20) + 24);
+  const whole = Math.max(rows * row, 20) + 24;
+  byId("heat-rows").style.height = `${whole}px`; // in which the canvas stays where it is seen
+  const { draw, width, height } = prepare(byId("heat"), Math.min(whole, TALLEST));
   if (!bins || !rows) return;
   const left = narrow ? 118 : 210, inner = Math.max(width - left - 8, 40), top = 4;
-  Object.assign(heatPlace, { left, inner, top, row });
+  const above = Math.max(Math.min(byId("heat-scroll").scrollTop, whole - height), 0);
+  Object.assign(heatPlace, { left, inner, top, row, above });
+  draw.translate(0, -above);
+  const first = Math.max(Math.floor((above - top) / row), 0), last = Math.min(Math.ceil((above + height - top) / row), rows);
   const colours = palette();
   const columns = Math.min(Math.round(inner * (window.devicePixelRatio || 1)), 2400);
-  const image = new ImageData(columns, rows);
+  const image = new ImageData(columns, last - first);
   const span = state.to - state.from;
-  state.order.forEach((tensor, r) => {
-    const base = tensor * bins;
+  for (let r = first; r < last; r++) {
+    const base = state.order[r] * bins;
     for (let x = 0; x < columns; x++) {
       const a = state.from + Math.floor(x / columns * span);
       const z = Math.max(a + 1, state.from + Math.floor((x + 1) / columns * span));
       let code = 0; // of the bins under one pixel the gravest: no spike is lost
       for (let b = a; b < z; b++) if (heat[base + b] > code) code = heat[base + b];
-      const [red, green, blue] = colours[code], i = (r * columns + x) * 4;
+      const [red, green, blue] = colours[code], i = ((r - first) * columns + x) * 4;
       image.data[i] = red; image.data[i + 1] = green; image.data[i + 2] = blue; image.data[i + 3] = 255;
     }
-  });
+  }
   const sheet = document.createElement("canvas");
   sheet.width = columns;
-  sheet.height = rows;
+  sheet.height = last - first;
   sheet.getContext("2d").putImageData(image, 0, 0);
   draw.imageSmoothingEnabled = false;
-  draw.drawImage(sheet, left, top, inner, rows * row);
+  draw.drawImage(sheet, left, top + first * row, inner, (last - first) * row);
   draw.textAlign = "right";
   draw.textBaseline = "middle";
   draw.font = `${Math.min(row + 1, 11.5)}px ${css("--mono")}`;
   const each = row >= 10 ? 1 : Math.ceil(11 / row);
   if (each > 1) draw.font = `10.5px ${css("--mono")}`;
-  const chosen = state.order.indexOf(state.row);
-  state.order.forEach((tensor, r) => {
+  const chosen = state.order.indexOf(state.row), room = left - 10;
+  const form = formFor(draw, longest, room); // one for all rows
+  for (let r = first; r < last; r++) {
     const isCrowded = r % each || (chosen >= 0 && Math.abs(r - chosen) < each);
-    if (isCrowded && r !== chosen) return;
-    draw.fillStyle = tensor === state.row ? css("--ink") : css("--soft");
-    draw.fillText(shorten(draw, data.names[tensor], left - 10), left - 6, top + (r + 0.5) * row);
-  });
+    if (isCrowded && r !== chosen) continue;
+    draw.fillStyle = r === chosen ? css("--ink") : css("--soft");
+    draw.fillText(shorten(draw, form(data.names[state.order[r]]), room), left - 6, top + (r + 0.5) * row);
+  }
   if (chosen >= 0) {
     draw.strokeStyle = css("--ink");
     draw.lineWidth = 1.5;
@@ -272,34 +310,24 @@ function drawLine() {
   const canvas = byId("line");
   canvas.classList.toggle("hidden", state.row < 0);
   if (state.row < 0 || !bins) return;
+  const isNumber = (code) => code >= LOWEST && code <= HIGHEST;
   const { draw, width, height } = prepare(canvas, 140);
   const left = gutter(), inner = width - left - 8, top = 10, bottom = height - 22, base = state.row * bins;
   let low = Infinity, high = -Infinity;
   for (let b = state.from; b < state.to; b++) {
     const code = heat[base + b];
-    if (code >= LOWEST && code <= HIGHEST) { const e = Math.log10(normOf(code)); low = Math.min(low, e); high = Math.max(high, e); }
+    if (isNumber(code)) { const e = Math.log10(normOf(code)); low = Math.min(low, e); high = Math.max(high, e); }
   }
   if (low > high) { low = data.low; high = data.high; }
   if (high - low < 0.5) { const m = (low + high) / 2; low = m - 0.25; high = m + 0.25; }
   const y = (e) => bottom - (e - low) / (high - low) * (bottom - top);
   logAxis(draw, low, high, y, left, inner);
   stepAxis(draw, left, inner, height - 14);
-  draw.strokeStyle = css("--accent");
-  draw.lineWidth = 1.5;
-  draw.beginPath();
-  let on = false;
+  draw.fillStyle = css("--skip");
   for (let b = state.from; b < state.to; b++) {
-    const code = heat[base + b], x = place(b + 0.5, left, inner);
-    if (code > HIGHEST) {
-      draw.fillStyle = css("--skip");
-      draw.fillRect(x - 1, top, 2, bottom - top);
-    }
-    if (code < LOWEST || code > HIGHEST) { on = false; continue; }
-    const v = y(Math.log10(normOf(code)));
-    if (on) draw.lineTo(x, v); else draw.moveTo(x, v);
-    on = true;
+    if (heat[base + b] > HIGHEST) draw.fillRect(place(b + 0.5, left, inner) - 1, top, 2, bottom - top);
   }
-  draw.stroke();
+  line(draw, left, inner, (b) => isNumber(heat[base + b]) ? y(Math.log10(normOf(heat[base + b]))) : null, css("--accent"));
   crosshair(draw, left, inner, top, bottom);
 }
 
@@ -325,7 +353,7 @@ function redraw() {
   waiting = true;
   requestAnimationFrame(() => {
     waiting = false;
-    drawNorm(); drawRate(); drawHeat(); drawLine(); follow();
+    drawNorm(); drawRate(); drawHeat(); drawLine(); nameFirst(); follow();
     byId("closer").disabled = state.to - state.from <= 8;
     byId("all").disabled = byId("farther").disabled = state.to - state.from === bins;
   });
@@ -405,7 +433,7 @@ byId("heat").addEventListener("keydown", (event) => {
   event.preventDefault();
 });
 function underPointer(event) {
-  const r = Math.floor((event.offsetY - heatPlace.top) / heatPlace.row);
+  const r = Math.floor((event.offsetY + heatPlace.above - heatPlace.top) / heatPlace.row);
   return { bin: binAt(event.offsetX, heatPlace.left, heatPlace.inner), tensor: state.order[r] };
 }
 byId("heat").addEventListener("click", (event) => {
@@ -419,6 +447,7 @@ byId("heat").addEventListener("pointermove", (event) => {
   if (tensor === undefined || event.pointerType !== "mouse") return;
   byId("heat").title = `${data.names[tensor]}\n${steps(bin)}: norm ${meaning(heat[tensor * bins + bin])}`;
 });
+byId("heat-scroll").addEventListener("scroll", () => { if (byId("heat-rows").clientHeight > TALLEST) redraw(); });
 byId("closer").addEventListener("click", () => zoom(0.5));
 byId("farther").addEventListener("click", () => zoom(2));
 byId("all").addEventListener("click", () => look(0, bins));

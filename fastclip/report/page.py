@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from fastclip.monitoring.records import MOST_NAMES
 from fastclip.report.digest import EVENTS, HIGHEST, INF, LOWEST, NAN, ZERO, Digest, Floats, Tensor
 from fastclip.report.reading import GRAVE
 from fastclip.version import __version__
@@ -94,7 +95,7 @@ def _tiles(digest: Digest) -> str:
     finite = series["highest"][~np.isnan(series["highest"])]
     worst = min(digest.tensors(), key=lambda tensor: tuple(-part for part in tensor.gravity), default=None)
     name = html.escape(worst.name) if worst else "-"
-    why = _why_worst(worst) if worst else ""
+    why = _why_worst(worst, digest.reader.norm_type) if worst else ""
     return "".join(
         [
             _tile("Clip rate", _percent(totals.clipped, steps), f"{totals.clipped:,} of {steps:,} steps"),
@@ -111,22 +112,27 @@ def _tiles(digest: Digest) -> str:
                 "Spikes", f"{totals.spikes:,}", "steps with exploding gradients", "warn" if totals.spikes else "good"
             ),
             _tile("Largest norm", _number(float(finite.max())) if len(finite) else "-", "before clipping, finite"),
-            _tile("Look first at", f'<span class="name" title="{name}">{name}</span>', why),
+            _tile("Look first at", f'<span class="name" id="first" title="{name}">{name}</span>', why),
         ]
     )
 
 
-def _why_worst(tensor: Tensor) -> str:
+def _why_worst(tensor: Tensor, norm_type: float) -> str:
     if tensor.nonfinite:
-        return f"NaN or Inf in {_records(tensor.nonfinite)}"
+        return "NaN or Inf in 1 record" if tensor.nonfinite == 1 else f"NaN or Inf in {tensor.nonfinite:,} records"
     for kind in ("exploding", "vanishing", "dead"):
-        if tensor.flags[kind]:
-            return f"{kind} in {_records(tensor.flags[kind])}"
-    return f"{tensor.share:.0%} of the squared norm"
+        if count := tensor.flags[kind]:
+            return f"flagged {kind} " + ("once" if count == 1 else f"{count:,} times")
+    if tensor.share is None:
+        return "the largest usual norm"
+    return f"{tensor.share:.0%} of the {_shared(norm_type)}"
 
 
-def _records(count: int) -> str:
-    return "1 record" if count == 1 else f"{count:,} records"
+def _shared(norm_type: float) -> str:
+    """What the tensors have their shares of."""
+    if norm_type == 1.0:
+        return "total norm"
+    return "squared total norm" if norm_type == 2.0 else f"total norm to the power of {norm_type:g}"
 
 
 def _kinds(digest: Digest) -> str:
@@ -189,8 +195,8 @@ def _ordered(digest: Digest) -> list[tuple[int, Tensor]]:
 
 
 def _tensors(digest: Digest) -> str:
-    rows = []
-    for rank, (i, tensor) in enumerate(_ordered(digest)[:MOST]):
+    rows, ordered = [], _ordered(digest)
+    for rank, (i, tensor) in enumerate(ordered[:MOST]):
         flags = tensor.flags
         rest = ' class="hidden" data-rest' if rank >= SHOWN else ""
         rows.append(
@@ -200,15 +206,20 @@ def _tensors(digest: Digest) -> str:
             + _measure(tensor.typical, _number(tensor.typical))
             + _measure(tensor.largest, _number(tensor.largest))
             + _count(tensor.largest_at)
-            + _measure(tensor.share, f"{tensor.share:.1%}")
+            + ("" if tensor.share is None else _measure(tensor.share, f"{tensor.share:.1%}"))
             + "".join(_count(n) for n in (tensor.nonfinite, flags["exploding"], flags["vanishing"], flags["dead"]))
             + "</tr>"
         )
     if not rows:
         return '<p class="soft">No norms of single tensors were recorded.</p>'
     heads = [("Tensor", False), ("Elements", True), ("Usual norm", True), ("Largest", True), ("at step", True)]
-    heads += [("Share", True), ("NaN, Inf", True), ("Exploding", True), ("Vanishing", True), ("Dead", True)]
-    caption = "usual: geometric mean; share: mean part of the squared total norm; then the number of records"
+    has_shares = ordered[0][1].share is not None  # as all have, or none
+    heads += [("Share", True)] if has_shares else []
+    heads += [("NaN, Inf", True), ("Exploding", True), ("Vanishing", True), ("Dead", True)]
+    caption = "usual: geometric mean; "
+    caption += f"share: mean part of the {_shared(digest.reader.norm_type)}; " if has_shares else ""
+    caption += "NaN, Inf: number of records; then how often it was flagged, "
+    caption += f"where one event counts for its first {MOST_NAMES} tensors"
     if len(digest.reader.names) > MOST:
         caption += f"; {MOST:,} of {len(digest.reader.names):,} tensors"
     return _table("tensors", caption, heads, rows)
@@ -262,7 +273,12 @@ def _footer(digest: Digest) -> str:
 
 
 def _listed(values: Floats) -> list[float | None]:
-    return [None if math.isnan(value) else float(f"{value:.4g}") for value in values.tolist()]
+    return [None if math.isnan(value) else _short(value) for value in values.tolist()]
+
+
+def _short(value: float) -> float:
+    rounded = float(f"{value:.4g}")
+    return rounded if math.isfinite(rounded) else value  # the largest numbers have no shorter ones above them
 
 
 def _data(digest: Digest) -> str:

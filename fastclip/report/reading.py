@@ -53,6 +53,7 @@ class Row:
     infs: int
     loss: float | None
     worst: str
+    norm_type: float
     events: list[Event]
     norms: Packed
     places: list[int] | None
@@ -65,12 +66,14 @@ class Reader:
     Attributes:
         names, sizes: of all tensors so far; a tensor of the same name after a resume is the same.
         header: the latest.
+        norm_type: p of the norms; what the latest header says, or else 2.
         lost: records that the monitor itself couldn't write.
     """
 
     names: list[str] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
     header: dict[str, Any] = field(default_factory=dict)
+    norm_type: float = 2.0
     lost: int = 0
     _places: list[int] | None = None  # of the latest list of tensors; None where that is ``names`` itself
     _known: dict[str, int] = field(default_factory=dict)
@@ -135,9 +138,10 @@ class Reader:
         version = header.get("version")
         if version != records.VERSION:
             self._note(
-                f"version {str(version)[:20]} of the format, where this program knows {records.VERSION}: shown is what "
-                "they have in common; a newer fastclip may read more"
+                f"version {repr(version)[:20]} of the format, where this program knows {records.VERSION}: shown is "
+                "what they have in common; a newer fastclip may read more"
             )
+        self.norm_type = number(header.get("norm_type", 2.0))
 
     def _take_tensors(self, content: dict[str, Any]) -> None:
         names, sizes = content["names"], content["sizes"]
@@ -180,6 +184,7 @@ class Reader:
             infs=int(number(content.get("infs", 0))),
             loss=None if loss is None else number(loss),
             worst=str(content.get("worst", "")),
+            norm_type=self.norm_type,
             events=[_event(step, fold, each) for each in content.get("events", ())],
             norms=norms,
             places=places,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -20,6 +21,8 @@ from fastclip.report.reading import GRAVE, Event, Reader, Row
 SECONDS = 0.5  # between two looks at the file
 WINDOW = 512  # records that the view tells of
 BARS = "▁▂▃▄▅▆▇█"
+ASCII_BARS = "_.-=+*#@"  # for a terminal that has no others
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # what would command the terminal, or can't be encoded
 COLOURS = {"bad": "red", "warn": "yellow", "": ""}
 
 
@@ -65,8 +68,9 @@ class View:
         self.events: deque[Event] = deque(maxlen=8)
         self.records = self.clipped = self.skipped = self.nonfinite = 0
 
-    def look(self) -> None:
-        """Takes in what has come."""
+    def look(self, seconds: float = math.inf) -> bool:
+        """Takes in what has come, for about so long; returns whether that was all."""
+        end = time.monotonic() + seconds
         cuts = self._tail.cuts
         lines = self._tail.lines()
         first = next(lines, None)
@@ -79,14 +83,16 @@ class View:
             self.clipped += row.clipped
             self.skipped += row.skipped
             self.nonfinite += row.nans + row.infs > 0
+            if time.monotonic() >= end:
+                return False
+        return True
 
-    def render(self, width: int) -> Group:
+    def render(self, width: int, bars: str = BARS) -> Group:
         """What is shown, for a terminal of ``width`` characters."""
+        problems = [_text(problem, "dim") for problem in self.reader.problems()]
         if not self.rows:
             what = "no record yet" if self.path.exists() else "no such file yet"
-            return Group(
-                Text(f"{self.path}: {what}"), *(Text(problem, style="dim") for problem in self.reader.problems())
-            )
+            return Group(_text(f"{self.path}: {what}"), *problems)
         last = self.rows[-1]
         facts = Table.grid(padding=(0, 2))
         for name, value in (
@@ -97,22 +103,26 @@ class View:
             ("clipped", f"{self.clipped:,} of {self.records:,} ({self.clipped / self.records:.1%})"),
             ("skipped", f"{self.skipped:,}; NaN or Inf in {self.nonfinite:,}"),
         ):
-            facts.add_row(Text(name, style="dim"), Text(value))
+            facts.add_row(_text(name, "dim"), _text(value))
         parts: list[RenderableType] = [
             facts,
-            Text(sparkline([row.total_norm for row in self.rows], max(width - 6, 10)), style="cyan"),
+            Text(sparkline([row.total_norm for row in self.rows], max(width - 6, 10), bars), style="cyan"),
         ]
         for event in self.events:
             which = f" ({', '.join(event.tensors[:2])}{', ...' if event.of > 2 else ''})" if event.tensors else ""
-            text = Text(f"{event.step:>9,}  ", style="dim")
-            text.append(f"{event.kind:<10}", style=COLOURS[GRAVE.get(event.kind, "")])
-            text.append(f"  {event.reason}{which}")
+            text = _text(f"{event.step:>9,}  ", "dim")
+            text.append_text(_text(f"{event.kind:<10}", COLOURS[GRAVE.get(event.kind, "")]))
+            text.append_text(_text(f"  {event.reason}{which}"))
             parts.append(text)
-        parts += [Text(problem, style="dim") for problem in self.reader.problems()]
-        return Group(Panel(Group(*parts), title=Text(str(self.path)), expand=True))
+        return Group(Panel(Group(*parts, *problems), title=_text(str(self.path)), expand=True))
 
 
-def sparkline(values: list[float], width: int) -> str:
+def _text(words: str, style: str = "") -> Text:
+    """Words of a file, which may hold anything."""
+    return Text(CONTROL.sub("\N{REPLACEMENT CHARACTER}", words), style)
+
+
+def sparkline(values: list[float], width: int, bars: str = BARS) -> str:
     """One character for each few values: the largest of them, on a logarithmic scale; "!" where one is not finite."""
     each = -(-len(values) // width)
     pieces = [values[i : i + each] for i in range(0, len(values), each)]
@@ -126,23 +136,26 @@ def sparkline(values: list[float], width: int) -> str:
             line += " "
         else:
             share = (math.log(max(piece)) - low) / max(high - low, 1e-9)
-            line += BARS[min(int(share * len(BARS)), len(BARS) - 1)]
+            line += bars[min(int(share * len(bars)), len(bars) - 1)]
     return line
 
 
 def follow(path: Path, once: bool = False, console: Console | None = None) -> int:
     """Shows the run until the user interrupts; 1 if there is nothing to show ``once``."""
     console = console or Console()
+    bars = ASCII_BARS if console.options.ascii_only else BARS
     view = View(path)
     if once:
         view.look()
-        console.print(view.render(console.width))
+        console.print(view.render(console.width, bars))
         return 0 if view.records else 1
     try:
-        with Live(view.render(console.width), console=console, auto_refresh=False) as live:
+        is_all = view.look(SECONDS)
+        with Live(view.render(console.width, bars), console=console, auto_refresh=False) as live:
             while True:
-                view.look()
-                live.update(view.render(console.width), refresh=True)
-                time.sleep(SECONDS)
+                if is_all:
+                    time.sleep(SECONDS)
+                is_all = view.look(SECONDS)
+                live.update(view.render(console.width, bars), refresh=True)
     except KeyboardInterrupt:
         return 0
