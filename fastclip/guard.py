@@ -399,14 +399,14 @@ class Guard(Adjustable):
             return False, 0
 
         def reason() -> tuple[str, tuple[str, ...]]:
-            if not isinstance(nonfinite, bool):  # asking which tensor would wait for the device
-                return "found on the device", ()
-            if nonfinite:
+            if nonfinite is True:
                 return "NaN or Inf in the gradients", tuple(self._record.bad())
             if observed is True:
                 return "the loss that was observed", ()
             if held is True:
                 return "found by a GradScaler, or by another rank", ()
+            if any(isinstance(each, Tensor) for each in (nonfinite, observed, held)):  # to ask would be to wait
+                return "found on the device", ()
             return f"decided by {self.policy!r}", ()
 
         before = self._ladder.lr_factor
@@ -523,7 +523,7 @@ class Guard(Adjustable):
                 grad_scale = scale if grad_scale is None else grad_scale * scale
             if holder.get("found_inf") is not None and not (asks and holder is vars(owner)):
                 found_inf = _on_host_if_known("found_inf", holder["found_inf"])
-                found.append(found_inf if isinstance(found_inf, Tensor) else found_inf > 0)
+                found.append(found_inf if isinstance(found_inf, Tensor) else found_inf != 0.0)
         return grad_scale, any_of(found) if found else None
 
     def _is_rehearsal(self, groups: list[dict[str, Any]], findings: list[Finding]) -> bool:

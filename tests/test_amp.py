@@ -457,9 +457,11 @@ def test_a_users_grad_scale_multiplies_with_the_scalers(name, kind):
         torch.testing.assert_close(flat(model), flat(twin), **tolerance(name))
 
 
-@pytest.mark.parametrize("value", [1.0, 2.0, True, torch.tensor(1.0), torch.tensor(2.0), torch.tensor([3.0])])
+@pytest.mark.parametrize(
+    "value", [1.0, 2.0, True, -1.0, math.nan, torch.tensor(1.0), torch.tensor(2.0), torch.tensor([3.0])], ids=str
+)
 @every_inner
-def test_any_found_inf_above_zero_skips(name, value):
+def test_any_found_inf_but_zero_skips(name, value):
     """A scaler adds it up over devices; torch's fused steps take 2.0 for a good step, and count backwards."""
     model = small_model()
     opt = ClippedOptimizer(INNERS[name](model.parameters()), 0.5)

@@ -1,6 +1,7 @@
 """What a rule asks for, decides and learns is looked at before anything is written."""
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -225,3 +226,29 @@ def test_a_rule_may_be_given_its_decide():
     p.grad = torch.ones(2)
     fastclip.clip_grads_([p], policy)
     assert p.grad.tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("given", ["loss", "found_inf"])
+def test_what_only_a_device_knows_is_not_put_down_to_the_rule(monkeypatch, given):
+    """The gradients are on the host; what holds the step back is not."""
+    model = small_model()
+    opt = ClippedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), max_norm=1.0)
+    there = torch.full((), math.nan)
+
+    def known(tensor):
+        """All but that number, and answers to questions about it."""
+        return tensor.data_ptr() != there.data_ptr() and not (tensor.dtype == torch.bool and tensor.dim() == 0)
+
+    for module in [module for name, module in sys.modules.items() if name.startswith("fastclip.")]:
+        if hasattr(module, "known_to_host"):
+            monkeypatch.setattr(module, "known_to_host", known)
+    backward(model, 0)
+    before = flat(model)
+    if given == "loss":
+        opt.observe(there)
+    else:
+        opt.found_inf = there
+    opt.step()
+    assert torch.equal(flat(model), before)
+    (event,) = opt.events
+    assert event.reason == "found on the device"

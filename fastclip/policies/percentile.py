@@ -120,8 +120,6 @@ class PerTensorPercentile(Windowed):
             window.push(everyone.index_copy(0, columns, norms), everyone.index_copy(0, columns, valid.to(norms)) > 0)
         else:
             window.push(norms, valid)
-        lengths = window.lengths
-        ranks = (lengths.to(norms) * self.percentile / 100.0).floor().minimum((lengths - 1).clamp(min=0))
-        bounds = window.at(ranks)
+        bounds = window.at((window.lengths.to(norms) * self.percentile / 100.0).floor())
         bounds = bounds if columns is None else bounds[columns]
         return Decision(torch.where((norms <= bounds) | (self.percentile == 100.0), 1.0, bounds / norms))
