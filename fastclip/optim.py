@@ -324,7 +324,7 @@ class ClipGroup(ClippedOptimizer):
         parts = list(optimizers)
         for part in parts:
             _check_optimizer(part)
-            if isinstance(part, ClippedOptimizer) or GUARD in vars(part):
+            if GUARD in vars(part):
                 raise TypeError(
                     f"optimizers: {type(part).__name__} is clipped by fastclip already; pass what is inside"
                 )

@@ -88,9 +88,11 @@ class Several(Optimizer):
             else:
                 part.step()
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
+    def zero_grad(self, set_to_none: bool | None = None) -> None:
+        """Each one's own, with what was given here and no more: those of apex have no argument."""
+        given = () if set_to_none is None else (set_to_none,)
         for part in self.parts:
-            part.zero_grad(set_to_none)
+            part.zero_grad(*given)
 
     def state_dict(self) -> dict[str, Any]:
         """``{"optimizers": [...]}``, the state dict of each."""

@@ -117,14 +117,16 @@ def test_a_chain_tells_whose_state_it_was_given():
         Chain(policies.AdaGC(), GlobalNorm(1.0)).load_state_dict(chain.state_dict())
 
 
-def test_weights_that_are_damaged_are_named():
+@pytest.mark.parametrize(("layer", "unit"), [(0, 2), (2, 0)], ids=["in the middle", "first of its tensor"])
+def test_weights_that_are_damaged_are_named(layer, unit):
     model = small_model()
     opt = ClippedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), policy=Unitwise(), names=model)
     backward(model, 0)
     with torch.no_grad():
-        model[0].weight[2, 1] = math.nan
+        model[layer].weight[unit, 1] = math.nan
     grads = [p.grad.clone() for p in model.parameters()]
-    with pytest.raises(ValueError, match=r"unit_coefs=nan for unit 2 of 0\.weight, whose weights have the norm nan"):
+    told = rf"unit_coefs=nan for unit {unit} of {layer}\.weight, whose weights have the norm nan"
+    with pytest.raises(ValueError, match=told):
         opt.step()
     assert all(map(torch.equal, grads, [p.grad for p in model.parameters()]))
 
@@ -167,6 +169,17 @@ def test_a_chain_names_the_rule_that_went_wrong(decision, error, told, place):
     with pytest.raises(error, match=rf"^Gives\(\): decide\(\) .*{told}"):
         opt.step()
     assert torch.equal(flat(model), before)
+
+
+@pytest.mark.parametrize("clamp", [-1.0, math.nan, "1"])
+def test_a_clamp_is_a_number_of_at_least_zero(clamp):
+    policy = Gives(Decision(clamp=clamp), extras=True)
+    policy.clamps = True
+    p = torch.nn.Parameter(torch.zeros(1))
+    p.grad = torch.tensor([3.0])
+    with pytest.raises(ValueError, match=rf"clamp={clamp!r}, expected a number of at least 0"):
+        fastclip.clip_grads_([p], policy)
+    assert p.grad.tolist() == [3.0]
 
 
 @pytest.mark.parametrize("value", [0.5, None])

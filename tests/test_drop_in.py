@@ -363,10 +363,12 @@ def test_any_way_to_zero_gradients(name, through):
         plain.step()
         torch.testing.assert_close(flat(model), flat(twin), rtol=1e-5, atol=1e-6)
     opt.zero_grad(set_to_none=False)
-    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+    fastclip.ClipGroup([plain]).zero_grad(set_to_none=False)
+    assert all(p.grad is not None and not p.grad.any() for m in (model, twin) for p in m.parameters())
 
 
-def test_a_zero_grad_without_arguments():
+@pytest.mark.parametrize("wrap", [ClippedOptimizer, lambda bare: fastclip.ClipGroup([bare])], ids=["one", "group"])
+def test_a_zero_grad_without_arguments(wrap):
     """apex's optimizers have one: nothing is passed that the caller didn't."""
 
     class Bare(torch.optim.SGD):
@@ -374,7 +376,7 @@ def test_a_zero_grad_without_arguments():
             super().zero_grad()
 
     model = small_model()
-    opt = ClippedOptimizer(Bare(model.parameters(), lr=0.1))
+    opt = wrap(Bare(model.parameters(), lr=0.1))
     backward(model, 0)
     opt.zero_grad()
     assert all(p.grad is None for p in model.parameters())
@@ -809,6 +811,14 @@ def test_a_clip_group_follows_a_parameter_to_another_part():
     step(float("nan"))
     assert [event.kind for event in opt.events] == ["skip", "roll back"]
     assert identical([first.state[b]["momentum_buffer"]], [before])
+
+
+def test_a_clip_group_refuses_what_is_clipped_already():
+    inner = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=1.0)
+    fastclip.attach(inner)
+    for part in (inner, ClippedOptimizer(torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=1.0))):
+        with pytest.raises(TypeError, match=f"{type(part).__name__} is clipped by fastclip already"):
+            fastclip.ClipGroup([part])
 
 
 def test_a_clip_group_refuses_what_needs_a_closure():

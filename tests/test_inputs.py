@@ -45,6 +45,7 @@ LAYOUTS = {
     "0-d view": lambda d: randn(9, dtype=d)[4],
     "empty": lambda d: torch.zeros(0, 3, dtype=d),
     "empty strided": lambda d: randn(5, 6, dtype=d)[:, 3:3],
+    "empty expanded": lambda d: randn(1, 1, dtype=d).expand(0, 3),
     "large strided": lambda d: randn(200, 201, dtype=d)[:, 1:],
 }
 SHARED = {
@@ -379,6 +380,14 @@ def test_integers_raise(route: str, dtype: torch.dtype) -> None:
     assert first.grad.tolist() == [3.0, 4.0]
 
 
+def test_what_no_backend_serves_is_named_behind_what_one_refuses() -> None:
+    """The second is refused by all, the first only by those that come before the reference."""
+    with pytest.raises(
+        fastclip.UnsupportedGradientError, match=r"tensors\[1\] \(torch.int32.*; reference: torch.int32"
+    ):
+        fastclip.get_total_norm([torch.ones(8)[::2], torch.ones(3, dtype=torch.int32)])
+
+
 def test_layouts_without_numbers_raise(route: str) -> None:
     strange = [torch.ones(3).to_mkldnn(), torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged)]
     for grad in strange:
@@ -593,12 +602,16 @@ def test_the_norm_of_nothing_is_a_float32_whatever_the_default() -> None:
         torch.set_default_dtype(before)
 
 
-def test_backends_explain_themselves() -> None:
-    grads = [torch.ones(3), torch.ones(8)[::2]]
+def test_backends_explain_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    grads = [torch.ones(3), torch.ones(8)[::2], torch.ones(8)[::2]]
     text = fastclip.backends.explain(grads)
-    assert "cpu: available; serves 1 of 2 gradients; 1 not: not one dense block" in text
-    assert "reference: available; serves 2 of 2" in text
+    assert "cpu: available; serves 1 of 3 gradients; 2 not: not one dense block" in text
+    assert "reference: available; serves 3 of 3" in text
     assert "cpu: available" in fastclip.backends.explain()
+    monkeypatch.setattr(fastclip.backends, "forced", "abacus")
+    first, *others = fastclip.backends.explain().splitlines()
+    assert first.startswith("FASTCLIP_BACKEND=abacus: no such backend; known are ")
+    assert "cpu: available, but FASTCLIP_BACKEND=abacus" in others
 
 
 def test_numpy_numbers_are_numbers() -> None:

@@ -161,6 +161,27 @@ def test_skips_are_told_by_events():
     assert event.tensors[0].endswith("/kernel")
 
 
+class Skips(policies.GlobalNorm):
+    """Lets no step happen."""
+
+    def decide(self, reading):
+        return super().decide(reading)._replace(skip=True)
+
+
+@pytest.mark.parametrize("size", [1.0, math.nan])
+@pytest.mark.parametrize("nonfinite", ["skip", "zero", "propagate"])
+def test_a_rule_skips_too_and_the_event_tells_of_it(nonfinite, size):
+    (a,) = variables(1.0)
+    optimizer = keras.optimizers.SGD(1.0)
+    guard = clip(optimizer, policy=Skips(), nonfinite=nonfinite)
+    optimizer.apply([torch.full((3,), size)], [a])
+    assert a.value.tolist() == [1.0] * 3
+    (event,) = guard.events
+    found = nonfinite == "skip" and math.isnan(size)
+    assert event.reason == ("NaN or Inf in the gradients" if found else f"decided by {guard.policy!r}")
+    assert event.tensors == (("a",) if found else ())
+
+
 def test_skipping_for_ever_is_an_error():
     optimizer = keras.optimizers.SGD(0.1)
     clip(optimizer, skip_limit=3)
@@ -214,6 +235,7 @@ def test_a_rule_over_weights_gets_them():
     [
         (keras.optimizers.SGD(global_clipnorm=1.0), {}, ValueError, "has global_clipnorm=1.0: leave it out"),
         (keras.optimizers.SGD(clipvalue=1.0), {}, ValueError, "has clipvalue=1.0: leave it out"),
+        (keras.optimizers.SGD(clipnorm=1.0), {}, ValueError, "has clipnorm=1.0: leave it out"),
         (keras.optimizers.SGD(), {"max_norm": 1.0, "policy": "ZScore"}, ValueError, "brings its own bound"),
         (keras.optimizers.SGD(), {"nonfinite": "ignore"}, ValueError, "nonfinite must be one of"),
         (torch.optim.SGD([torch.zeros(1)]), {}, TypeError, "expected a keras.optimizers.Optimizer, got SGD"),
@@ -324,6 +346,16 @@ def test_gradients_with_memory_of_their_own_are_clipped_where_they_are():
     assert float(torch.stack(grads).norm()) == pytest.approx(0.5)
 
 
+def test_sparse_gradients_are_clipped_in_a_copy():
+    (a,) = variables(1.0)
+    optimizer = keras.optimizers.SGD(1.0)
+    clip(optimizer, max_norm=0.5)
+    grad = torch.sparse_coo_tensor([[1]], [4.0], (3,))
+    optimizer.apply([grad], [a])
+    assert a.value.tolist() == pytest.approx([1.0, 0.5, 1.0])
+    assert grad.to_dense().tolist() == [0.0, 4.0, 0.0]
+
+
 @pytest.mark.parametrize("bad", [4, 8, 12], ids=["first of its batches", "second", "last"])
 def test_what_became_zero_is_not_kept_by_accumulation(bad):
     """Keras would multiply the gathered NaN by 0."""
@@ -386,6 +418,7 @@ def test_the_guard_can_be_set():
     optimizer = keras.optimizers.SGD(1.0)
     guard = clip(optimizer, max_norm=1.0)
     assert (guard.max_norm, guard.skip_limit, guard.nonfinite) == (1.0, 100, "skip")
+    assert clip(keras.optimizers.SGD()).max_norm == 1.0
     guard.max_norm = 0.25
     optimizer.apply([torch.tensor([0.0, 4.0, 0.0])], [a])
     assert a.value.tolist() == pytest.approx([0.0, -0.25, 0.0])

@@ -141,6 +141,28 @@ def test_a_groups_own_policy_goes_on_from_a_checkpoint(tmp_path, saved):
     torch.testing.assert_close(ours.mean, theirs.mean)
 
 
+def test_what_was_learned_comes_back_from_the_callbacks_state_alone(tmp_path):
+    """Some strategies save optimizers in a way of their own, which leaves it out."""
+    path = tmp_path / "first.ckpt"
+    trained(tmp_path, callbacks=[Clip(policy=policies.ZScore(warmup=3))], max_epochs=1).save_checkpoint(path)
+    checkpoint = torch.load(path)
+    for state in checkpoint["optimizer_states"]:
+        del state["fastclip"]
+    torch.save(checkpoint, path)
+    clip = Clip(policy=policies.ZScore(warmup=3))
+    trained(tmp_path, callbacks=[clip], resume=path)
+    assert int(clip.guards[0].policy.count) == 15
+
+
+def test_an_optimizer_without_a_state_gets_none(tmp_path):
+    """As on all ranks but one, where a strategy gathers what is saved."""
+    clip = Clip(policy=policies.ZScore(warmup=3))
+    trainer = trained(tmp_path, callbacks=[clip], max_epochs=1)
+    checkpoint = {"optimizer_states": [{}]}
+    clip.on_save_checkpoint(trainer, trainer.lightning_module, checkpoint)
+    assert checkpoint == {"optimizer_states": [{}]}
+
+
 def test_another_rule_for_a_checkpoint(tmp_path):
     """The error says what to leave out of the checkpoint; then it resumes."""
     path = tmp_path / "first.ckpt"
@@ -173,6 +195,7 @@ def test_a_validated_checkpoint_is_not_trained_on(tmp_path):
     trainer.validate(Validated(), data, ckpt_path=tmp_path / "first.ckpt", verbose=False)
     trainer.fit(Module(), data)
     assert int(clip.guards[0].policy.count) == 5
+    trainer.validate(Validated(), data, verbose=False)  # with the guards gone already
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -252,20 +275,41 @@ def test_a_bound_may_change_while_it_trains(tmp_path, kind):
     assert clipped == pytest.approx(norms, rel=1e-4)
 
 
+class Two(Module):
+    """With an optimizer for each layer; the second one is made by ``last``."""
+
+    automatic_optimization = False
+
+    def __init__(self, last=torch.optim.SGD):
+        super().__init__()
+        self.makers = torch.optim.SGD, last
+
+    def training_step(self, batch, index):
+        loss = super().training_step(batch, index)
+        self.manual_backward(loss)
+        for optimizer in self.optimizers():
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def configure_optimizers(self):
+        return [make(layer.parameters(), lr=0.01) for make, layer in zip(self.makers, self.layers[::2], strict=True)]
+
+
+def test_two_optimizers_learn_apart(tmp_path):
+    clip = Clip(policy=policies.ZScore(warmup=3))
+    trained(tmp_path, Two(), [clip], max_epochs=1)
+    assert [int(guard.policy.count) for guard in clip.guards] == [5, 5]
+
+
+def test_settings_that_one_of_two_optimizers_does_not_get_are_told(tmp_path):
+    clip = Clip(max_norm=0.25)
+    with pytest.warns(RuntimeWarning, match="Clip: 1 of the optimizers are wrapped by fastclip already, and stay"):
+        trainer = trained(tmp_path, Two(fastclip.clipped(torch.optim.SGD, max_norm=MAX_NORM)), [clip], max_epochs=1)
+    assert [guard.max_norm for guard in clip.guards] == [0.25]
+    assert trainer.optimizers[1].max_norm == MAX_NORM
+
+
 def test_two_optimizers_are_logged_apart(tmp_path):
-    class Two(Module):
-        automatic_optimization = False
-
-        def training_step(self, batch, index):
-            loss = super().training_step(batch, index)
-            self.manual_backward(loss)
-            for optimizer in self.optimizers():
-                optimizer.step()
-                optimizer.zero_grad()
-
-        def configure_optimizers(self):
-            return [torch.optim.SGD(layer.parameters(), lr=0.01) for layer in self.layers[::2]]
-
     trainer = trained(tmp_path, Two(), [Clip(max_norm=MAX_NORM, policy=None)])
     names = {f"{name}/{index}" for name in ("grad_norm", "clip_rate", "skipped_steps") for index in (0, 1)}
     assert names <= trainer.logged_metrics.keys()

@@ -105,6 +105,8 @@ def test_what_others_put_there_stays(monkeypatch):
     with fastclip.patch():
         ours = torch.nn.utils.clip_grad_norm_
         monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args, **kwargs: ours(*args, **kwargs))
+        theirs = torch.nn.utils.clip_grad_norm_
+    assert torch.nn.utils.clip_grad_norm_ is theirs
     assert not clips_right(through_torch)
     with fastclip.patch():
         assert clips_right(through_torch)

@@ -388,6 +388,13 @@ def test_boundary_clips_the_gradient(scale, dtype, norm_type):
         torch.testing.assert_close(clipped.double(), grad.double() * 0.7 / norm, rtol=2 * eps + 2e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_boundary_clips_complex_states(dtype):
+    h = torch.zeros(2, dtype=dtype, requires_grad=True)
+    (clip_boundary(h, 1.0) * torch.tensor([3.0, 4.0])).sum().real.backward()
+    torch.testing.assert_close(h.grad, torch.tensor([0.6, 0.8], dtype=dtype), rtol=2e-6, atol=0)
+
+
 def test_boundary_under_the_bound_is_bitwise_untouched():
     """Also -0.0, and a norm of exactly the bound."""
     grad = torch.tensor([3.0, -0.0, 4.0])

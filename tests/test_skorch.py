@@ -169,8 +169,9 @@ def test_what_was_learned_comes_back_with_the_initial_state(own, tmp_path):
 
 def test_the_history_tells():
     estimator = fitted(net(callbacks=[("clip", Clip(max_norm=MAX_NORM))]))
-    batches = [batch for epoch in estimator.history for batch in epoch["batches"] if "train_loss" in batch]
-    assert all(batch["grad_norm"] > 0 for batch in batches)
+    batches = [batch for epoch in estimator.history for batch in epoch["batches"]]
+    assert all(batch["grad_norm"] > 0 for batch in batches if "train_loss" in batch)
+    assert ["grad_norm" in batch for batch in batches] == ["train_loss" in batch for batch in batches]
     assert estimator.history[-1, "clip_rate"] > 0.5
     assert estimator.history[-1, "skipped_steps"] == 0
 

@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 import fastclip
 from fastclip import policies
 from fastclip.integrations.facts import reports_of
-from fastclip.integrations.transformers import ClippedTrainer
+from fastclip.integrations.transformers import TAKEN_OVER, ClippedTrainer
 
 pytestmark = pytest.mark.filterwarnings(
     # the trainer asks for pinned memory whatever the machine has
@@ -105,6 +105,18 @@ def test_a_given_optimizer_equals_the_trainers_own(tmp_path, own):
         ours = trained(tmp_path, cls, wrapped_adamw, max_grad_norm=bound, **own)
         torch.testing.assert_close(weights(ours), weights(theirs), atol=1e-6, rtol=0)
         assert logged(ours, "grad_norm") == pytest.approx(logged(theirs, "grad_norm"), rel=1e-4)
+        assert type(reports_of(ours.optimizer).inner) is torch.optim.AdamW  # not wrapped again
+
+
+def test_the_optimizer_may_be_made_for_another_model(tmp_path):
+    """As where a strategy wraps the model first: names are that one's."""
+    other = torch.nn.Sequential(model())
+    trainer = Clipped(model=model(), args=arguments(tmp_path), train_dataset=Tokens())
+    optimizer = trainer.create_optimizer(other)
+    assert optimizer is trainer.optimizer
+    other[0](**{name: row[None] for name, row in Tokens()[0].items()}).loss.backward()
+    optimizer.step()
+    assert {*optimizer.last_stats.names} == {name for name, _ in other.named_parameters()}
 
 
 def test_the_mixin_reads_the_gradients_once(tmp_path, monkeypatch):
@@ -112,7 +124,10 @@ def test_the_mixin_reads_the_gradients_once(tmp_path, monkeypatch):
         raise AssertionError("the trainer clips by itself")
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", never)
-    assert len(logged(trained(tmp_path, Clipped), "grad_norm")) == 12
+    ours = trained(tmp_path, Clipped)
+    assert len(logged(ours, "grad_norm")) == 12
+    ours.log({"loss": 1.0})  # one's own, afterwards
+    assert len(logged(ours, "grad_norm")) == 13
     with pytest.raises(AssertionError, match="by itself"):
         trained(tmp_path)
 
@@ -203,6 +218,16 @@ def test_a_patch_reaches_the_trainer(theirs, tmp_path, monkeypatch):
         ours = trained(tmp_path)
     assert len(calls) == 12
     torch.testing.assert_close(weights(ours), weights(theirs), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", TAKEN_OVER)
+def test_the_mixin_wants_a_trainer_that_clips_as_this_one(monkeypatch, name):
+    """One whose loop calls something else would clip beside the wrapper."""
+    monkeypatch.delattr(Trainer, name)
+    with pytest.raises(TypeError, match="expected ClippedTrainer before a Trainer with _clip_grad_norm and _get_grad"):
+
+        class Other(ClippedTrainer, Trainer):
+            pass
 
 
 def test_the_mixin_wants_a_trainer():

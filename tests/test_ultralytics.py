@@ -74,6 +74,10 @@ def weights(trainer):
     return [parameter.detach() for parameter in trainer.model.parameters()]
 
 
+def averages(trainer):
+    return [parameter.detach() for parameter in trainer.ema.ema.parameters()]
+
+
 def results(trainer):
     with trainer.csv.open() as file:
         return list(csv.DictReader(file))
@@ -88,6 +92,7 @@ def theirs(data, tmp_path_factory):
 def test_it_equals_ultralytics_own(data, tmp_path, theirs):
     ours = trained(data, tmp_path, Clipped)
     torch.testing.assert_close(weights(ours), weights(theirs), atol=1e-6, rtol=0)
+    torch.testing.assert_close(averages(ours), averages(theirs), atol=1e-6, rtol=0)
     assert reports_of(ours.optimizer).steps == EPOCHS * IMAGES // BATCH
     unclipped = trained(data, tmp_path / "unclipped", Unclipped)
     assert max(float((a - b).abs().max()) for a, b in zip(weights(unclipped), weights(theirs), strict=True)) > 1e-4
@@ -95,6 +100,33 @@ def test_it_equals_ultralytics_own(data, tmp_path, theirs):
     assert float(results(ours)[-1]["clip/grad_norm"]) > 10.0
     assert results(ours)[-1]["clip/skipped_steps"] == "0"
     assert "metrics/mAP50(B)" in results(ours)[-1]
+
+
+def test_a_loss_scale_is_updated_and_an_average_may_be_missing():
+    """As under AMP, on a rank that keeps none."""
+    trainer = object.__new__(Clipped)
+    p = torch.nn.Parameter(torch.zeros(2))
+    trainer.optimizer, trainer.ema = fastclip.ClippedOptimizer(torch.optim.SGD([p], lr=1.0)), None
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=1)
+    trainer.scaler.scale((p * torch.tensor([3.0, 4.0])).sum()).backward()
+    trainer.optimizer_step()
+    assert p.tolist() == pytest.approx([-0.6, -0.8])
+    assert trainer.scaler.get_scale() == 8.0
+    assert p.grad is None
+
+
+def test_a_subclass_may_build_its_optimizer_and_one_that_is_wrapped_stays_so():
+    class Wraps(DetectionTrainer):
+        def build_optimizer(self, *args, **kwargs):
+            return fastclip.ClippedOptimizer(super().build_optimizer(*args, **kwargs), max_norm=1.0)
+
+    class Around(ClippedTrainer, Wraps):
+        def build_optimizer(self, *args, **kwargs):
+            return super().build_optimizer(*args, **kwargs)
+
+    optimizer = object.__new__(Around).build_optimizer(torch.nn.Linear(2, 1), name="SGD")
+    assert optimizer.max_norm == 1.0
+    assert type(optimizer.inner) is torch.optim.SGD
 
 
 def poisoned(base, at):
@@ -140,8 +172,8 @@ def test_columns_stay_the_same_before_the_first_step(data, tmp_path):
     ]  # fmt: skip
 
 
-def with_bad_losses(base, at, spoils=False):
-    """A trainer with a NaN in the loss, and where it ``spoils`` in batch norm's statistics, at some batches."""
+def with_bad_losses(base, at, spoils=None):
+    """A trainer with a NaN in the loss, and in batch norm's statistics of what it ``spoils``, at some batches."""
 
     class Bad(base):
         seen = 0
@@ -167,7 +199,8 @@ def with_bad_losses(base, at, spoils=False):
         def optimizer_step(self):
             super().optimizer_step()
             if spoils and Bad.seen in at:
-                next(buffer for buffer in self.model.buffers() if buffer.is_floating_point()).fill_(math.nan)
+                model = self.model if spoils == "model" else self.ema.ema
+                next(buffer for buffer in model.buffers() if buffer.is_floating_point()).fill_(math.nan)
 
     return Bad
 
@@ -179,6 +212,7 @@ def test_an_epoch_that_ends_with_a_skipped_step_is_kept(data, tmp_path):
     assert Bad.epochs_run == [0, 1, 2, 3, 4]
     assert ours.nan_recovery_attempts == 0
     assert reports_of(ours.optimizer).skipped_steps == len(last)
+    assert ours.loss.isnan()  # for whoever looks at it afterwards
     Alone = with_bad_losses(DetectionTrainer, at=last)
     with pytest.raises(RuntimeError, match="NaN persisted"):
         trained(data, tmp_path / "alone", Alone, epochs=5)
@@ -186,11 +220,17 @@ def test_an_epoch_that_ends_with_a_skipped_step_is_kept(data, tmp_path):
 
 @pytest.mark.parametrize(
     ("nonfinite", "nbs", "spoils"),
-    [("skip", 3 * BATCH, False), ("skip", BATCH, True), ("propagate", BATCH, False), ("propagate", 3 * BATCH, False)],
-    ids=["still accumulating", "statistics", "weights", "gradients"],
+    [
+        ("skip", 3 * BATCH, None),
+        ("skip", BATCH, "model"),
+        ("skip", BATCH, "average"),
+        ("propagate", BATCH, None),
+        ("propagate", 3 * BATCH, None),
+    ],
+    ids=["still accumulating", "statistics", "average", "weights", "gradients"],
 )
 def test_ultralytics_goes_back_where_there_is_harm(data, tmp_path, nonfinite, nbs, spoils):
-    """In the weights, in batch norm's statistics, or in gradients that a later step would let through."""
+    """In the weights, in batch norm's statistics, here or in the average, or in gradients that a later step lets in."""
 
     class Other(Clipped):
         clipping = {"max_norm": 10.0, "nonfinite": nonfinite}  # noqa: RUF012
@@ -222,6 +262,7 @@ def test_any_policy(data, tmp_path):
 
     ours = trained(data, tmp_path, Other, epochs=1, val=False)
     assert isinstance(reports_of(ours.optimizer).policy, policies.Chain)
+    assert reports_of(ours.optimizer).policy is not Other.clipping["policy"]
     assert reports_of(ours.optimizer).clipped_steps > 0
 
 
