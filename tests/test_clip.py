@@ -218,6 +218,15 @@ def test_raise_names_the_element_and_writes_nothing(route: str, dtype: torch.dty
     assert all(torch.equal(bits(p.grad), old) for p, old in zip(params, before, strict=True))
 
 
+def test_raise_names_the_only_element(route: str) -> None:
+    params = parameters([torch.ones(1), torch.tensor(INF)])
+    with pytest.raises(
+        fastclip.NonFiniteGradientError, match=r"parameters\[1\].*holds Inf at its only element"
+    ) as caught:
+        fastclip.clip_grad_norm_(params, 1.0, nonfinite="raise")
+    assert caught.value.index == ()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_raise_clips_finite_gradients_even_if_squares_overflow(backend: str, dtype: torch.dtype) -> None:
     p = parameter(torch.tensor([3e30, 4e30], dtype=dtype) * (1e200 if dtype == torch.float64 else 1))

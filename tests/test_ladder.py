@@ -574,6 +574,7 @@ def test_events_say_why():
     assert (large.step, large.tensors) == (4, ())
     assert "SkipLarge" in large.reason
     assert str(loss) == "step 5: skip: the loss that was observed"
+    assert str(Event(1, "skip", "so", tuple("abc"))) == "step 1: skip: so (a, b, c)"
     assert str(Event(1, "skip", "so", tuple("abcd"))) == "step 1: skip: so (a, b, c, ...)"
     opt.events.clear()
     assert len(opt.events) == 3

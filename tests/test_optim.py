@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import re
 
 import gpu
 import oracle
@@ -874,6 +875,17 @@ def test_the_limit_of_skipped_steps(limit):
     backward(model, 0)
     opt.step()
     assert opt.skipped_in_a_row == 0
+
+
+@pytest.mark.parametrize(("names", "told"), [("abc", "a, b, c"), ("abcd", "a, b, c, ...")])
+def test_the_limit_names_the_first_gradients(names, told):
+    params = [torch.nn.Parameter(torch.ones(1)) for _ in names]
+    for p in params:
+        p.grad = torch.tensor([math.nan])
+    inner = torch.optim.SGD(params, lr=0.1)
+    opt = ClippedOptimizer(inner, skip_limit=1, names=list(zip(names, params, strict=True)))
+    with pytest.raises(fastclip.SkipLimitError, match=f"; in the latest one {re.escape(told)} held NaN or Inf"):
+        opt.step()
 
 
 @pytest.mark.parametrize(("limit", "error"), [(0, ValueError), (-1, ValueError), (1.5, ValueError), (True, TypeError)])

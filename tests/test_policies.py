@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from far import go_far
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import HALVES, INF, NAN, REALS, bits, norm, parameter, parameters, randn, ulps
@@ -206,6 +207,21 @@ def test_a_series_of_steps_gives_the_norms_of_its_source(backend: str, policy, n
     assert series(policy(), norms) == pytest.approx(list(want), rel=2e-6)
 
 
+@pytest.mark.parametrize("far", [False, True], ids=["host", "device"])
+@pytest.mark.parametrize("bound", [1.0, lambda step: 1.0, torch.tensor(1.0)], ids=["number", "callable", "tensor"])
+def test_eps_counts_whatever_the_bound_is(bound, far: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if far:
+        go_far(monkeypatch, "reference")
+    (got,) = clipped(GlobalNorm(bound, eps=1.0), tensors([3.0]))
+    assert got.tolist() == [0.75]
+
+
+def test_zscores_eps_counts_beside_the_deviation_and_beside_the_norm(backend: str) -> None:
+    """Of 1 and 3 mean 2 and deviation 1: then z of 12 is 10 / (1 + 1), the bound 2 + 2.5 / (5 / 2.5)."""
+    policy = ZScore(2.5, warmup=2, eps=1.0)
+    assert series(policy, [1.0, 3.0, 12.0]) == pytest.approx([1.0, 3.0, 12.0 * 3.25 / (12.0 + 1.0)], rel=1e-6)
+
+
 def test_zclip_learns_what_its_source_learns(backend: str) -> None:
     """Mean and variance of bluorion-com/ZClip after each step past the warm-up of 5, with and without its cap."""
     mean = (1.000000011920929, 1.0015000101327896, 1.0024130421233832, 1.0023406508596817, 0.9782704314232982)
@@ -370,10 +386,17 @@ def test_a_bound_is_never_negative() -> None:
 
 def test_an_infinite_bound_leaves_an_infinite_gradient(backend: str) -> None:
     """torch makes NaN of all of it."""
-    for policy in (GlobalNorm(INF), PerTensorNorm(INF), BlockRMS(INF), Value(INF)):
+    for policy in (GlobalNorm(INF), PerTensorNorm(INF), BlockRMS(INF), Value(INF), PerTensorPercentile(100.0)):
+        (before,) = clipped(policy, tensors([3.0, 4.0]))  # a window has a norm to compare with then
+        assert before.tolist() == [3.0, 4.0]
         p = parameter(torch.tensor([3.0, INF]))
         assert float(fastclip.clip_grads_([p], policy)) == INF
         assert torch.equal(p.grad, torch.tensor([3.0, INF]))
+
+
+def test_an_empty_gradient_has_no_mean_to_bound(backend: str) -> None:
+    got, empty = clipped(BlockRMS(1.0), tensors([30.0], []))
+    assert (got.tolist(), empty.tolist()) == ([1.0], [])
 
 
 @pytest.mark.parametrize("policy", [GlobalNorm(1.0), PerTensorNorm(1.0), Percentile(), BlockRMS(1.0)], ids=repr)
