@@ -5,10 +5,10 @@ Both know of one device's plain dense tensors where they lie, how long they are,
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
 from dataclasses import dataclass, field
-from itertools import chain
 from operator import attrgetter
 from typing import Any
 
@@ -29,7 +29,7 @@ WIDE = {CODES[torch.float64], CODES[torch.complex128]}
 PENALISED = 3  # the last one that a penalty is added to
 
 PLAIN = {Tensor, torch.nn.Parameter}
-_DTYPE, _LAYOUT = attrgetter("dtype"), attrgetter("layout")
+_DTYPE = attrgetter("dtype")
 is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 READ_ONLY = "8-bit floats are read for statistics only; torch has no arithmetic that writes them"
@@ -44,61 +44,73 @@ class PlainTable:
     positions: list[int] = field(default_factory=list)
     refused: dict[int, str] = field(default_factory=dict)
     readonly: dict[int, str] = field(default_factory=dict)
-    wide: bool = False
-    numbers: list[int] = field(default_factory=list)  # address, elements and dtype of each
+    addresses: list[int] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    codes: list[int] = field(default_factory=list)  # of dtypes
     device: torch.device | None = None
 
     def __len__(self) -> int:
         return len(self.grads)
 
     @property
-    def size_bytes(self) -> int:
-        sizes, codes = self.numbers[1::3], self.numbers[2::3]
-        return sum(size * DTYPES[code].itemsize for size, code in zip(sizes, codes, strict=True))
+    def wide(self) -> bool:
+        return not WIDE.isdisjoint(self.codes)
 
     @property
-    def facts(self) -> bytes:
-        return struct.pack(f"{len(self.numbers)}q", *self.numbers)
+    def size_bytes(self) -> int:
+        return sum(size * DTYPES[code].itemsize for size, code in zip(self.sizes, self.codes, strict=True))
+
+    @functools.cached_property
+    def facts(self) -> bytes:  # once all are known
+        numbers = [0] * (3 * len(self.sizes))
+        numbers[0::3], numbers[1::3], numbers[2::3] = self.addresses, self.sizes, self.codes
+        return struct.pack(f"{len(numbers)}q", *numbers)
+
+    def add(self, address: int, size: int, code: int) -> None:
+        self.addresses.append(address)
+        self.sizes.append(size)
+        self.codes.append(code)
 
 
 def table_of(grads: list[Tensor], device_type: int, native: Any = None) -> Any:
     """The table over the tensors on the first device of this type that there is."""
     if C is not None:
         return native if native is not None and native.device_type == device_type else C.GradTable(grads, device_type)
+    if grads and device_type_of(grads[0].device) == device_type and (table := _table_of_alike(grads, device_type)):
+        return table
     table = PlainTable(device_type)
-    if grads and device_type_of(grads[0].device) == device_type and (numbers := _numbers_of_alike(grads)):
-        table.grads, table.numbers, table.device = grads, numbers, grads[0].device
-    else:
-        for position, grad in enumerate(grads):
-            if reason := _refusal(grad) or _elsewhere(grad, table):
-                table.refused[position] = reason
-                continue
-            if grad.dtype in FLOAT8:
-                table.readonly[position] = READ_ONLY
-            table.numbers += (grad.data_ptr(), grad.numel(), CODES[grad.dtype])
-            table.grads.append(grad)
-            table.positions.append(position)
-        if not table.refused:
-            table.positions = []
-    table.wide = not WIDE.isdisjoint(table.numbers[2::3])
+    for position, grad in enumerate(grads):
+        if reason := _refusal(grad) or _elsewhere(grad, table):
+            table.refused[position] = reason
+            continue
+        if grad.dtype in FLOAT8:
+            table.readonly[position] = READ_ONLY
+        table.add(grad.data_ptr(), grad.numel(), CODES[grad.dtype])
+        table.grads.append(grad)
+        table.positions.append(position)
+    if not table.refused:
+        table.positions = []
     return table
 
 
-def _numbers_of_alike(grads: list[Tensor]) -> list[int] | None:
-    """Of plain dense gradients of one device, with memory, that can be written: as nearly all are. None of others. Each
-    question goes to all of them at once, which takes half of the time."""
+def _table_of_alike(grads: list[Tensor], device_type: int) -> PlainTable | None:
+    """Over plain dense gradients of one device, with memory, that can be written: as nearly all are. None for others.
+    Each question goes to all of them at once, which takes half of the time."""
+    if not set(map(type, grads)) <= PLAIN:
+        return None
+    try:
+        addresses = list(map(Tensor.data_ptr, grads))
+    except RuntimeError:  # no storage: of another layout, or functorch's
+        return None
     if not (
-        set(map(type, grads)) <= PLAIN
-        and set(map(_LAYOUT, grads)) == {torch.strided}
+        all(addresses)  # 0: empty, freed, meta, or functional
         and (all(map(Tensor.is_contiguous, grads)) or all(map(_is_dense, grads)))
-        and len(set(map(Tensor.get_device, grads))) == 1  # a meta tensor's is the CPU's, but it has no address
-        and not any(map(is_wrapped, grads))
+        and len(set(map(Tensor.get_device, grads))) == 1
         and COMMON.keys() >= set(dtypes := list(map(_DTYPE, grads)))
-        and all(addresses := list(map(Tensor.data_ptr, grads)))
     ):
         return None
-    sizes, codes = map(Tensor.numel, grads), map(COMMON.__getitem__, dtypes)
-    return list(chain.from_iterable(zip(addresses, sizes, codes, strict=True)))
+    sizes, codes = list(map(Tensor.numel, grads)), list(map(COMMON.__getitem__, dtypes))
+    return PlainTable(device_type, grads, addresses=addresses, sizes=sizes, codes=codes, device=grads[0].device)
 
 
 def pieces(table: Any, masks: list[int]) -> list[int]:
@@ -129,9 +141,9 @@ def partners(table: Any, weights: list[Tensor]) -> Any:
                 reason = "kept as the negative of what it is, or its gradient"
         if reason:
             found.refused[position] = reason
-        found.numbers += (
-            (0, 0, CODES[grad.dtype]) if reason else (weight.data_ptr(), weight.numel(), CODES[weight.dtype])
-        )
+            found.add(0, 0, CODES[grad.dtype])
+        else:
+            found.add(weight.data_ptr(), weight.numel(), CODES[weight.dtype])
     return found
 
 
