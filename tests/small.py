@@ -58,6 +58,19 @@ class Lion(torch.optim.Optimizer):
                     p.sub_(torch.sign(mean.lerp_(p.grad, 0.1)) * group["lr"] + p.grad * 1e-3)
 
 
+class WithoutRate(torch.optim.Optimizer):
+    """Its groups have no ``lr``."""
+
+    def __init__(self, params):
+        super().__init__(params, {})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(p.grad)
+
+
 INNERS = {
     "adamw-fused": lambda p: torch.optim.AdamW(p, lr=0.05, fused=True),
     "adam-fused-amsgrad": lambda p: torch.optim.Adam(p, lr=0.05, fused=True, amsgrad=True, maximize=True),

@@ -437,6 +437,29 @@ def test_scales_at_several_places_multiply(name, kind):
         assert opt.inner.grad_scale == 8.0
 
 
+@every_inner
+def test_what_is_left_beside_a_nan_is_unscaled_too(name):
+    p = torch.nn.Parameter(torch.zeros(3))
+    p.grad = torch.tensor([6.0, 8.0, math.nan])
+    opt = ClippedOptimizer(INNERS[name]([p]), 100.0, nonfinite="zero")
+    opt.grad_scale = torch.tensor(2.0)
+    opt.step()
+    assert opt.last_norm == 5.0
+
+
+@every_scaler
+@every_inner
+def test_a_users_found_inf_on_the_inner_counts_beside_the_scalers(name, kind):
+    model = small_model()
+    opt, scaler = ClippedOptimizer(INNERS[name](model.parameters())), scaler_of(kind)
+    opt.inner.found_inf = torch.tensor(1.0)
+    scaled_backward(model, opt, scaler, 0)
+    before = flat(model)
+    scaler.step(opt)
+    assert torch.equal(flat(model), before)
+    assert opt.skipped_steps == 1
+
+
 @every_scaler
 @every_inner
 def test_a_users_grad_scale_multiplies_with_the_scalers(name, kind):

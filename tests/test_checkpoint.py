@@ -5,7 +5,7 @@ import io
 
 import pytest
 import torch
-from small import MAKERS, backward, every_maker, flat, identical, poison, small_model, train
+from small import MAKERS, WithoutRate, backward, every_maker, flat, identical, poison, small_model, train
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.optim import lr_scheduler
 
@@ -149,6 +149,18 @@ def test_bounds_of_groups_stay_over_a_plain_checkpoint():
     assert other.param_groups[1]["group_max_norm"] == 0.25
 
 
+@pytest.mark.parametrize(
+    ("key", "saved", "loaded"), [("max_norm", 0.5, 0.5), ("group_max_norm", 0.5, 0.5), ("group_max_norm", None, 1.0)]
+)
+def test_a_bound_that_was_saved_goes_before_the_one_here(key, saved, loaded):
+    def made(bound):
+        return ClippedOptimizer(torch.optim.SGD([{"params": small_model().parameters(), key: bound}], lr=0.1))
+
+    opt = made(1.0)
+    opt.load_state_dict(made(saved).state_dict())
+    assert opt.param_groups[0][key] == loaded
+
+
 def test_state_dict_hooks_run_once():
     model = small_model()
     opt, calls = ClippedOptimizer(MAKERS["adamw"](model.parameters())), []
@@ -211,6 +223,14 @@ def test_steps_with_zero_gradients_are_steps(rate):
     opt.step()
     assert opt.steps == before + 1
     assert opt.last_norm == 0.0
+
+
+def test_an_optimizer_without_a_rate_rehearses_nothing():
+    p = torch.nn.Parameter(torch.ones(1))
+    p.grad = torch.zeros(1)
+    opt = ClippedOptimizer(WithoutRate([p]))
+    opt.step()
+    assert opt.steps == 1
 
 
 def test_a_policy_that_a_group_names_travels_before_the_first_step():

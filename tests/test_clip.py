@@ -331,6 +331,13 @@ def test_a_known_norm_that_is_not_finite_does_what_torch_does(backend: str, tota
     assert torch.equal(ours.grad.nan_to_num(9.0), theirs.grad.nan_to_num(9.0))
 
 
+@pytest.mark.parametrize("total", [NAN, INF])
+def test_an_infinite_bound_writes_nothing_whatever_the_norm(backend: str, total: float) -> None:
+    p = parameter(torch.tensor([3.0]))
+    fastclip.clip_grads_with_norm_([p], INF, total)
+    assert p.grad.tolist() == [3.0]
+
+
 def test_reading_then_clipping_is_clipping(backend: str) -> None:
     grads = grads_for(torch.float32)
     at_once, in_two = parameters(g.clone() for g in grads), parameters(g.clone() for g in grads)

@@ -827,6 +827,12 @@ def test_a_clip_group_refuses_what_needs_a_closure():
         fastclip.ClipGroup([torch.optim.SGD([a], lr=1.0), torch.optim.LBFGS([b])])
 
 
+def test_a_clip_group_returns_what_a_closure_returns():
+    opt, _, (a, b, _) = clip_group(GlobalNorm(1.0))
+    a.grad, b.grad = torch.ones(1), torch.ones(1)
+    assert opt.step(lambda: "the loss") == "the loss"
+
+
 def test_a_clip_group_goes_on_with_a_replaced_parameter():
     opt, _, (a, b, c) = clip_group(GlobalNorm(1.0), rollback=fastclip.Rollback(1, after=1))
     for _ in range(2):

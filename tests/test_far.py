@@ -128,6 +128,17 @@ def test_far_skipped_steps_change_nothing(name, max_norm, bad, far):
     assert opt.clipped_steps == (4 if max_norm < 1.0 else 0)
 
 
+@pytest.mark.parametrize("reason", ["rule", "loss"])
+def test_a_step_that_is_skipped_for_another_reason_is_not_counted_as_nan(reason, far):
+    p = torch.nn.Parameter(torch.ones(1))
+    p.grad = torch.tensor([3.0])
+    opt = ClippedOptimizer(torch.optim.SGD([p], lr=0.1), policy=Says(1.0) if reason == "rule" else None)
+    if reason == "loss":
+        opt.observe(torch.tensor(math.nan))
+    opt.step()
+    assert (opt.skipped_steps, opt.nonfinite_steps) == (1, 0)
+
+
 @pytest.mark.parametrize("host", [False, True])
 @pytest.mark.parametrize("max_norm", [0.5, 1e6])
 @every_inner
@@ -158,6 +169,17 @@ def test_a_bad_first_step_leaves_no_garbage(name, max_norm, host, request):
             other.step()
             assert torch.equal(flat(model), flat(twin))
     assert opt.skipped_steps == 2
+
+
+def test_a_parameter_that_never_has_a_gradient_is_not_waited_for(far):
+    """Fused SGD makes no momentum for it, ever."""
+    used, unused = (torch.nn.Parameter(torch.ones(1)) for _ in range(2))
+    opt = ClippedOptimizer(torch.optim.SGD([used, unused], lr=0.1, momentum=0.9, fused=True))
+    used.grad = torch.tensor([3.0])
+    opt.step()
+    with no_waiting():
+        opt.step()
+    assert opt.steps == 2
 
 
 @pytest.mark.parametrize("rule", ["propagate", "zero"])

@@ -8,13 +8,14 @@ import sys
 
 import pytest
 import torch
-from small import backward, flat, identical, poison, small_model
+from small import WithoutRate, backward, flat, identical, poison, small_model
 from torch.optim import lr_scheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastclip
 import fastclip.backends
 from fastclip import ClippedOptimizer, Event, LossWatch, Rollback, SkipLimitError, SpikeBackoff
+from fastclip.ladder import Ladder
 from fastclip.policies import GlobalNorm, SkipLarge, Value
 from fastclip.record import LAG, Echo
 
@@ -173,6 +174,15 @@ def test_backoff_restores_the_lr_after_an_exception():
     assert lr == 0.1
     opt.inner.step = works
     step(opt, model)
+
+
+def test_backoff_lets_an_optimizer_without_a_rate_step():
+    model = small_model()
+    opt = ClippedOptimizer(WithoutRate(model.parameters()), backoff=SpikeBackoff(patience=1))
+    step(opt, model, bad=True)
+    before = flat(model)
+    step(opt, model)
+    assert not torch.equal(flat(model), before)
 
 
 def through_file(state):
@@ -371,6 +381,24 @@ def test_rollback_takes_away_state_that_came_later():
     assert torch.equal(flat(model), flat(twin))
 
 
+class CommonState(torch.optim.SGD):
+    """Keeps something that belongs to no parameter."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        common = self.state["all"]
+        common["count"] = common.get("count", 0) + 1
+
+
+@pytest.mark.parametrize(("every", "kept"), [(9, None), (2, {"count": 2})], ids=["came later", "was there"])
+def test_rollback_reaches_state_of_no_parameter(every, kept):
+    model = small_model()
+    opt = ClippedOptimizer(CommonState(model.parameters(), lr=0.1), rollback=Rollback(every, after=1))
+    steps(opt, model, "ooox")
+    assert kinds(opt)[-1] == (4, "roll back")
+    assert opt.state.get("all") == kept
+
+
 def poison_first(model):
     next(model.parameters()).grad.view(-1)[0] = math.nan
 
@@ -435,6 +463,15 @@ def test_no_snapshot_of_bad_parameters(bad):
     assert opt.events[-1].kind == "roll back"
     assert flat(model).isfinite().all()
     assert not torch.equal(flat(model), good)  # the one before the second step
+
+
+def test_without_a_snapshot_there_is_no_way_back():
+    model = small_model()
+    with torch.no_grad():
+        next(model.parameters()).fill_(math.nan)
+    opt = sgd(model, rollback=Rollback(after=1))
+    step(opt, model, bad=True)
+    assert kinds(opt) == [(1, "skip")]
 
 
 def test_no_snapshot_between_bad_steps():
@@ -559,6 +596,18 @@ def test_each_rung_alone():
         assert [kind for _, kind in kinds(opt)] == ["skip", *(k for rung in rungs for k in own[rung])]
 
 
+def test_of_steps_that_become_known_together_the_bad_ones_came_first():
+    """One bad and one good, and no bad one in a row at the end."""
+    model = small_model()
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    rollback = Rollback(after=1)
+    rollback.take(opt, 0)
+    ladder = Ladder(SpikeBackoff(patience=1, recover=1), rollback)
+    assert ladder.climb(opt, 2, 1, 0, lambda: ("so", ()))
+    assert [event.kind for event in ladder.events] == ["skip", "lr cut", "roll back", "lr restored"]
+    assert ladder.lr_factor == 1.0
+
+
 def test_events_say_why():
     model = small_model()
     opt = ClippedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), policy=SkipLarge(warmup=2))
@@ -652,6 +701,37 @@ def test_observing_the_closures_loss():
     assert opt.skipped_steps == 1
 
 
+def told_of_several_evaluations(losses, steps=1, **settings):
+    """What listeners are told of steps that evaluate their closure more than once, and observe these losses in it."""
+    p, losses, told = torch.nn.Parameter(torch.ones(2)), iter(losses), []
+    opt = ClippedOptimizer(torch.optim.LBFGS([p], lr=0.1, max_iter=3), math.inf, **settings)
+    opt._record.listeners.append(told.append)
+
+    def closure():
+        opt.zero_grad()
+        loss = p.pow(4).sum()
+        loss.backward()
+        opt.observe(next(losses))
+        return loss
+
+    for _ in range(steps):
+        opt.step(closure)
+    return told
+
+
+def test_a_bad_loss_in_the_middle_of_a_step_holds_nothing_back():
+    """The parameters have moved already."""
+    told = told_of_several_evaluations([1.0, math.nan, math.nan])
+    assert [outcome.skipped for outcome in told] == [False] * 3
+    assert not any(outcome.reasons.get("loss") for outcome in told)
+
+
+def test_what_is_done_about_skips_is_told_once_a_step():
+    backoff = SpikeBackoff(patience=1, recover=1)
+    told = told_of_several_evaluations([math.nan, 1.0, 1.0, 1.0], 2, backoff=backoff)
+    assert [[event.kind for event in outcome.rungs] for outcome in told] == [["lr cut"], ["lr restored"], [], []]
+
+
 @pytest.mark.parametrize("k", [None, 3.0])
 def test_a_spike_of_the_loss(k):
     model = small_model()
@@ -679,6 +759,16 @@ def test_a_lasting_change_of_the_loss_is_followed():
     bad = [bool(watch.is_bad(torch.tensor(3.0))) for _ in range(200)]
     assert bad[0]
     assert not any(bad[100:])
+
+
+def test_the_floor_is_a_share_of_the_magnitude_of_losses_below_zero():
+    watch = LossWatch(3.0, warmup=2, floor=0.1)
+    assert not any(bool(watch.is_bad(torch.tensor(loss))) for loss in (-10.0, -10.0, -8.0))
+
+
+def test_the_largest_loss_that_may_pass_does():
+    watch = LossWatch(3.0, warmup=1, floor=0.0)
+    assert not any(bool(watch.is_bad(torch.tensor(2.0))) for _ in range(4))
 
 
 def test_the_watch_continues_from_a_state_dict():
@@ -712,6 +802,14 @@ def test_a_refused_optimizer_leaves_anothers_snapshot():
         sgd(small_model(), rollback=rollback)
     assert rollback.snapshot.taken_at == 0
     assert rollback.snapshot.nbytes > 0
+
+
+def test_an_optimizer_that_is_wrapped_again_keeps_its_snapshot():
+    model, rollback = small_model(), Rollback(every=1)
+    opt = sgd(model, rollback=rollback)
+    step(opt, model)
+    ClippedOptimizer(opt.inner, rollback=rollback)
+    assert rollback.snapshot.taken_at == 0
 
 
 @pytest.mark.parametrize("loss", [torch.ones(2), torch.ones(0), torch.ones(1, 3)])
@@ -839,6 +937,15 @@ def test_nothing_goes_back_to_before_a_checkpoint_was_loaded(bare):
     assert opt._ladder.rollback.snapshot.taken_at is None
     step(opt, model, bad=True)
     assert all(bool((parameter == 7.0).all()) for parameter in model.parameters())
+
+
+def test_bad_steps_before_a_checkpoint_was_loaded_put_off_no_snapshot():
+    model = small_model()
+    opt = sgd(model, rollback=Rollback(1, after=2))
+    step(opt, model, bad=True)
+    opt.load_state_dict(opt.state_dict())
+    step(opt, model)
+    assert opt._ladder.rollback.snapshot.taken_at == 1
 
 
 def test_a_watch_without_a_loss_is_told_once():

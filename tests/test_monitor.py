@@ -212,6 +212,18 @@ def test_what_is_done_to_the_learning_rate_is_told(told):
     assert told[2].events[1].reason == "2 bad steps; factor 0.5"
 
 
+def test_a_loss_is_told_as_it_was_observed(told):
+    """However its memory is used before the step."""
+    parameters, loss = model_of(), torch.tensor(2.0)
+    opt = optimizer_of(parameters)
+    with GradMonitor(opt, sinks=told.append):
+        give(parameters, 0)
+        opt.observe(loss)
+        loss.zero_()
+        opt.step()
+    assert [record.loss for record in told] == [2.0]
+
+
 @pytest.mark.parametrize(
     ("policy", "after", "bound"),
     [

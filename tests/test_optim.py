@@ -708,6 +708,21 @@ def test_a_bound_in_every_group_is_the_joint_one():
     assert torch.equal(flat(model), before)
 
 
+def test_equal_bounds_of_groups_are_one_bound():
+    """Not the same object any more, once they come from a file."""
+    groups = [{"params": [p], "max_norm": float("0.1")} for p in small_model().parameters()]
+    opt = ClippedOptimizer(torch.optim.SGD(groups, lr=0.1))
+    opt.step()
+    assert opt.max_norm == 0.1
+
+
+def test_a_new_bound_goes_into_no_group_that_has_none():
+    """From there it would get into state dicts."""
+    opt = ClippedOptimizer(torch.optim.SGD(small_model().parameters(), lr=0.1))
+    opt.max_norm = 2.0
+    assert "max_norm" not in opt.param_groups[0]
+
+
 class Halve(Policy):
     """A policy without a bound: half of everything, and every third step is left out."""
 
@@ -796,6 +811,22 @@ def test_groups_with_rules_of_their_own(name, bad):
         assert torch.equal(flat(model), before)
         assert identical(opt.state_dict()["state"], state["state"])
         assert opt.skipped_steps == 1
+
+
+@pytest.mark.parametrize(("norm_type", "joint"), [(1.0, 7.0), (math.inf, 4.0)])
+def test_the_norm_over_groups_is_of_their_norm_type(norm_type, joint):
+    a, b = oracle.parameters([torch.tensor([3.0]), torch.tensor([4.0])])
+    groups = [{"params": [a]}, {"params": [b], "group_max_norm": 9.0}]
+    opt = ClippedOptimizer(torch.optim.SGD(groups, lr=0.1), norm_type=norm_type)
+    opt.step()
+    assert opt.last_norm == joint
+
+
+def test_sizes_are_those_of_the_parameters_with_a_gradient():
+    with_grad = oracle.parameter(torch.tensor([3.0, 4.0]))
+    opt = ClippedOptimizer(torch.optim.SGD([torch.nn.Parameter(torch.ones(7)), with_grad], lr=0.1))
+    opt.step()
+    assert opt.last_stats.sizes == [2]
 
 
 @pytest.mark.parametrize(
@@ -954,6 +985,40 @@ def test_an_optimizer_that_moves_before_it_asks_gets_a_new_evaluation():
         assert torch.equal(opt.step(lambda: closure(model, False)), expected)
         assert torch.equal(flat(model), flat(twin))
     assert opt.clipped_steps == 6
+
+
+class Rewrites(torch.optim.Optimizer):
+    """Does something to its gradient before it asks its closure, as SAM might; without autograd, as torch's own do."""
+
+    def __init__(self, params, rewrite):
+        super().__init__(params, {})
+        self.rewrite = rewrite
+
+    @torch.no_grad()
+    def step(self, closure):
+        (p,) = self.param_groups[0]["params"]
+        self.rewrite(p)
+        closure()
+        p.sub_(p.grad)
+
+
+@pytest.mark.parametrize(
+    "rewrite",
+    [lambda p: p.grad.zero_(), lambda p: setattr(p, "grad", torch.zeros(1)), lambda p: setattr(p, "grad", None)],
+    ids=["writes", "replaces", "drops"],
+)
+def test_an_optimizer_that_rewrites_gradients_gets_a_new_evaluation(rewrite):
+    p = torch.nn.Parameter(torch.ones(1))
+
+    def closure():
+        opt.zero_grad()
+        loss = (3.0 * p).sum()
+        loss.backward()
+        return loss
+
+    opt = ClippedOptimizer(Rewrites([p], rewrite), max_norm=10.0)
+    opt.step(closure)
+    assert p.item() == 1.0 - 3.0
 
 
 @pytest.mark.parametrize("form", [ClippedOptimizer, fastclip.attach, fastclip.GradMonitor])

@@ -135,6 +135,22 @@ def test_groups_with_a_bound_of_their_own():
     close(b.grad, wanted[1])
 
 
+def test_norm_and_penalty_are_as_wide_as_the_widest_group():
+    a, b = parameters([((3,), torch.float32), ((3,), torch.float64)])
+    opt = guarded([{"params": [a]}, {"params": [b], "group_max_norm": 1.0}], l2=0.1)
+    opt.step()
+    assert (opt.last_norm.dtype, opt.penalty.dtype) == (torch.float64, torch.float64)
+
+
+def test_a_weight_without_a_penalty_adds_nothing_to_it():
+    """Not even where it is Inf."""
+    a, b = (torch.nn.Parameter(torch.tensor([value])) for value in (1.0, math.inf))
+    a.grad, b.grad = torch.ones(1), torch.ones(1)
+    opt = guarded([{"params": [a], "l2": 2.0}, {"params": [b]}])
+    opt.step()
+    assert opt.penalty == 1.0
+
+
 @pytest.mark.parametrize("form", [float, torch.tensor, "on a device"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam-fused"])
 def test_scaled_gradients_get_a_scaled_penalty(form, optimizer, monkeypatch):

@@ -359,6 +359,18 @@ def test_skip_above_median(backend: str) -> None:
     assert skips(SkipAboveMedian(3.0, warmup=4), [1.0, 1.0, 1.0, 50.0, 50.0]) == [False, False, False, False, True]
 
 
+@pytest.mark.parametrize("rule", [SkipLarge, SkipAboveMedian])
+@pytest.mark.parametrize("last", [0.0, INF, NAN])
+def test_zero_nan_and_inf_are_no_large_norms(backend: str, rule: type[Policy], last: float) -> None:
+    """What becomes of NaN and Inf is not for the rule to say."""
+    p = parameter(torch.zeros(1))
+    opt = ClippedOptimizer(torch.optim.SGD([p], lr=1.0), policy=rule(warmup=2), nonfinite="propagate")
+    for value in (0.01, 0.01, 0.01, last):
+        p.grad = torch.tensor([value])
+        opt.step()
+    assert opt.skipped_steps == 0
+
+
 @pytest.mark.parametrize("policy", [SkipLarge(warmup=5), SkipAboveMedian(window=8, warmup=4)], ids=repr)
 def test_a_lasting_change_of_level_is_followed(policy: Policy) -> None:
     skipped = skips(policy, [1.0, 1.1, 0.9, 1.0, 1.05, 1.0, 0.95] + [1000.0] * 200)
