@@ -69,6 +69,8 @@ def same_start() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     fastclip.backends.forced = forced
+    for emulated in EMULATED:
+        emulated.device_type = None
     prefer(order)
     torch.set_num_threads(threads)
     torch.set_flush_denormal(False)
@@ -88,6 +90,7 @@ def use(name: str, alone: bool) -> None:
         name, capability = name.split("-")
         assert C.cpu_use_capability(capability)
     elif not alone and (chosen := [b for b in EMULATED if b.name == name]):  # by themselves they are the last choice
+        chosen[0].device_type = cpu.device_type  # or for tensors of the CPU its own come first
         prefer((*chosen, cpu, reference))
     fastclip.backends.forced = name if alone or name == "reference" else None
 

@@ -29,6 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import fastclip
 import fastclip.backends
 from fastclip._native import C
+from fastclip.backends import cpu
 
 LAYOUTS = {
     "contiguous": lambda d: randn(4, 6, dtype=d),
@@ -54,6 +55,11 @@ SHARED = {
     "overlapping": lambda d: randn(10, dtype=d).as_strided((4, 4), (1, 2)),
     "unfolded": lambda d: randn(10, dtype=d).unfold(0, 4, 1),
 }
+
+
+def test_a_route_begins_with_its_own_backend(route: str) -> None:
+    """Also for tensors of the CPU, which its own backend would take first."""
+    assert fastclip.backends.candidates(cpu.device_type)[0].name == ("cpu" if route.startswith("cpu-") else route)
 
 
 @pytest.mark.parametrize("dtype", WRITABLE, ids=str)

@@ -81,6 +81,13 @@ def test_constants_of_every_magnitude(backend: str, dtype: torch.dtype, value: f
                 assert_norm(fastclip.get_total_norm(grad, p), norm(grad, p), p, norm_dtype(dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)
+def test_many_squares_that_lose_bits_are_summed_again(backend: str, dtype: torch.dtype) -> None:
+    """Each is a subnormal float32, their sum a normal one."""
+    grad = torch.full((70_000,), 1.3 * 2.0**-69, dtype=dtype)
+    assert_norm(fastclip.get_total_norm(grad), norm(grad))
+
+
 @pytest.mark.parametrize("dtype", WRITABLE, ids=str)
 def test_magnitudes_mix(backend: str, dtype: torch.dtype) -> None:
     exponents = torch.randint(-20, 4, (3000,), dtype=torch.float64)
@@ -115,6 +122,19 @@ def test_overflow_is_rescued_wherever_the_norm_fits(backend: str, dtype: torch.d
     if dtype == torch.float64:
         grads = [torch.tensor([top / 8, -top / 8, top / 16], dtype=dtype), torch.tensor([top / 32], dtype=dtype)]
     assert_norm(fastclip.get_total_norm(grads, p), norm(grads, p), p, norm_dtype(dtype))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "least"), [(torch.float64, -522), (torch.float32, -75), (torch.bfloat16, -75)], ids=str
+)
+def test_squares_that_lose_bits_are_no_loss(backend: str, dtype: torch.dtype, least: int) -> None:
+    """Each is a subnormal number or nearly so; the sum of all, of one chunk of a GPU's, is none."""
+    for exponent in range(least, least + 20):
+        grad = torch.full(((1 << 16) // dtype.itemsize,), 1.37 * 2.0**exponent, dtype=dtype)
+        want = float(grad[0].double()) * math.sqrt(grad.numel())
+        assert float(rows_of([grad], 2.0, extras=False)[0, 0]) == pytest.approx(
+            want, rel=2e-8 if least > -99 else 1e-14, abs=0
+        )
 
 
 @pytest.mark.parametrize("dtype", FLOAT8, ids=str)
@@ -237,6 +257,12 @@ def test_zero_norm_counts_elements(route: str) -> None:
 
 
 FAULTS = (NAN, INF, -INF)
+
+
+@pytest.mark.parametrize("fault", [NAN, INF])
+def test_what_is_not_finite_is_no_zero(backend: str, fault: float) -> None:
+    grad = torch.tensor([0.0, fault, -0.0, 2.0, fault])
+    assert rows_of([grad], 0.0)[0].item() == norm(grad, 0.0) == 3.0
 
 
 @pytest.mark.parametrize("dtype", WRITABLE, ids=str)

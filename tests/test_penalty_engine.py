@@ -211,6 +211,16 @@ def test_signed_zeros_of_weights_have_no_sign(backend: str) -> None:
         assert not rows.any()
 
 
+@pytest.mark.parametrize("dtype", REALS, ids=str)
+def test_the_share_of_the_sign_is_added_first(backend: str, dtype: torch.dtype) -> None:
+    """Where it cancels the gradient, that of the weight is left whole."""
+    large, small = 2.0**15, torch.finfo(dtype).tiny
+    weight = torch.tensor([1.0, -1.0], dtype=dtype).repeat(40)
+    grad = -large * weight
+    penalised(module(backend), [grad], [weight], [(large, small)])
+    assert torch.equal(grad, small * weight)
+
+
 @pytest.mark.parametrize("dtype", WRITABLE, ids=str)
 def test_strengths_of_zero_write_nothing(backend: str, dtype: torch.dtype) -> None:
     """Neither memory nor, where the host can know it, the version counter, and what is written bumps it."""

@@ -122,6 +122,17 @@ def test_weights_find_the_same_partners(in_python: None) -> None:
         assert (list(own.refused), own.facts, own.size_bytes) == (list(native.refused), native.facts, native.size_bytes)
 
 
+@pytest.mark.parametrize("which", [[0], [1], [0, 1]])
+def test_what_is_kept_as_its_negative_finds_no_partner(in_python: None, which: list[int]) -> None:
+    pair = [torch.randn(3), torch.randn(3)]
+    for i in which:
+        pair[i] = torch._neg_view(pair[i])
+    own = tables.partners(tables.table_of(pair[:1], CPU), pair[1:])
+    native = C.partners(C.GradTable(pair[:1], CPU), pair[1:])
+    assert list(own.refused) == list(native.refused) == [0]
+    assert own.facts == native.facts
+
+
 def test_equal_facts_mean_the_same_places() -> None:
     grad = torch.randn(8)
     facts = tables.table_of([grad, grad[2:]], CPU).facts

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import shutil
+from collections import defaultdict
 from collections.abc import Callable
 
 import gpu
@@ -16,10 +17,11 @@ from oracle import DTYPES, norm, parameters, randn
 import fastclip
 from fastclip.backends import tables, triton
 from fastclip.backends.tables import CODES, CPU
+from fastclip.types import Request
 
 pytest.importorskip("triton", reason="needs a GPU's package triton, which has wheels for Linux on x86-64 only")
 
-from fastclip.kernels import chunks, formats, launch, table
+from fastclip.kernels import chunks, formats, joins, launch, table
 from fastclip.kernels.blocks import CHUNK_BYTES, SHORT_BYTES, UNITS
 from fastclip.kernels.table import CHUNK_BYTES as CUT
 from fastclip.kernels.table import DeviceCache, Work, works_of
@@ -30,6 +32,7 @@ from triton import language as tl
 running = pytest.mark.skipif(
     bool(triton.unavailable()), reason=f"needs a GPU, or TRITON_INTERPRET=1: {triton.unavailable()}"
 )
+interpreted = pytest.mark.skipif(not triton.INTERPRETED, reason="needs a GPU's absence, and TRITON_INTERPRET=1")
 
 
 @pytest.fixture(autouse=True)
@@ -79,10 +82,10 @@ def test_units_are_marked_only_where_each_begins_aligned(size: int) -> None:
 
 
 def test_weights_have_a_mark_of_their_own() -> None:
-    grads, weights = [torch.zeros(8), torch.zeros(8)], [torch.zeros(8), torch.zeros(9)[1:]]
+    grads, weights = [torch.zeros(8)] * 4, [torch.zeros(8 + offset)[offset:] for offset in (0, 1, 2, 4)]
     (work,) = works_of(facts_of(*grads), None, facts_of(*weights))
     marks = [bool(tag & int(chunks.WEIGHT_ALIGNED)) for tag in word(work, chunks.TAG)]
-    assert (aligned(work), marks) == ([True, True], [True, False])
+    assert (aligned(work), marks) == ([True] * 4, [True, False, False, True])
     assert word(work, chunks.WEIGHT) == [weight.data_ptr() for weight in weights]
 
 
@@ -91,6 +94,34 @@ def test_a_weight_that_is_served_apart_is_not_looked_at() -> None:
     grads, weights = [torch.zeros(8), torch.zeros(0), torch.zeros(8)], [torch.zeros(0), torch.zeros(0), torch.zeros(8)]
     (work,) = works_of(facts_of(*grads), None, facts_of(*weights))
     assert [bool(address) for address in word(work, chunks.WEIGHT)] == [False, True, True]
+
+
+@running
+@interpreted
+def test_a_promise_about_an_address_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of whole chunks, which alone are read and written 16 bytes at a time."""
+    from triton.runtime.interpreter import TensorHandle
+
+    promised: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        TensorHandle, "set_attr", lambda own, name, values: promised.append((int(own.data.item()), *values))
+    )
+    memory = torch.rand(4, CHUNK_BYTES // 4 + 4)
+    grads, weights = [memory[0, :-4], memory[1, 1:-3]], [memory[2, :-4], memory[3, 1:-3]]
+    strengths = torch.ones(2, 1, dtype=torch.float64)
+    for grad in grads:
+        table = triton.table_of([grad])
+        gpu.read([grad])
+        triton.scale_(table, 0.5)
+        triton.scale_(table, torch.rand(1, dtype=torch.float64))
+        triton.clamp_(table, 0.1)
+        triton.zero_nonfinite_(table)
+        for weight in weights:
+            gpu.penalise([grad], [weight], strengths)
+            rows = [torch.empty(3, 1, dtype=torch.float64) for _ in range(2)]
+            triton.read_penalised_(table, [weight], strengths, Request(), *rows)
+    assert {grads[0].data_ptr(), weights[0].data_ptr()} <= {address for address, _ in promised}
+    assert all(address % multiple == 0 for address, multiple in promised)
 
 
 # ---- chunks
@@ -171,6 +202,99 @@ def test_the_oldest_list_goes_but_not_one_that_a_graph_reads() -> None:
     assert entry in cache._of_graphs
 
 
+def test_a_list_that_is_used_again_stays() -> None:
+    cache = DeviceCache()
+    for key in (*range(cache.CAPACITY), 0, cache.CAPACITY):
+        cache.get(0, key, object, False)
+    assert [key for _, key, _ in cache._entries] == [*range(2, cache.CAPACITY), 0, cache.CAPACITY]
+
+
+def where() -> launch.Where:
+    return launch.Where(torch.device("cpu"))
+
+
+def test_what_a_stream_uploads_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_cache", DeviceCache())
+    facts, one, other = facts_of(torch.zeros(3)).tobytes(), where(), where()
+    other.stream = 1
+    for upload in (lambda at: at.works(facts)[0].words, lambda at: at.offsets([1, 2])):
+        assert upload(one) is upload(one)
+        assert upload(other) is not upload(one)
+        other.capturing = True
+        assert upload(other) is upload(one)
+        other.capturing = False
+    one.capturing = True
+    with pytest.raises(RuntimeError, match="new to fastclip's Triton kernels"):
+        one.works(facts, [3])
+    with pytest.raises(RuntimeError, match="new to fastclip's Triton kernels"):
+        one.offsets([2, 1])
+
+
+def test_the_same_tensors_in_other_units_are_another_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_cache", DeviceCache())
+    facts = facts_of(torch.zeros(2, 3), torch.zeros(3, 2)).tobytes()
+    for counts in (None, [2, 1], [1, 2], [2, 3]):
+        cut = where().works(facts, counts)
+        assert {unit for work in cut for unit in word(work, chunks.UNIT_SIZE)} == {
+            6 // count for count in counts or [1, 1]
+        }
+        assert [row for work in cut for row in word(work, chunks.FIRST_ROW) if row] == [counts[0] if counts else 1]
+
+
+def test_a_workspace_is_kept_while_it_is_large_enough() -> None:
+    kept: dict = {}
+    first = where().workspace(kept, 10, torch.float64)
+    assert where().workspace(kept, len(first), torch.float64) is first
+    larger = where().workspace(kept, len(first) + 1, torch.float64)
+    assert len(larger) > len(first)
+    assert not larger.any()
+    assert where().workspace(kept, 10, torch.float64) is larger
+
+
+def test_no_two_streams_or_graphs_share_a_workspace() -> None:
+    """They may run at the same time."""
+    kept: dict = {}
+    found = []
+    for stream, capturing in ((0, False), (1, False), (1, True), (1, True)):
+        at = where()
+        at.stream, at.capturing = stream, capturing
+        found.append(at.workspace(kept, 10, torch.int32))
+    assert len({memory.data_ptr() for memory in found}) == 4
+    assert not any(bool(memory.any()) for memory in found)
+    assert len(kept) == 2
+
+
+@running
+@pytest.mark.parametrize("extras", [False, True])
+def test_a_read_stays_inside_the_workspace_it_asked_for(extras: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    borrowed: list[torch.Tensor] = []
+
+    def exact(at: launch.Where, kept: object, size: int, dtype: torch.dtype) -> torch.Tensor:
+        memory = torch.zeros(size + 100, dtype=dtype, device=at.device)
+        memory[size:] = 77
+        borrowed.append(memory)
+        return memory[:size]
+
+    monkeypatch.setattr(launch.Where, "workspace", exact)
+    grads, weights = (gpu.some(100_000, 5, 40_000) for _ in range(2))
+    gpu.read(grads, Request(extras=extras))
+    gpu.penalise(grads, weights, torch.ones(2, 3, dtype=torch.float64, device=gpu.device()), Request(extras=extras))
+    assert len(borrowed) == 4
+    assert all(bool((memory[-100:] == 77).all()) for memory in borrowed)
+
+
+def test_a_compiled_kernel_is_kept_for_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is loaded on the one where it ran first."""
+    monkeypatch.setattr(launch, "_compiled", {})
+    compiled, at = [], where()
+    run = defaultdict(lambda: lambda *_, **__: None)
+    kernel = defaultdict(lambda: lambda **_: compiled.append(at.device.index) or run)
+    for index in (0, 1, 0, 1):
+        at.device = torch.device("cuda", index)
+        at.launch(kernel, 1)
+    assert compiled == [0, 1]
+
+
 @running
 def test_new_addresses_are_read_at_once() -> None:
     """A gradient that moved, and one that grew, as they do between two backward passes."""
@@ -183,6 +307,16 @@ def test_new_addresses_are_read_at_once() -> None:
         assert len(launch._cache._entries) == step + 1
     fastclip.get_total_norm(grads)
     assert len(launch._cache._entries) == 3
+
+
+@running
+def test_a_weight_that_moved_is_read_at_once() -> None:
+    grad, strengths = torch.zeros(5, device=gpu.device()), torch.zeros(2, 1, dtype=torch.float64, device=gpu.device())
+    weights = [torch.full_like(grad, value) for value in (1.0, 3.0)]
+    for weight in weights:
+        rows, weight_rows = gpu.poisoned(3, 1), gpu.poisoned(3, 1)
+        triton.read_penalised_(triton.table_of([grad]), [weight], strengths, Request(), rows, weight_rows)
+        assert weight_rows[1:, 0].tolist() == [float(weight.max()), float(weight.sum())]
 
 
 @running
@@ -206,7 +340,39 @@ def test_without_the_native_core_it_does_the_same(monkeypatch: pytest.MonkeyPatc
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+TILES = """
+import fastclip, triton
+with triton.knobs.runtime.scope():
+    triton.knobs.runtime.interpret = False
+    from fastclip.kernels import blocks
+assert blocks.MORE == 1
+import gpu
+import test_gpu_kernels as kernels
+from fastclip.types import Request
+gpu.use(fastclip.backends.triton)
+kernels.test_totals_and_heads_are_those_of_the_contract(1.0, 0.0)
+kernels.test_dtypes_share_a_launch(Request())
+kernels.test_faults_in_units(Request(), 100)
+kernels.test_order_changes_no_bit_of_finish_and_join(-1.0, 1.0, 0.0)
+"""
+
+
+@running
+@interpreted
+def test_tiles_are_right_in_the_size_of_a_gpus(python) -> None:
+    """Interpreted they are larger elsewhere."""
+    done = python(TILES, TRITON_INTERPRET="1", PYTHONWARNINGS="ignore")
+    assert done.returncode == 0, done.stderr
+
+
 # ---- bits
+
+
+def test_a_number_travels_as_its_bits() -> None:
+    for number in (0.5, -1.0, 1e300, 5e-324, math.inf, -math.inf):
+        assert np.int64(launch.bits_of(number)).view(np.float64) == number
+    launch.bits_of.cache_clear()
+    assert launch.bits_of(-0.0) == launch.bits_of(0.0) == 0
 
 
 @jit
@@ -231,6 +397,21 @@ def test_every_rounding_is_pytorchs(dtype: torch.dtype) -> None:
     want = x.to(dtype)
     assert torch.equal(got.view(dtype).isnan(), want.isnan())
     assert torch.equal(got[~want.isnan()], want.view(torch.int16)[~want.isnan()])
+
+
+@jit
+def join_max_kernel(values, out, count):
+    tl.store(out, joins.join_max(values, count))
+
+
+@running
+@pytest.mark.parametrize("at", [0, 1023, 1024, 2999])
+def test_the_largest_of_many_pieces_is_found(at: int) -> None:
+    values, largest = gpu.poisoned(4000), gpu.poisoned(1)
+    values[:3000] = torch.rand(3000, dtype=torch.float64)
+    values[7], values[at] = math.nan, 5.0
+    join_max_kernel[(1,)](values, largest, 3000)
+    assert largest.item() == 5.0
 
 
 # ---- where it can't run

@@ -126,6 +126,20 @@ def test_products_are_neither_fused_nor_flushed(name: str) -> None:
     assert flushed <= {"rcp.approx.ftz.f64", "abs.ftz.f32"}  # of float64's own logarithm and exponential
 
 
+@pytest.mark.parametrize("name", WRITES)
+def test_what_is_written_is_no_minimum(name: str) -> None:
+    """Of NaN and a bound it would be the bound; interpreted it is NaN."""
+    assert not re.search(r"\b(min|max)\.\w*\.?f(32|64)", compiled(name, NVIDIA["sm_90"]).asm["ptx"])
+
+
+@pytest.mark.parametrize("name", [*NORMS, *PENALISED])
+def test_the_last_to_count_sees_what_all_have_stored(name: str) -> None:
+    """A barrier, the count and a barrier, of pieces and of units; and a barrier between a penalty and its read."""
+    found = re.findall(r"barrier|atomic_rmw add, \w+, \w+", compiled(name, NVIDIA["sm_90"]).asm["ttir"])
+    counted = ["barrier", "atomic_rmw add, acq_rel, gpu", "barrier"]
+    assert found == ["barrier"] * (name in PENALISED) + 2 * counted
+
+
 @pytest.mark.parametrize("target", [*NVIDIA.values(), *AMD.values()], ids=[*NVIDIA, *AMD])
 def test_a_chunk_is_summed_alike_in_each_kernel(target: GPUTarget) -> None:
     """The last sum goes over lanes of the same layout: which dtypes are beside it, or a penalty, changes no bit."""

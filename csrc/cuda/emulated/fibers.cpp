@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <stdexcept>
 #include <vector>
@@ -101,10 +102,14 @@ void arrived_from([[maybe_unused]] void* kept, [[maybe_unused]] bool from_host) 
 #endif
 }
 
-// Moves `turn` to a fiber that can go on.
+bool runs_warps() { return seed % 2 == 1; }
+
+// Moves `turn` to a fiber that can go on. Where whole warps run, it is one of the same warp as long as there is one:
+// so a warp gets as far ahead of the others as barriers let it.
 void next_turn() {
+  const std::size_t first = runs_warps() ? turn - turn % kWarpSize : turn + 1;
   for (std::size_t tried = 0; tried < order.size(); ++tried) {
-    turn = (turn + 1) % order.size();
+    turn = (first + tried) % order.size();
     Fiber& candidate = running();
     if (!candidate.done && (candidate.waits_for == nullptr || *candidate.waits_for != candidate.until_not)) return;
   }
@@ -227,7 +232,14 @@ void run_grid(int block_count, int threads, const std::function<void()>& of_body
     order[i] = i;
     prepare(fiber.context, stacks[i]);
   }
-  if (seed != 0) std::shuffle(order.begin(), order.end(), random_order);
+  if (runs_warps()) {
+    std::vector<std::size_t> of_warps(warps.size());
+    std::iota(of_warps.begin(), of_warps.end(), 0);
+    std::shuffle(of_warps.begin(), of_warps.end(), random_order);
+    for (std::size_t i = 0; i < count; ++i) order[i] = of_warps[i / kWarpSize] * kWarpSize + i % kWarpSize;
+  } else if (seed != 0) {
+    std::shuffle(order.begin(), order.end(), random_order);
+  }
   turn = 0;
   left = count;
   host_stack = nullptr;

@@ -30,7 +30,8 @@ void let_others_run();
 // Runs body() in blocks * threads fibers, all blocks at the same time, to the end; not at all while set_idle(true).
 void run_grid(int blocks, int threads, const std::function<void()>& body);
 
-// 0: fibers go on in order. Else they do so as this seed has it, anew at each grid.
+// 0: fibers go on in order. Else as this seed has it, anew at each grid: with an even one all in a random order, with an
+// odd one warp by warp, each as far as it can.
 void set_order(std::uint64_t seed);
 
 // Grids don't run: what is left of a call is the host's work, to be timed.
