@@ -302,6 +302,17 @@ def test_what_needs_no_factor_is_not_written(backend: str) -> None:
     assert small.grad.tolist() == pytest.approx([0.3, 0.4])
 
 
+@pytest.mark.parametrize("dtype", COMPLEX, ids=str)
+@pytest.mark.parametrize("fault", [float("nan"), INF, -INF])
+def test_a_complex_number_becomes_zero_whichever_part_is_bad(backend: str, dtype: torch.dtype, fault: float) -> None:
+    good = complex(1.0, -2.0)
+    p = parameter(
+        torch.tensor([good, complex(fault, 3.0), good, complex(3.0, fault), complex(fault, fault)], dtype=dtype)
+    )
+    fastclip.clip_grad_norm_([p], INF, nonfinite="zero")
+    assert p.grad.tolist() == [good, 0.0, good, 0.0, 0.0]
+
+
 def test_zeroing_writes_only_where_something_is_bad(backend: str) -> None:
     good, bad = parameter(torch.ones(3)), parameter(torch.tensor([1.0, float("nan")]))
     versions = good.grad._version, bad.grad._version
