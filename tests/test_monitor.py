@@ -582,6 +582,14 @@ def run_on(parameters, paths, steps, state=None, buffer=3):
         return monitor.state_dict()
 
 
+def monitor_of_three_steps(opt):
+    monitor = GradMonitor(opt)
+    for step in range(3):
+        give(opt.param_groups[0]["params"], step)
+        opt.step()
+    return monitor
+
+
 @pytest.mark.parametrize("name", ["run.jsonl", "run.csv"])
 def test_resuming_appends_without_duplicates(name, tmp_path):
     """The checkpoint is of step 7, the run went on to 12 before it was killed."""
@@ -662,12 +670,7 @@ def test_what_is_no_state_of_a_monitor_is_told():
     ids=str,
 )
 def test_a_damaged_state_changes_nothing(damage, message):
-    parameters = model_of()
-    opt = optimizer_of(parameters)
-    monitor = GradMonitor(opt)
-    for step in range(3):
-        give(parameters, step)
-        opt.step()
+    monitor = monitor_of_three_steps(optimizer_of(model_of()))
     before = monitor.state_dict()
     ((name, wrong),) = damage.items()
     damaged = before | {"step": 7, name: wrong} if name in before else before | {"flags": before["flags"] | damage}
@@ -732,12 +735,7 @@ def test_a_last_record_without_its_step_is_no_file_to_go_on_with(tmp_path):
 
 
 def test_flags_are_resumed_from_a_state_that_lies_elsewhere():
-    parameters = model_of()
-    opt = optimizer_of(parameters)
-    monitor = GradMonitor(opt)
-    for step in range(3):
-        give(parameters, step)
-        opt.step()
+    monitor = monitor_of_three_steps(optimizer_of(model_of()))
     state = monitor.state_dict()
     asked = []
 
